@@ -1,1 +1,25 @@
-//! (see DESIGN)
+//! Everything that a model directory means: the network, the tokenizer, the chat template, generation.
+//!
+//! Shape letters: B batch, L tokens of a row, N tokens of all rows concatenated, S cached tokens, H heads, K kv heads,
+//! D head dim, E hidden, F feed-forward, V vocabulary, R rank. Rows of different length stand one after another in N;
+//! [`graft_ops::Rows`] says where each begins, so that linears and norms see real tokens only.
+//!
+//! One decoder graph serves all families of attention + MLP; a family maps its config.json to [`DecoderConfig`].
+//! The graph never names LoRA or bits: a linear is handed a [`graft_adapters::Route`].
+
+mod cache;
+mod config;
+mod decoder;
+mod error;
+mod families;
+mod generate;
+mod load;
+mod rope;
+
+pub use cache::KvCache;
+pub use config::{DecoderConfig, RopeConfig, RopeScaling};
+pub use decoder::Model;
+pub use error::{Error, Result};
+pub use families::{Family, config_from_map, family_names};
+pub use generate::{GenerateOptions, Generator, Prefill, Token};
+pub use load::{Part, PartKind, parts};

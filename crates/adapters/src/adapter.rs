@@ -1,0 +1,142 @@
+//! One low-rank update: its tensors and the formulas that every other place uses.
+
+use graft_ops::{Array, Dtype, Result};
+use graft_quant::Weight;
+
+/// The update of one weight; DoRA when `magnitude` is there, LoRA when it is not.
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    /// A, f32: (in, R) of a linear, (V, R) of an embedding.
+    pub a: Array,
+    /// B, f32: (R, out) of a linear, (R, E) of an embedding.
+    pub b: Array,
+    /// s, the factor of the product A B; mlx-lm's raw `scale`, PEFT's alpha / R (rsLoRA: alpha / sqrt(R)).
+    pub scale: f32,
+    /// DoRA's m, f32 (out,).
+    pub magnitude: Option<Array>,
+}
+
+/// Which of the two orientations A and B have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// W (out, in), A (in, R), B (R, out).
+    Linear,
+    /// E (V, E), A (V, R), B (R, E).
+    Embedding,
+}
+
+impl Adapter {
+    /// A fresh adapter: A uniform in ±1/sqrt(in) (in = V for an embedding), B zero, m the row norms of W when `dora`.
+    ///
+    /// The start is mlx-lm's; with B = 0 the adapter is the identity. `n0` is [`Weight::row_norms_squared`].
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn init(
+        kind: Kind,
+        (out, input): (i32, i32),
+        rank: i32,
+        scale: f32,
+        n0: Option<&Array>,
+        key: &Array,
+    ) -> Result<Self> {
+        let (rows, cols) = match kind {
+            Kind::Linear => (input, out),
+            Kind::Embedding => (out, input),
+        };
+        let bound = 1.0 / (rows as f32).sqrt();
+        let a = mlx_rs::random::uniform::<_, f32>(-bound, bound, &[rows, rank][..], key)?;
+        let b = mlx_rs::ops::zeros::<f32>(&[rank, cols])?;
+        let magnitude = n0.map(|n0| n0.sqrt()).transpose()?;
+        Ok(Self { a, b, scale, magnitude })
+    }
+
+    /// R.
+    pub fn rank(&self) -> i32 {
+        self.b.dim(0)
+    }
+
+    /// The orientation in which this adapter fits a weight of `out` x `input`, or none if it fits neither way.
+    ///
+    /// A square weight fits both ways; `path` decides then (`embed_tokens` is an embedding).
+    pub fn kind(&self, path: &str, (out, input): (i32, i32)) -> Option<Kind> {
+        let (rows, cols) = (self.a.dim(0), self.b.dim(1));
+        let linear = (rows, cols) == (input, out);
+        let embedding = (rows, cols) == (out, input);
+        match (linear, embedding) {
+            (true, true) if path.ends_with("embed_tokens") => Some(Kind::Embedding),
+            (true, _) => Some(Kind::Linear),
+            (false, true) => Some(Kind::Embedding),
+            (false, false) => None,
+        }
+    }
+
+    /// The update s A B in the weight's own orientation, f32 (out, in) or (V, E).
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn delta(&self, kind: Kind) -> Result<Array> {
+        let product = match kind {
+            Kind::Linear => self.b.transpose()?.matmul(self.a.transpose()?)?,
+            Kind::Embedding => self.a.matmul(&self.b)?,
+        };
+        product.multiply(Array::from_f32(self.scale))
+    }
+
+    /// The fused weight in f32: `W + s (A B)^T`, for DoRA with each row scaled to its magnitude.
+    ///
+    /// `weight` is W in f32; the norm is that of the sum itself, so no rounding stands between the two.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn fused(&self, weight: &Array, kind: Kind) -> Result<Array> {
+        let sum = weight.as_dtype(Dtype::Float32)?.add(self.delta(kind)?)?;
+        let Some(m) = &self.magnitude else { return Ok(sum) };
+        let n = sum.square()?.sum_axis(1, false)?.sqrt()?;
+        sum.multiply(row_factor(m, &n)?.expand_dims(1)?)
+    }
+
+    /// DoRA's factor c = m / n on `weight`, f32 (out,); none for LoRA.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn factor(&self, weight: &Weight) -> Result<Option<Array>> {
+        let Some(m) = &self.magnitude else { return Ok(None) };
+        let n = row_norms(&self.a, &self.b, self.scale, weight, &weight.row_norms_squared()?)?;
+        Ok(Some(row_factor(m, &n)?))
+    }
+
+    /// All arrays of the adapter, for evaluation.
+    pub fn arrays(&self) -> impl Iterator<Item = &Array> {
+        [&self.a, &self.b].into_iter().chain(&self.magnitude)
+    }
+}
+
+/// n (out,), f32: the norms of the rows of `W + s (A B)^T`, without W dense and without the product A B.
+///
+/// With P = W A (out, R) from one packed product of R rows and G = A^T A (R, R):
+/// `n_o^2 = n0_o + 2 s sum_r B[r,o] P[o,r] + s^2 sum_r B[r,o] (G B)[r,o]`, clamped at 0, where `n0` is ||W_o||^2 (out,).
+/// Formulation: arXiv 2603.22276.
+///
+/// # Errors
+/// When an array operation fails.
+pub fn row_norms(a: &Array, b: &Array, scale: f32, weight: &Weight, n0: &Array) -> Result<Array> {
+    let at = a.transpose()?;
+    let pt = weight.matmul(&at)?.as_dtype(Dtype::Float32)?;
+    let gb = at.matmul(a)?.matmul(b)?;
+    let cross = b.multiply(&pt)?.sum_axis(0, false)?.multiply(Array::from_f32(2.0 * scale))?;
+    let own = b.multiply(&gb)?.sum_axis(0, false)?.multiply(Array::from_f32(scale * scale))?;
+    let squared = n0.add(cross)?.add(own)?;
+    mlx_rs::ops::maximum(squared, Array::from_f32(0.0))?.sqrt()
+}
+
+/// c = m / n, and 1 where n = 0 (a row of zeros has no direction to scale).
+///
+/// # Errors
+/// When an array operation fails.
+pub fn row_factor(m: &Array, n: &Array) -> Result<Array> {
+    let zero = n.eq(Array::from_f32(0.0))?;
+    let one = Array::from_f32(1.0);
+    let safe = mlx_rs::ops::which(&zero, &one, n)?;
+    mlx_rs::ops::which(&zero, &one, m.divide(safe)?)
+}

@@ -1,0 +1,239 @@
+//! An adapter directory: read in mlx-lm's or PEFT's form, checked against a base, written in mlx-lm's form.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use graft_ops::Dtype;
+use graft_quant::{Tensor, Weight};
+use serde_json::Value;
+
+use crate::{Adapter, AdapterConfig, Error, FineTuneType, Kind, Result, Site, Table, peft};
+
+/// mlx-lm's name of the tensors.
+pub const ADAPTER_FILE: &str = "adapters.safetensors";
+/// The name of the config, mlx-lm's and PEFT's alike.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+
+/// A module of a base that an adapter may act on.
+#[derive(Debug, Clone, Copy)]
+pub struct Target<'a> {
+    /// W or E.
+    pub weight: &'a Weight,
+    /// Which of the two.
+    pub kind: Kind,
+}
+
+/// All that an adapter directory holds.
+#[derive(Debug, Clone)]
+pub struct AdapterSet {
+    /// Low-rank updates by module path.
+    pub adapters: BTreeMap<String, Adapter>,
+    /// Whole weights by tensor name (`full` fine-tuning only).
+    pub weights: BTreeMap<String, Tensor>,
+    /// The config.
+    pub config: AdapterConfig,
+    /// Metadata of the tensor file.
+    pub metadata: BTreeMap<String, String>,
+}
+
+impl AdapterSet {
+    /// Reads an adapter directory in mlx-lm's or PEFT's form.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged, or when the adapter uses what cannot be represented.
+    pub fn load(dir: &Path) -> Result<Self> {
+        let file = dir.join(CONFIG_FILE);
+        if !file.is_file() {
+            return Err(Error::NotAnAdapter { dir: dir.to_path_buf(), missing: CONFIG_FILE.into() });
+        }
+        let bytes = std::fs::read(&file).map_err(|source| Error::Io { path: file.clone(), source })?;
+        let json: Value =
+            serde_json::from_slice(&bytes).map_err(|source| Error::Json { path: file.clone(), source })?;
+        let Value::Object(raw) = json else {
+            return Err(Error::Config {
+                file,
+                field: "(whole file)".into(),
+                expected: "an object".into(),
+                found: "another JSON value".into(),
+            });
+        };
+        if raw.contains_key("peft_type") {
+            return peft::load(dir, &file, raw);
+        }
+        let config = AdapterConfig::from_map(&file, raw)?;
+        let tensors = dir.join(ADAPTER_FILE);
+        if !tensors.is_file() {
+            return Err(Error::NotAnAdapter { dir: dir.to_path_buf(), missing: ADAPTER_FILE.into() });
+        }
+        Self::from_file(&tensors, config)
+    }
+
+    /// Reads a file of tensors in mlx-lm's form under a given config (`--resume-adapter-file`).
+    ///
+    /// # Errors
+    /// As for [`AdapterSet::load`].
+    pub fn from_file(file: &Path, config: AdapterConfig) -> Result<Self> {
+        let (tensors, metadata) = graft_quant::read_safetensors(file)?;
+        if config.fine_tune_type == FineTuneType::Full {
+            return Ok(Self { adapters: BTreeMap::new(), weights: tensors, config, metadata });
+        }
+        let adapters = collect(file, &tensors, &config)?;
+        Ok(Self { adapters, weights: BTreeMap::new(), config, metadata })
+    }
+
+    /// mlx-lm's tensors: `<path>.lora_a`, `.lora_b`, `.m`, or the whole weights.
+    ///
+    /// # Errors
+    /// When an array cannot be evaluated.
+    pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
+        let mut tensors = self.weights.clone();
+        for (path, adapter) in &self.adapters {
+            tensors.insert(format!("{path}.lora_a"), Tensor::from_array(&adapter.a)?);
+            tensors.insert(format!("{path}.lora_b"), Tensor::from_array(&adapter.b)?);
+            if let Some(m) = &adapter.magnitude {
+                tensors.insert(format!("{path}.m"), Tensor::from_array(m)?);
+            }
+        }
+        Ok(tensors)
+    }
+
+    /// Writes the config and the tensors, each atomically, the config first: tensors without a config have no meaning.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.to_path_buf(), source })?;
+        self.save_config(dir)?;
+        let bytes = graft_quant::safetensors_bytes(&self.tensors()?, &self.metadata)?;
+        Ok(graft_quant::write_atomic(&dir.join(ADAPTER_FILE), &bytes)?)
+    }
+
+    /// Writes the config alone (mlx-lm does so before training begins).
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save_config(&self, dir: &Path) -> Result<()> {
+        let file = dir.join(CONFIG_FILE);
+        let text = pretty(&Value::Object(self.config.to_map()));
+        Ok(graft_quant::write_atomic(&file, text.as_bytes())?)
+    }
+
+    /// Checks each adapter against the base: a list of every path that the base lacks and every shape that differs.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] with all problems.
+    pub fn check<'a>(&self, origin: &Path, target: impl Fn(&str) -> Option<Target<'a>>) -> Result<()> {
+        let mut problems = Vec::new();
+        for (path, adapter) in &self.adapters {
+            let Some(found) = target(path) else {
+                problems.push(format!("{path}: the base has no such linear or embedding"));
+                continue;
+            };
+            let shape = (found.weight.out_features(), found.weight.in_features());
+            if adapter.kind(path, shape) != Some(found.kind) {
+                problems.push(format!(
+                    "{path}: A is {:?} and B is {:?}, but the base's weight is ({}, {}): trained on another base",
+                    adapter.a.shape(),
+                    adapter.b.shape(),
+                    shape.0,
+                    shape.1
+                ));
+            } else if adapter.magnitude.is_some() && found.kind == Kind::Embedding {
+                problems.push(format!("{path}: DoRA on an embedding is not supported; train it as LoRA"));
+            } else if adapter.magnitude.as_ref().is_some_and(|m| m.shape() != [shape.0]) {
+                problems.push(format!("{path}: m has another length than the {} rows of the base's weight", shape.0));
+            }
+        }
+        if problems.is_empty() { Ok(()) } else { Err(Error::Mismatch { file: origin.to_path_buf(), problems }) }
+    }
+
+    /// The table for serving: checked, DoRA's factor computed once, everything evaluated.
+    ///
+    /// # Errors
+    /// When the adapter does not fit the base, or is a `full` one, which has no low-rank form.
+    pub fn table<'a>(&self, origin: &Path, target: impl Fn(&str) -> Option<Target<'a>>) -> Result<Table> {
+        if self.config.fine_tune_type == FineTuneType::Full {
+            return Err(Error::Unsupported {
+                file: origin.to_path_buf(),
+                what: "a full fine-tune".into(),
+                why: "it holds whole weights, no low-rank update: fuse it into the base first (graft fuse)".into(),
+            });
+        }
+        self.check(origin, &target)?;
+        let mut sites = HashMap::new();
+        for (path, adapter) in &self.adapters {
+            let Some(found) = target(path) else { continue };
+            let factor = adapter.factor(found.weight)?;
+            let (a, b) = (adapter.a.clone(), adapter.b.clone());
+            sites.insert(path.clone(), Site { a, b, scale: adapter.scale, factor, dropout: None });
+        }
+        let table = Table { sites };
+        mlx_rs::transforms::eval(table.arrays())?;
+        Ok(table)
+    }
+}
+
+/// mlx-lm's tensors to adapters: every tensor must be one of the three, every path complete, every value finite.
+fn collect(
+    file: &Path,
+    tensors: &BTreeMap<String, Tensor>,
+    config: &AdapterConfig,
+) -> Result<BTreeMap<String, Adapter>> {
+    let mut problems = Vec::new();
+    let mut paths: BTreeMap<&str, [Option<&Tensor>; 3]> = BTreeMap::new();
+    for (name, tensor) in tensors {
+        let part = name.rsplit_once('.').and_then(|(path, last)| {
+            ["lora_a", "lora_b", "m"].iter().position(|p| *p == last).map(|i| (path, i))
+        });
+        match part {
+            Some((path, i)) => paths.entry(path).or_default()[i] = Some(tensor),
+            None => problems.push(format!("{name}: expected a name ending in .lora_a, .lora_b or .m")),
+        }
+    }
+    let mut adapters = BTreeMap::new();
+    for (path, [a, b, m]) in paths {
+        let (Some(a), Some(b)) = (a, b) else {
+            problems.push(format!("{path}: lora_a and lora_b must come together"));
+            continue;
+        };
+        if a.shape.len() != 2 || b.shape.len() != 2 || a.shape[1] != b.shape[0] {
+            problems.push(format!(
+                "{path}: expected lora_a (in, r) and lora_b (r, out), found {:?} and {:?}",
+                a.shape, b.shape
+            ));
+            continue;
+        }
+        if config.fine_tune_type == FineTuneType::Dora && m.is_none() {
+            problems.push(format!("{path}: fine_tune_type is dora, but m is missing"));
+        }
+        for (part, tensor) in [("lora_a", Some(a)), ("lora_b", Some(b)), ("m", m)] {
+            if tensor.is_some_and(|t| t.to_f32().is_ok_and(|v| v.iter().any(|x| !x.is_finite()))) {
+                problems.push(format!("{path}.{part}: holds values that are not finite"));
+            }
+        }
+        let magnitude = m.map(array_f32).transpose()?;
+        let adapter = Adapter { a: array_f32(a)?, b: array_f32(b)?, scale: config.scale_of(path), magnitude };
+        adapters.insert(path.to_owned(), adapter);
+    }
+    if adapters.is_empty() && problems.is_empty() {
+        problems.push("the file holds no tensors".into());
+    }
+    if problems.is_empty() { Ok(adapters) } else { Err(Error::Mismatch { file: file.to_path_buf(), problems }) }
+}
+
+/// The tensor as an f32 array.
+pub(crate) fn array_f32(tensor: &Tensor) -> Result<graft_ops::Array> {
+    Ok(tensor.to_array()?.as_dtype(Dtype::Float32)?)
+}
+
+/// JSON as Python's `json.dumps(indent=4)` writes it, for files that people compare with mlx-lm's.
+fn pretty(value: &Value) -> String {
+    let mut out = Vec::new();
+    let formatter = serde_json::ser::PrettyFormatter::with_indent(b"    ");
+    let mut serializer = serde_json::Serializer::with_formatter(&mut out, formatter);
+    // A `Value` always serializes, and serde_json writes UTF-8.
+    if serde::Serialize::serialize(value, &mut serializer).is_err() {
+        return value.to_string();
+    }
+    String::from_utf8(out).unwrap_or_else(|_| value.to_string())
+}

@@ -1,0 +1,295 @@
+//! The one decoder graph: embedding, blocks of attention and MLP, norm, head.
+//!
+//! ```text
+//! h = E[t]
+//! h = h + o(attention(rope(norm(q(x))), rope(norm(k(x))), v(x)))   with x = norm(h)
+//! h = h + down(silu(gate(x)) * up(x))                              with x = norm(h)
+//! logits = head(norm(h))
+//! ```
+
+use graft_adapters::{Embedding, Kind, Linear, Norm, Route, Target};
+use graft_ops::{Array, Dtype, HeadRef, RopeTable, Rows};
+use graft_quant::Weight;
+
+use crate::cache::rows_of;
+use crate::{DecoderConfig, Error, KvCache, Result};
+
+/// Tokens per chunk of the head, so that no (N, V) logits are held.
+const HEAD_CHUNK: i32 = 256;
+
+/// A decoder with its weights. They are frozen; what a pass changes comes with its route.
+#[derive(Debug)]
+pub struct Model {
+    pub(crate) config: DecoderConfig,
+    pub(crate) dtype: Dtype,
+    pub(crate) embed: Embedding,
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) norm: Norm,
+    pub(crate) head: Option<Linear>,
+    pub(crate) rope: RopeTable,
+}
+
+/// One block.
+#[derive(Debug)]
+pub(crate) struct Block {
+    pub(crate) attention: Attention,
+    pub(crate) mlp: Mlp,
+    pub(crate) input_norm: Norm,
+    pub(crate) post_norm: Norm,
+}
+
+/// Grouped-query attention with rotary positions.
+#[derive(Debug)]
+pub(crate) struct Attention {
+    pub(crate) q: Linear,
+    pub(crate) k: Linear,
+    pub(crate) v: Linear,
+    pub(crate) o: Linear,
+    pub(crate) q_norm: Option<Norm>,
+    pub(crate) k_norm: Option<Norm>,
+    pub(crate) heads: i32,
+    pub(crate) kv_heads: i32,
+    pub(crate) head_dim: i32,
+}
+
+/// The gated feed-forward part.
+#[derive(Debug)]
+pub(crate) struct Mlp {
+    pub(crate) gate: Linear,
+    pub(crate) up: Linear,
+    pub(crate) down: Linear,
+}
+
+/// What all blocks of one pass share.
+struct Pass<'a> {
+    rows: &'a Rows,
+    rope: &'a RopeTable,
+    route: &'a Route<'a>,
+}
+
+impl Attention {
+    /// x (N, E) to (N, E); `index` is the block's place in the caches.
+    fn forward(&self, x: &Array, pass: &Pass, caches: Caches, index: usize) -> Result<Array> {
+        let n = x.dim(0);
+        let split = |y: Array, heads: i32| y.reshape(&[n, heads, self.head_dim]);
+        let normed = |y: Array, norm: &Option<Norm>| match norm {
+            Some(norm) => norm.forward(&y, pass.route),
+            None => Ok(y),
+        };
+        let q = normed(split(self.q.forward(x, pass.route)?, self.heads)?, &self.q_norm)?;
+        let k = normed(split(self.k.forward(x, pass.route)?, self.kv_heads)?, &self.k_norm)?;
+        let v = split(self.v.forward(x, pass.route)?, self.kv_heads)?;
+        let q = graft_ops::rope(&q, pass.rows, pass.rope)?;
+        let k = graft_ops::rope(&k, pass.rows, pass.rope)?;
+        let scale = 1.0 / (self.head_dim as f32).sqrt();
+        let y = match caches {
+            None => graft_ops::attention(&q, &k, &v, pass.rows, scale)?,
+            Some(caches) => attend_cached(&q, &k, &v, pass.rows, caches, (index, scale))?,
+        };
+        Ok(self.o.forward(&y.reshape(&[n, self.heads * self.head_dim])?, pass.route)?)
+    }
+}
+
+/// Appends each row's keys and values to its cache and attends to all of them.
+fn attend_cached(
+    q: &Array,
+    k: &Array,
+    v: &Array,
+    rows: &Rows,
+    caches: &mut [&mut KvCache],
+    (index, scale): (usize, f32),
+) -> Result<Array> {
+    let mut start = 0;
+    for (cache, &length) in caches.iter_mut().zip(&rows.lengths) {
+        let end = start + length;
+        cache.append(index, &rows_of(k, start, end)?, &rows_of(v, start, end)?)?;
+        start = end;
+    }
+    let cached: Vec<_> = caches.iter().zip(&rows.lengths).filter_map(|(c, &n)| c.row(index, n)).collect();
+    Ok(graft_ops::attention_cached(q, &cached, rows, scale)?)
+}
+
+impl Block {
+    fn forward(&self, h: &Array, pass: &Pass, caches: Caches, index: usize) -> Result<Array> {
+        let x = self.input_norm.forward(h, pass.route)?;
+        let h = h.add(self.attention.forward(&x, pass, caches, index)?)?;
+        let x = self.post_norm.forward(&h, pass.route)?;
+        let gated = graft_ops::swiglu(
+            &self.mlp.gate.forward(&x, pass.route)?,
+            &self.mlp.up.forward(&x, pass.route)?,
+        )?;
+        Ok(h.add(self.mlp.down.forward(&gated, pass.route)?)?)
+    }
+
+    fn linears(&self) -> [&Linear; 7] {
+        let (a, m) = (&self.attention, &self.mlp);
+        [&a.q, &a.k, &a.v, &a.o, &m.gate, &m.up, &m.down]
+    }
+
+    fn norms(&self) -> impl Iterator<Item = &Norm> {
+        let (q, k) = (&self.attention.q_norm, &self.attention.k_norm);
+        [&self.input_norm, &self.post_norm].into_iter().chain(q).chain(k)
+    }
+}
+
+/// The caches of all rows of a pass, one a row.
+type Caches<'a, 'b> = Option<&'a mut [&'b mut KvCache]>;
+
+impl Model {
+    /// The values of config.json.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// The dtype of activations and of everything that is not packed.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// All linears in checkpoint order, the untied head last.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.blocks.iter().flat_map(Block::linears).chain(&self.head)
+    }
+
+    /// The token embedding.
+    pub fn embedding(&self) -> &Embedding {
+        &self.embed
+    }
+
+    /// The linears of block `index`.
+    pub fn block_linears(&self, index: usize) -> Option<[&Linear; 7]> {
+        self.blocks.get(index).map(Block::linears)
+    }
+
+    /// The norms of block `index`.
+    pub fn block_norms(&self, index: usize) -> impl Iterator<Item = &Norm> {
+        self.blocks.get(index).into_iter().flat_map(Block::norms)
+    }
+
+    /// The module at `path` that an adapter may act on.
+    pub fn target(&self, path: &str) -> Option<Target<'_>> {
+        if path == self.embed.path {
+            return Some(Target { weight: &self.embed.weight, kind: Kind::Embedding });
+        }
+        let linear = self.linears().find(|l| l.path == path)?;
+        Some(Target { weight: &linear.weight, kind: Kind::Linear })
+    }
+
+    /// Bytes of all weights as held in memory.
+    pub fn nbytes(&self) -> usize {
+        let norms = self.blocks.iter().flat_map(Block::norms).chain([&self.norm]);
+        self.embed.weight.nbytes()
+            + self.linears().map(|l| l.weight.nbytes() + l.bias.as_ref().map_or(0, Array::nbytes)).sum::<usize>()
+            + norms.map(|n| n.weight.nbytes()).sum::<usize>()
+    }
+
+    /// Tokens (N,) of all rows to hidden states (N, E) after the final norm.
+    ///
+    /// With caches (one a row) `rows.starts` must be what the caches hold; they advance by `rows.lengths`.
+    ///
+    /// # Errors
+    /// When tokens, rows and caches do not fit each other, or an array operation fails.
+    pub fn hidden(
+        &self,
+        tokens: &Array,
+        rows: &Rows,
+        mut caches: Caches<'_, '_>,
+        route: &Route,
+    ) -> Result<Array> {
+        self.check_rows(tokens, rows, caches.as_deref())?;
+        let pass = Pass { rows, rope: &self.rope, route };
+        let mut h = self.embed.forward(tokens, self.dtype, route)?;
+        for (index, block) in self.blocks.iter().enumerate() {
+            h = block.forward(&h, &pass, caches.as_deref_mut(), index)?;
+        }
+        if let Some(caches) = caches {
+            for (cache, &length) in caches.iter_mut().zip(&rows.lengths) {
+                cache.advance(length);
+            }
+        }
+        Ok(self.norm.forward(&h, route)?)
+    }
+
+    /// One block after another, for what needs them apart (recomputation, observation): h (N, E) to (N, E).
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn block(&self, index: usize, h: &Array, rows: &Rows, route: &Route) -> Result<Array> {
+        let block = self.blocks.get(index).ok_or_else(|| Error::Request(format!("no block {index}")))?;
+        block.forward(h, &Pass { rows, rope: &self.rope, route }, None, index)
+    }
+
+    /// Tokens (N,) to the first block's input (N, E).
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn embed(&self, tokens: &Array, route: &Route) -> Result<Array> {
+        Ok(self.embed.forward(tokens, self.dtype, route)?)
+    }
+
+    /// The norm before the head: h (N, E) to (N, E).
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn final_norm(&self, h: &Array, route: &Route) -> Result<Array> {
+        Ok(self.norm.forward(h, route)?)
+    }
+
+    fn check_rows(&self, tokens: &Array, rows: &Rows, caches: Option<&[&mut KvCache]>) -> Result<()> {
+        let total: i32 = rows.lengths.iter().sum();
+        let fits = rows.starts.len() == rows.lengths.len()
+            && caches.is_none_or(|caches| {
+                caches.len() == rows.lengths.len()
+                    && caches.iter().zip(&rows.starts).all(|(cache, start)| cache.len() == *start)
+            });
+        if tokens.shape() != [total] || total == 0 || !fits {
+            return Err(Error::Request(format!(
+                "expected {total} tokens in rows that continue their caches, found tokens {:?}, lengths {:?}, starts {:?}",
+                tokens.shape(),
+                rows.lengths,
+                rows.starts
+            )));
+        }
+        Ok(())
+    }
+
+    /// Hidden states (M, E) to logits (M, V), in the model's dtype.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn logits(&self, h: &Array, route: &Route) -> Result<Array> {
+        Ok(match &self.head {
+            Some(head) => head.forward(h, route)?,
+            None => self.embed.as_linear(h, route)?,
+        })
+    }
+
+    /// Loss in nats (M,), f32, of `targets` (M,) given hidden states (M, E): logsumexp of the logits minus the target's.
+    ///
+    /// No (M, V) logits are held: the plain head goes through one operation with a gradient to h; a head that the route
+    /// changes is taken chunk by chunk.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn losses(&self, h: &Array, targets: &Array, route: &Route) -> Result<Array> {
+        let (path, weight, bias) = match &self.head {
+            Some(head) => (&head.path, &head.weight, head.bias.as_ref()),
+            None => (&self.embed.path, &self.embed.weight, None),
+        };
+        let changed = route.site(path).is_some() || route.tensor(path, "weight").is_some() || bias.is_some();
+        if !changed {
+            let head = match weight {
+                Weight::Dense(w) => HeadRef::Dense(w),
+                Weight::Packed(w) => HeadRef::Packed(w.as_ref()),
+            };
+            return Ok(graft_ops::linear_cross_entropy(h, head, targets, HEAD_CHUNK)?);
+        }
+        let mut parts = Vec::new();
+        for start in (0..h.dim(0)).step_by(HEAD_CHUNK as usize) {
+            let end = (start + HEAD_CHUNK).min(h.dim(0));
+            let logits = self.logits(&rows_of(h, start, end)?, route)?;
+            parts.push(graft_ops::cross_entropy(&logits, &rows_of(targets, start, end)?)?);
+        }
+        Ok(mlx_rs::ops::concatenate_axis(&parts, 0)?)
+    }
+}

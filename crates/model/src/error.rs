@@ -1,0 +1,62 @@
+//! What can be wrong with a model directory or with what a model is asked to do.
+
+use std::path::PathBuf;
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A model that cannot be loaded or run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// config.json names an architecture that no family maps.
+    #[error("{file}: model_type {found:?} is not supported; supported are {known}")]
+    Family {
+        /// The config file.
+        file: PathBuf,
+        /// What it says.
+        found: String,
+        /// The names we know.
+        known: String,
+    },
+    /// A field of config.json (or of another JSON file) is missing or has another value than it may.
+    #[error("{file}: field `{field}`: expected {expected}, found {found}")]
+    Config {
+        /// The file.
+        file: PathBuf,
+        /// Dotted name of the field.
+        field: String,
+        /// What it should have been.
+        expected: String,
+        /// What it was.
+        found: String,
+    },
+    /// Tensors are missing, left over or misshapen: all of them, one a line.
+    #[error("{dir}: the weights do not fit config.json:\n  {}", problems.join("\n  "))]
+    Weights {
+        /// The model directory.
+        dir: PathBuf,
+        /// One sentence each.
+        problems: Vec<String>,
+    },
+    /// A request that the model cannot serve.
+    #[error("{0}")]
+    Request(String),
+    /// Reading a file failed.
+    #[error("{path}: {source}")]
+    Io {
+        /// Path of the file.
+        path: PathBuf,
+        /// The system's error.
+        source: std::io::Error,
+    },
+    /// A checkpoint could not be read.
+    #[error(transparent)]
+    Quant(#[from] graft_quant::Error),
+    /// An adapter could not be used.
+    #[error(transparent)]
+    Adapter(#[from] graft_adapters::Error),
+    /// An array operation failed.
+    #[error("array operation failed: {0}")]
+    Array(#[from] graft_ops::Exception),
+}

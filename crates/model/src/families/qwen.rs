@@ -1,0 +1,15 @@
+//! Qwen 2 (biases on q, k, v) and Qwen 3 (norms on q and k, a head dim of its own).
+
+use super::{Family, Fields};
+use crate::{DecoderConfig, Result};
+
+pub(super) const QWEN2: Family = Family { names: &["qwen2"], config: qwen2 };
+pub(super) const QWEN3: Family = Family { names: &["qwen3"], config: qwen3 };
+
+fn qwen2(fields: &Fields) -> Result<DecoderConfig> {
+    Ok(DecoderConfig { qkv_bias: true, ..fields.common()? })
+}
+
+fn qwen3(fields: &Fields) -> Result<DecoderConfig> {
+    Ok(DecoderConfig { qk_norm: true, ..fields.common()? })
+}
