@@ -1,3 +1,55 @@
-//! Project tasks.
+//! Project tasks, run as `cargo xtask <task>`: everything a contributor or the CI does beyond plain `cargo`.
+//!
+//! Only this crate and `.cargo/` know how MLX gets onto Linux. It must build and run before that has happened, so it
+//! depends on no crate of the workspace. One file per task; a new task is a file and a line in [`TASKS`].
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a terminal program")]
 
-fn main() {}
+mod cache;
+mod elf;
+mod native;
+mod setup;
+mod sh;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+/// A task: its name, what `--help` says of it, and the function that gets the remaining arguments.
+type Task = (&'static str, &'static str, fn(&[String]) -> Result<()>);
+
+const TASKS: &[Task] = &[
+    ("setup", "get MLX onto this machine, so that plain cargo build and test work", setup::task),
+];
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &[String]) -> Result<()> {
+    let Some(name) = args.first() else {
+        bail!("which task?\n{}", usage());
+    };
+    if name == native::BINDINGS_TASK {
+        return native::bindings_task(&args[1..]);
+    }
+    if matches!(name.as_str(), "help" | "--help" | "-h") {
+        println!("{}", usage());
+        return Ok(());
+    }
+    match TASKS.iter().find(|task| task.0 == name) {
+        Some((_, _, task)) => task(&args[1..]),
+        None => bail!("there is no task {name}\n{}", usage()),
+    }
+}
+
+fn usage() -> String {
+    let lines = TASKS.iter().map(|(name, about, _)| format!("  {name:<12} {about}\n"));
+    format!("usage: cargo xtask <task> [options]\n\n{}", lines.collect::<String>())
+}
