@@ -94,7 +94,9 @@ pub(crate) fn load(dir: &Path, file: &Path, raw: Map<String, Value>) -> Result<A
         dropout: raw.get("lora_dropout").and_then(Value::as_f64).unwrap_or(0.0) as f32,
         keys: Some(block_keys(adapters.keys())),
     });
-    let config = AdapterConfig { fine_tune_type, num_layers: -1, parameters, scales, raw };
+    // What PEFT said is kept, but apart: with its keys at the top the directory would be taken for PEFT's again.
+    let mut config = AdapterConfig { fine_tune_type, num_layers: -1, parameters, scales, raw: Map::new() };
+    config.set_extra("peft", raw.into());
     Ok(AdapterSet { adapters, weights: BTreeMap::new(), config, metadata })
 }
 

@@ -1,1 +1,34 @@
-//! (see DESIGN)
+//! Array operations that mlx-rs lacks, or whose best form depends on where they run.
+//!
+//! Every operation is one public function with two forms that compute the same: plain MLX operations, which is what a
+//! GPU wants, and on a CPU an operation of our own with its gradient, because MLX's CPU backend is scalar and
+//! single-threaded. [`form`] says which is in use. All C++ and all unsafe code of the workspace stand here.
+//!
+//! Shapes are written in these letters: N tokens (all rows of a batch, concatenated), H heads, K key/value heads,
+//! D head dimension, E hidden, V vocabulary, M rows of a matrix.
+#![allow(unsafe_code, reason = "this is the crate that talks to MLX and to the processor")]
+
+mod attention;
+pub mod ffi;
+mod form;
+pub mod info;
+mod loss;
+mod norm;
+mod packed;
+mod pool;
+mod rope;
+mod rows;
+
+pub use attention::{CachedRow, attention, attention_cached};
+pub use form::{Form, form, set_form};
+pub use loss::{HeadRef, cross_entropy, linear_cross_entropy};
+pub use mlx_rs::error::Exception;
+pub use mlx_rs::{Array, Dtype};
+pub use norm::{rms_norm, swiglu};
+pub use packed::{PackedRef, packed_matmul, packed_matmul_t, packed_rows};
+pub use pool::{set_threads, threads};
+pub use rope::{RopeTable, rope};
+pub use rows::Rows;
+
+/// The result of an operation: an array, or what is wrong with the request.
+pub type Result<T> = std::result::Result<T, Exception>;

@@ -1,0 +1,37 @@
+//! Which form the operations take, and how many threads they use.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// The form of the operations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// Our own CPU operations, for the types they know; MLX's operations for the others.
+    Cpu,
+    /// Plain MLX operations only, which also run on a GPU.
+    Mlx,
+}
+
+const UNSET: u8 = 0;
+const CPU: u8 = 1;
+const MLX: u8 = 2;
+
+static FORM: AtomicU8 = AtomicU8::new(UNSET);
+
+/// The form in use: [`Form::Cpu`] where our CPU operations are compiled in, unless [`set_form`] chose otherwise.
+pub fn form() -> Form {
+    match FORM.load(Ordering::Relaxed) {
+        CPU => Form::Cpu,
+        MLX => Form::Mlx,
+        _ if cfg!(graft_cpu) => Form::Cpu,
+        _ => Form::Mlx,
+    }
+}
+
+/// Chooses the form of all operations built from now on. Without CPU operations compiled in, the form stays [`Form::Mlx`].
+pub fn set_form(form: Form) {
+    let value = match form {
+        Form::Cpu if cfg!(graft_cpu) => CPU,
+        Form::Cpu | Form::Mlx => MLX,
+    };
+    FORM.store(value, Ordering::Relaxed);
+}

@@ -1,0 +1,95 @@
+//! Rotary position embedding over rows of different length.
+
+use mlx_rs::{fast, ops};
+
+use crate::{Array, Dtype, Exception, Result, Rows};
+
+/// The frequencies of a rotary embedding, after whatever scaling the model's config asks for.
+pub struct RopeTable {
+    /// (dims / 2,) f32: the angle of pair i at position p is p * inv_freq[i].
+    pub inv_freq: Array,
+    /// How many leading dimensions of a head are rotated; the others pass through.
+    pub dims: i32,
+    /// Pairs are neighbours (2i, 2i + 1) instead of halves (i, i + dims / 2).
+    pub traditional: bool,
+    /// 1 / inv_freq, which is what MLX's own operation takes.
+    periods: Array,
+}
+
+impl RopeTable {
+    /// A table for `inv_freq` (dims / 2,), which is converted to f32 and evaluated.
+    pub fn new(inv_freq: &Array, traditional: bool) -> Result<RopeTable> {
+        if inv_freq.ndim() != 1 || inv_freq.size() == 0 {
+            return Err(Exception::custom(format!(
+                "rope: the frequencies must have one dimension, found {:?}",
+                inv_freq.shape()
+            )));
+        }
+        let inv_freq = inv_freq.as_dtype(Dtype::Float32)?;
+        let periods = inv_freq.reciprocal()?;
+        mlx_rs::transforms::eval([&inv_freq, &periods])?;
+        Ok(RopeTable { dims: 2 * inv_freq.dim(0), inv_freq, traditional, periods })
+    }
+}
+
+/// x (N, H, D) rotated by each token's position (row start + index in the row), in the type of x. Differentiable in x.
+pub fn rope(x: &Array, rows: &Rows, table: &RopeTable) -> Result<Array> {
+    let &[tokens, _, head_dim] = x.shape() else {
+        return Err(Exception::custom(format!("rope: x must be (N, H, D), found {:?}", x.shape())));
+    };
+    rows.check(tokens)?;
+    if table.dims > head_dim {
+        return Err(Exception::custom(format!(
+            "rope: {} dimensions to rotate, but the head has {head_dim}",
+            table.dims
+        )));
+    }
+    match rows.equal_length() {
+        Some(length) if length > 0 => mlx_equal(x, rows, length, table),
+        _ => mlx_ragged(x, rows, table),
+    }
+}
+
+/// Rows of one length are a batch, which MLX's own operation takes with one offset per row.
+fn mlx_equal(x: &Array, rows: &Rows, length: i32, table: &RopeTable) -> Result<Array> {
+    let (heads, head_dim) = (x.dim(1), x.dim(2));
+    let batch = rows.lengths.len() as i32;
+    let x = x.reshape(&[batch, length, heads, head_dim])?.transpose_axes(&[0, 2, 1, 3])?;
+    let y = if rows.starts.iter().all(|&start| start == rows.starts[0]) {
+        fast::rope(x, table.dims, table.traditional, None, 1.0, rows.starts[0], &table.periods)?
+    } else {
+        let offsets = Array::from_slice(&rows.starts, &[batch]);
+        fast::rope_dynamic(x, table.dims, table.traditional, None, 1.0, offsets, &table.periods)?
+    };
+    y.transpose_axes(&[0, 2, 1, 3])?.reshape(&[batch * length, heads, head_dim])
+}
+
+fn mlx_ragged(x: &Array, rows: &Rows, table: &RopeTable) -> Result<Array> {
+    let (tokens, heads, head_dim) = (x.dim(0), x.dim(1), x.dim(2));
+    let (dims, half) = (table.dims, table.dims / 2);
+    let mut positions = Vec::with_capacity(tokens as usize);
+    for (&length, &start) in rows.lengths.iter().zip(&rows.starts) {
+        positions.extend((start..start + length).map(|p| p as f32));
+    }
+    let angles = Array::from_slice(&positions, &[tokens, 1, 1]).multiply(table.inv_freq.reshape(&[1, 1, half])?)?;
+    let (cos, sin) = (angles.cos()?, angles.sin()?);
+
+    let parts = ops::split_at_indices(x, &[dims], 2)?;
+    let rotated = parts[0].as_dtype(Dtype::Float32)?;
+    let (first, second) = if table.traditional {
+        let pairs = ops::split_at_indices(rotated.reshape(&[tokens, heads, half, 2])?, &[1], 3)?;
+        (pairs[0].squeeze_axes(&[3])?, pairs[1].squeeze_axes(&[3])?)
+    } else {
+        let halves = ops::split_at_indices(&rotated, &[half], 2)?;
+        (halves[0].clone(), halves[1].clone())
+    };
+    let new_first = first.multiply(&cos)?.subtract(second.multiply(&sin)?)?;
+    let new_second = first.multiply(&sin)?.add(second.multiply(&cos)?)?;
+    let y = if table.traditional {
+        ops::stack_axis(&[new_first, new_second], 3)?.reshape(&[tokens, heads, dims])?
+    } else {
+        ops::concatenate_axis(&[new_first, new_second], 2)?
+    };
+    let y = y.as_dtype(x.dtype())?;
+    if dims == head_dim { Ok(y) } else { ops::concatenate_axis(&[y, parts[1].clone()], 2) }
+}
