@@ -137,6 +137,6 @@ pub fn row_norms(a: &Array, b: &Array, scale: f32, weight: &Weight, n0: &Array) 
 pub fn row_factor(m: &Array, n: &Array) -> Result<Array> {
     let zero = n.eq(Array::from_f32(0.0))?;
     let one = Array::from_f32(1.0);
-    let safe = mlx_rs::ops::which(&zero, &one, n)?;
-    mlx_rs::ops::which(&zero, &one, m.divide(safe)?)
+    let safe = mlx_rs::ops::select(&zero, &one, n)?;
+    mlx_rs::ops::select(&zero, &one, m.divide(safe)?)
 }

@@ -67,7 +67,6 @@ impl Site {
     /// # Errors
     /// When an array operation fails.
     pub fn low_rank_rows(&self, ids: &Array, dtype: Dtype) -> Result<Array> {
-        use mlx_rs::ops::indexing::TakeAxisOp as _;
         self.scaled(self.a.take_axis(ids, 0)?.matmul(&self.b)?, dtype)
     }
 

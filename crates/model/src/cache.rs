@@ -68,7 +68,7 @@ impl KvCache {
             let target = (end + STEP - 1) / STEP * STEP;
             let more = mlx_rs::ops::zeros::<f32>(&[heads, target - capacity, dim])?.as_dtype(dtype)?;
             match old {
-                Some(old) => mlx_rs::ops::concatenate_axis(&[old, more], 1),
+                Some(old) => mlx_rs::ops::concatenate(&[old, more], 1),
                 None => Ok(more),
             }
         };

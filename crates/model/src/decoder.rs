@@ -290,6 +290,6 @@ impl Model {
             let logits = self.logits(&rows_of(h, start, end)?, route)?;
             parts.push(graft_ops::cross_entropy(&logits, &rows_of(targets, start, end)?)?);
         }
-        Ok(mlx_rs::ops::concatenate_axis(&parts, 0)?)
+        Ok(mlx_rs::ops::concatenate(&parts, 0)?)
     }
 }

@@ -15,6 +15,7 @@ mod families;
 mod generate;
 mod load;
 mod rope;
+mod sample;
 
 pub use cache::KvCache;
 pub use config::{DecoderConfig, RopeConfig, RopeScaling};
@@ -22,4 +23,5 @@ pub use decoder::Model;
 pub use error::{Error, Result};
 pub use families::{Family, config_from_map, family_names};
 pub use generate::{GenerateOptions, Generator, Prefill, Token};
+pub use sample::{Sampler, Sampling};
 pub use load::{Part, PartKind, parts};

@@ -94,7 +94,7 @@ impl Model {
         let embed = Embedding { weight: source.weight(embed_path)?, path: embed_path.into() };
         let norm = source.norm(&config, "model.norm".into())?;
         let head = if config.tied { None } else { Some(source.linear("lm_head".into())?) };
-        let rope = rope::table(&config);
+        let rope = rope::table(&config)?;
         Ok(Self { config, dtype, embed, blocks, norm, head, rope })
     }
 }

@@ -5,13 +5,9 @@ use graft_ops::{Array, RopeTable};
 use crate::{DecoderConfig, RopeScaling};
 
 /// The frequencies (D/2,) of a model, radians per position.
-pub(crate) fn table(config: &DecoderConfig) -> RopeTable {
+pub(crate) fn table(config: &DecoderConfig) -> graft_ops::Result<RopeTable> {
     let frequencies = frequencies(config);
-    RopeTable {
-        inv_freq: Array::from_slice(&frequencies, &[config.head_dim / 2]),
-        dims: config.head_dim,
-        traditional: config.rope.traditional,
-    }
+    RopeTable::new(&Array::from_slice(&frequencies, &[config.head_dim / 2]), config.rope.traditional)
 }
 
 /// theta^(-2i/D), then the scaling.

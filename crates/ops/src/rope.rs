@@ -5,6 +5,7 @@ use mlx_rs::{fast, ops};
 use crate::{Array, Dtype, Exception, Result, Rows};
 
 /// The frequencies of a rotary embedding, after whatever scaling the model's config asks for.
+#[derive(Debug)]
 pub struct RopeTable {
     /// (dims / 2,) f32: the angle of pair i at position p is p * inv_freq[i].
     pub inv_freq: Array,

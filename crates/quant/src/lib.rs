@@ -1,1 +1,25 @@
-//! (see DESIGN)
+//! Checkpoints and packed weights: tensors and bytes, no layers.
+//!
+//! A packed weight W (out, in) keeps `bits` per element and one scale and one bias per `group_size` inputs of a row:
+//! `W[o, i] = scales[o, i / group] * code[o, i] + biases[o, i / group]`. Reading is by position in the file, so that a
+//! model of any size takes the memory of the tensors in use; writing is atomic, so that nothing ever holds half a model.
+
+mod checkpoint;
+mod error;
+pub mod gguf;
+mod grid;
+mod quantization;
+mod round;
+mod tensor;
+mod weight;
+mod writer;
+
+pub use checkpoint::{Checkpoint, TensorInfo};
+pub use error::{Error, Result};
+pub use grid::Grid;
+pub use quantization::Quantization;
+pub use round::round;
+pub use safetensors::Dtype as StoredDtype;
+pub use tensor::{Tensor, TensorFile, read_safetensors, safetensors_bytes};
+pub use weight::{Packed, Weight};
+pub use writer::{DirWriter, write_atomic};

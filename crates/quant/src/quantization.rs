@@ -1,0 +1,119 @@
+//! The `quantization` block of config.json.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use crate::{Error, Grid, Result};
+
+/// Which modules are packed, and how.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Quantization {
+    /// The grid of every packed module that has no entry of its own; none in a dense model.
+    pub default: Option<Grid>,
+    /// Modules with a grid of their own, or none if they are to stay dense.
+    pub paths: BTreeMap<String, Option<Grid>>,
+}
+
+impl Quantization {
+    /// Reads the block; a config without one describes a dense model.
+    ///
+    /// # Errors
+    /// When the block asks for a mode, a width or a group size that does not exist here, by field.
+    pub fn from_config(file: &Path, config: &Map<String, Value>) -> Result<Quantization> {
+        let foreign = config.get("quantization_config").and_then(|block| block.get("quant_method"));
+        let (name, block) = match (config.get("quantization"), config.get("quantization_config")) {
+            (Some(block), _) if !block.is_null() => ("quantization", block),
+            (_, Some(_)) if foreign.is_some() => {
+                return Err(Error::Unsupported {
+                    file: file.to_path_buf(),
+                    what: format!("quantization_config.quant_method {}", foreign.unwrap_or(&Value::Null)),
+                    hint: "affine weights as mlx-lm packs them are; convert the original model with `graft convert -q`"
+                        .into(),
+                });
+            }
+            (_, Some(block)) if !block.is_null() => ("quantization_config", block),
+            _ => return Ok(Quantization::default()),
+        };
+        let Value::Object(block) = block else {
+            return Err(Error::Config {
+                file: file.to_path_buf(),
+                field: name.into(),
+                expected: "an object with group_size and bits".into(),
+                found: block.to_string(),
+            });
+        };
+        let default = Some(grid(file, name, block)?);
+        let mut paths = BTreeMap::new();
+        for (key, value) in block {
+            match value {
+                Value::Object(own) => {
+                    paths.insert(key.clone(), Some(grid(file, &format!("{name}.{key}"), own)?));
+                }
+                Value::Bool(false) => {
+                    paths.insert(key.clone(), None);
+                }
+                Value::Bool(true) => {
+                    paths.insert(key.clone(), default);
+                }
+                _ => {}
+            }
+        }
+        Ok(Quantization { default, paths })
+    }
+
+    /// Writes the block, as `quantization` and, as mlx-lm does, once more as `quantization_config`; removes both if
+    /// nothing is packed.
+    pub fn to_config(&self, config: &mut Map<String, Value>) {
+        config.remove("quantization");
+        config.remove("quantization_config");
+        let Some(default) = self.default else { return };
+        let mut block = entry(default);
+        for (path, own) in &self.paths {
+            let value = own.map_or(Value::Bool(false), |grid| Value::Object(entry(grid)));
+            block.insert(path.clone(), value);
+        }
+        config.insert("quantization".into(), Value::Object(block.clone()));
+        config.insert("quantization_config".into(), Value::Object(block));
+    }
+
+    /// The grid that the block gives `path`, if it is packed.
+    pub fn grid_of(&self, path: &str) -> Option<Grid> {
+        self.paths.get(path).copied().unwrap_or(self.default)
+    }
+}
+
+fn entry(grid: Grid) -> Map<String, Value> {
+    let mut map = Map::new();
+    map.insert("group_size".into(), grid.group_size.into());
+    map.insert("bits".into(), grid.bits.into());
+    map.insert("mode".into(), "affine".into());
+    map
+}
+
+fn grid(file: &Path, name: &str, block: &Map<String, Value>) -> Result<Grid> {
+    if let Some(mode) = block.get("mode").filter(|mode| mode.as_str() != Some("affine")) {
+        return Err(Error::Unsupported {
+            file: file.to_path_buf(),
+            what: format!("{name}.mode {mode}"),
+            hint: "affine weights are; convert the original model with `graft convert -q`".into(),
+        });
+    }
+    let number = |key: &str| {
+        block.get(key).and_then(Value::as_i64).and_then(|n| i32::try_from(n).ok()).ok_or_else(|| Error::Config {
+            file: file.to_path_buf(),
+            field: format!("{name}.{key}"),
+            expected: "a whole number".into(),
+            found: block.get(key).map_or_else(|| "nothing".into(), Value::to_string),
+        })
+    };
+    let grid = Grid { bits: number("bits")?, group_size: number("group_size")? };
+    grid.check().map_err(|error| Error::Config {
+        file: file.to_path_buf(),
+        field: name.into(),
+        expected: "a width and a group size that exist".into(),
+        found: error.to_string(),
+    })?;
+    Ok(grid)
+}

@@ -1,0 +1,249 @@
+//! Writing that is whole or not at all: a file or a directory is made beside its place and then takes it.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufWriter, Read as _, Write as _};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+use tempfile::TempDir;
+
+use crate::tensor::{Entry, header};
+use crate::{Error, Result, Tensor};
+
+/// Replaces `path` by `bytes`: whoever reads it sees the old contents or the new, never a part.
+///
+/// # Errors
+/// When writing, syncing or renaming fails; the old file is then untouched.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    let dir = parent(path);
+    let mut file = tempfile::NamedTempFile::new_in(dir).map_err(Error::io(path))?;
+    file.write_all(bytes).map_err(Error::io(path))?;
+    file.as_file().sync_all().map_err(Error::io(path))?;
+    readable_by_all(file.path())?;
+    file.persist(path).map_err(|error| Error::Io { path: path.to_path_buf(), source: error.error })?;
+    sync_dir(dir)
+}
+
+/// The directory in which `path` stands.
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    }
+}
+
+fn sync_dir(dir: &Path) -> Result<()> {
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io(dir))
+}
+
+/// Temporary files are private to their owner; what takes their place should be as readable as any new file.
+fn readable_by_all(path: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let mode = if path.is_dir() { 0o755 } else { 0o644 };
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(Error::io(path))
+}
+
+/// A model directory in the making. Dropped before [`DirWriter::finish`], it leaves nothing behind.
+#[derive(Debug)]
+pub struct DirWriter {
+    target: PathBuf,
+    temp: TempDir,
+    max_bytes: u64,
+    shards: Vec<Shard>,
+    metadata: BTreeMap<String, String>,
+}
+
+/// Tensors of one file, their data collected apart because the header, which comes first, is known last.
+#[derive(Debug)]
+struct Shard {
+    data: BufWriter<File>,
+    entries: Vec<Entry>,
+    bytes: u64,
+}
+
+/// mlx-lm's limit of one file: 5 GiB.
+const MAX_SHARD: u64 = 5 << 30;
+
+impl DirWriter {
+    /// Begins a directory that will stand at `target`, replacing what is there if `overwrite`.
+    ///
+    /// # Errors
+    /// When the target exists and must not be replaced, or is no model directory; or when nothing can be written there.
+    pub fn create(target: &Path, overwrite: bool) -> Result<DirWriter> {
+        check_target(target, overwrite)?;
+        let dir = parent(target);
+        std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+        let name = target.file_name().and_then(|name| name.to_str()).unwrap_or("model");
+        let temp = tempfile::Builder::new()
+            .prefix(&format!(".{name}.part-"))
+            .tempdir_in(dir)
+            .map_err(Error::io(dir))?;
+        let metadata = BTreeMap::from([("format".to_owned(), "mlx".to_owned())]);
+        Ok(DirWriter { target: target.to_path_buf(), temp, max_bytes: MAX_SHARD, shards: Vec::new(), metadata })
+    }
+
+    /// Limits the size of one safetensors file; a single tensor may exceed it.
+    pub fn shards(&mut self, max_bytes: u64) {
+        self.max_bytes = max_bytes.max(1);
+    }
+
+    /// Appends a tensor.
+    ///
+    /// # Errors
+    /// When writing fails, or the tensor's bytes do not fit its shape.
+    pub fn add(&mut self, name: &str, tensor: &Tensor) -> Result<()> {
+        let bits = tensor.len() as u64 * tensor.dtype.bitsize() as u64;
+        if bits != tensor.data.len() as u64 * 8 {
+            return Err(Error::Request(format!(
+                "tensor {name}: {:?} of {:?} are {} bytes, found {}",
+                tensor.shape,
+                tensor.dtype,
+                bits / 8,
+                tensor.data.len()
+            )));
+        }
+        let size = tensor.data.len() as u64;
+        if self.shards.last().is_none_or(|shard| shard.bytes + size > self.max_bytes && shard.bytes > 0) {
+            let path = self.data_path(self.shards.len());
+            let file = File::create_new(&path).map_err(Error::io(&path))?;
+            self.shards.push(Shard { data: BufWriter::new(file), entries: Vec::new(), bytes: 0 });
+        }
+        let path = self.data_path(self.shards.len() - 1);
+        let Some(shard) = self.shards.last_mut() else { return Ok(()) };
+        shard.data.write_all(&tensor.data).map_err(Error::io(&path))?;
+        shard.entries.push((name.to_owned(), tensor.dtype, tensor.shape.clone(), size));
+        shard.bytes += size;
+        Ok(())
+    }
+
+    /// Copies a file into the directory.
+    ///
+    /// # Errors
+    /// When reading or writing fails.
+    pub fn copy_file(&mut self, source: &Path, name: &str) -> Result<()> {
+        let bytes = std::fs::read(source).map_err(Error::io(source))?;
+        self.write_file(name, &bytes)
+    }
+
+    /// Writes a file into the directory.
+    ///
+    /// # Errors
+    /// When writing fails.
+    pub fn write_file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let path = self.temp.path().join(name);
+        let mut file = File::create(&path).map_err(Error::io(&path))?;
+        file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(&path))
+    }
+
+    /// Writes config.json as mlx-lm does: keys sorted, four spaces.
+    ///
+    /// # Errors
+    /// When writing fails.
+    pub fn write_config(&mut self, config: &Map<String, Value>) -> Result<()> {
+        let sorted: BTreeMap<&String, &Value> = config.iter().collect();
+        self.write_file("config.json", &pretty(&json!(sorted))?)
+    }
+
+    /// Completes the files and puts the directory in its place.
+    ///
+    /// # Errors
+    /// When writing or renaming fails; what stood at the target is then untouched.
+    pub fn finish(mut self) -> Result<()> {
+        let shards = std::mem::take(&mut self.shards);
+        let count = shards.len();
+        let (mut weight_map, mut total) = (BTreeMap::new(), 0);
+        for (index, shard) in shards.into_iter().enumerate() {
+            let name = match count {
+                1 => "model.safetensors".to_owned(),
+                _ => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
+            };
+            total += shard.bytes;
+            weight_map.extend(shard.entries.iter().map(|(tensor, ..)| (tensor.clone(), name.clone())));
+            self.assemble(index, shard, &name)?;
+        }
+        if count > 0 {
+            let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+            let bytes = pretty(&index)?;
+            self.write_file("model.safetensors.index.json", &bytes)?;
+        }
+        sync_dir(self.temp.path())?;
+        readable_by_all(self.temp.path())?;
+        place(self.temp.path(), &self.target)?;
+        // After an exchange the old directory stands where the new one was made, and goes with it.
+        sync_dir(parent(&self.target))
+    }
+
+    fn data_path(&self, index: usize) -> PathBuf {
+        self.temp.path().join(format!(".data-{index}"))
+    }
+
+    /// Header, then data: copied file to file, which the kernel does without the bytes passing through us.
+    fn assemble(&self, index: usize, shard: Shard, name: &str) -> Result<()> {
+        let (from, to) = (self.data_path(index), self.temp.path().join(name));
+        let data = shard.data.into_inner().map_err(|error| Error::Io { path: from.clone(), source: error.into_error() })?;
+        drop(data);
+        let head = header(&shard.entries, &self.metadata)?;
+        let source = File::open(&from).map_err(Error::io(&from))?;
+        let mut file = File::create_new(&to).map_err(Error::io(&to))?;
+        file.write_all(&head).map_err(Error::io(&to))?;
+        let copied = std::io::copy(&mut source.take(shard.bytes), &mut file).map_err(Error::io(&to))?;
+        if copied != shard.bytes {
+            return Err(Error::Damaged { file: from, what: format!("{copied} of {} bytes were left", shard.bytes) });
+        }
+        file.sync_all().map_err(Error::io(&to))?;
+        std::fs::remove_file(&from).map_err(Error::io(&from))
+    }
+}
+
+/// JSON with four spaces, as Python's `indent=4`.
+pub(crate) fn pretty(value: &Value) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let formatter = serde_json::ser::PrettyFormatter::with_indent(b"    ");
+    let mut serializer = serde_json::Serializer::with_formatter(&mut bytes, formatter);
+    serde::Serialize::serialize(value, &mut serializer)
+        .map_err(|error| Error::Request(format!("cannot write JSON: {error}")))?;
+    Ok(bytes)
+}
+
+/// Refuses a target that would be lost: one that exists without leave, or that is no model directory.
+fn check_target(target: &Path, overwrite: bool) -> Result<()> {
+    let Ok(metadata) = std::fs::symlink_metadata(target) else { return Ok(()) };
+    let exists = |hint: &str| Err(Error::Exists { path: target.to_path_buf(), hint: hint.into() });
+    if !metadata.is_dir() {
+        return exists("it is no directory; choose another path");
+    }
+    let empty = std::fs::read_dir(target).map_err(Error::io(target))?.next().is_none();
+    if empty {
+        return Ok(());
+    }
+    if !overwrite {
+        return exists("remove it or choose another path");
+    }
+    if !target.join("config.json").is_file() {
+        return exists("it holds other files than a model's, which would be lost; choose another path");
+    }
+    Ok(())
+}
+
+/// Puts `made` in the place of `target`.
+fn place(made: &Path, target: &Path) -> Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    if !target.exists() {
+        return std::fs::rename(made, target).map_err(Error::io(target));
+    }
+    if renameat_with(CWD, made, CWD, target, RenameFlags::EXCHANGE).is_ok() {
+        return Ok(());
+    }
+    // A file system without exchange: for a moment the old directory has another name.
+    let aside = made.with_extension("old");
+    std::fs::rename(target, &aside).map_err(Error::io(target))?;
+    if let Err(source) = std::fs::rename(made, target) {
+        // The old directory goes back; if even that fails, the error names where it is.
+        return match std::fs::rename(&aside, target) {
+            Ok(()) => Err(Error::Io { path: target.to_path_buf(), source }),
+            Err(_) => Err(Error::Io { path: aside, source }),
+        };
+    }
+    std::fs::remove_dir_all(&aside).map_err(Error::io(&aside))
+}
