@@ -1,0 +1,517 @@
+//! GGUF, llama.cpp's container: metadata, tensors and the block types that are exactly affine.
+//!
+//! A file is someone else's, so every length in it is checked against what is left of the file before it is used.
+//! Blocks of 32 weights map onto MLX's groups of 32 without loss: `w = scale * code + bias` with
+//!
+//! | type | block | code | scale | bias |
+//! |---|---|---|---|---|
+//! | Q4_0 | d, 16 bytes: low nibbles are weights 0..16, high nibbles 16..32 | nibble | d | -8 d |
+//! | Q4_1 | d, m, 16 bytes as above | nibble | d | m |
+//! | Q8_0 | d, 32 signed bytes | byte + 128 | d | -128 d |
+//!
+//! d and m are 16-bit floats; a power of two times d is exact unless it overflows, which is an error.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+
+use half::f16;
+
+use crate::{Error, Grid, Result, StoredDtype, Tensor};
+
+/// No header that is meant well is longer; a vocabulary of a million tokens takes a tenth.
+const MAX_HEADER: u64 = 256 << 20;
+/// Arrays of arrays go this deep, so that a file cannot exhaust the stack.
+const MAX_DEPTH: usize = 4;
+/// Weights in a block of Q4_0, Q4_1 and Q8_0.
+const BLOCK: usize = 32;
+
+/// A value of the metadata; the widths of the file's number types are not kept.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Value {
+    /// An unsigned number of 8 to 64 bits.
+    U64(u64),
+    /// A signed number of 8 to 64 bits.
+    I64(i64),
+    /// A float of 32 or 64 bits.
+    F64(f64),
+    /// A boolean.
+    Bool(bool),
+    /// Text.
+    Str(String),
+    /// Values of one type.
+    Array(Vec<Value>),
+}
+
+impl Value {
+    /// The whole number, unless it is negative or none.
+    pub fn as_u64(&self) -> Option<u64> {
+        match self {
+            Self::U64(x) => Some(*x),
+            Self::I64(x) => u64::try_from(*x).ok(),
+            _ => None,
+        }
+    }
+
+    /// The number, whole or not.
+    pub fn as_f64(&self) -> Option<f64> {
+        match self {
+            Self::U64(x) => Some(*x as f64),
+            Self::I64(x) => Some(*x as f64),
+            Self::F64(x) => Some(*x),
+            _ => None,
+        }
+    }
+
+    /// The boolean.
+    pub fn as_bool(&self) -> Option<bool> {
+        if let Self::Bool(x) = self { Some(*x) } else { None }
+    }
+
+    /// The text.
+    pub fn as_str(&self) -> Option<&str> {
+        if let Self::Str(x) = self { Some(x) } else { None }
+    }
+
+    /// The values of an array.
+    pub fn as_array(&self) -> Option<&[Value]> {
+        if let Self::Array(x) = self { Some(x) } else { None }
+    }
+}
+
+/// How a tensor is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// 32-bit floats.
+    F32,
+    /// 16-bit floats.
+    F16,
+    /// bfloat16.
+    BF16,
+    /// 4-bit codes, symmetric.
+    Q4_0,
+    /// 4-bit codes with a minimum.
+    Q4_1,
+    /// 8-bit codes, symmetric.
+    Q8_0,
+    /// Another of ggml's types, by its number.
+    Other(u32),
+}
+
+/// ggml's types by number: name, weights in a block, bytes of a block. Those without a size have left the format.
+const KINDS: [(u32, &str, usize, usize); 20] = [
+    (0, "F32", 1, 4),
+    (1, "F16", 1, 2),
+    (2, "Q4_0", BLOCK, 18),
+    (3, "Q4_1", BLOCK, 20),
+    (6, "Q5_0", BLOCK, 22),
+    (7, "Q5_1", BLOCK, 24),
+    (8, "Q8_0", BLOCK, 34),
+    (9, "Q8_1", BLOCK, 36),
+    (10, "Q2_K", 256, 84),
+    (11, "Q3_K", 256, 110),
+    (12, "Q4_K", 256, 144),
+    (13, "Q5_K", 256, 176),
+    (14, "Q6_K", 256, 210),
+    (15, "Q8_K", 256, 292),
+    (24, "I8", 1, 1),
+    (25, "I16", 1, 2),
+    (26, "I32", 1, 4),
+    (27, "I64", 1, 8),
+    (28, "F64", 1, 8),
+    (30, "BF16", 1, 2),
+];
+
+impl Kind {
+    fn from_number(number: u32) -> Self {
+        match number {
+            0 => Self::F32,
+            1 => Self::F16,
+            2 => Self::Q4_0,
+            3 => Self::Q4_1,
+            8 => Self::Q8_0,
+            30 => Self::BF16,
+            other => Self::Other(other),
+        }
+    }
+
+    fn number(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::F16 => 1,
+            Self::Q4_0 => 2,
+            Self::Q4_1 => 3,
+            Self::Q8_0 => 8,
+            Self::BF16 => 30,
+            Self::Other(number) => number,
+        }
+    }
+
+    /// Weights and bytes of a block, where known.
+    fn block(self) -> Option<(usize, usize)> {
+        KINDS.iter().find(|k| k.0 == self.number()).map(|k| (k.2, k.3))
+    }
+
+    /// The grid of the block types that are exactly affine.
+    pub fn grid(self) -> Option<Grid> {
+        match self {
+            Self::Q4_0 | Self::Q4_1 => Some(Grid { bits: 4, group_size: BLOCK as i32 }),
+            Self::Q8_0 => Some(Grid { bits: 8, group_size: BLOCK as i32 }),
+            _ => None,
+        }
+    }
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match KINDS.iter().find(|k| k.0 == self.number()) {
+            Some(kind) => f.write_str(kind.1),
+            None => write!(f, "type {}", self.number()),
+        }
+    }
+}
+
+/// Where a tensor is and what it is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TensorInfo {
+    /// llama.cpp's name.
+    pub name: String,
+    /// Dimensions, row-major: (out, in) for a linear. The file has them the other way round.
+    pub shape: Vec<usize>,
+    /// How it is stored.
+    pub kind: Kind,
+    /// Where its bytes begin in the file.
+    pub offset: u64,
+    /// How many they are; 0 for a type whose size is not known, which cannot be read.
+    pub bytes: u64,
+}
+
+/// A packed tensor on the host, ready to be written or to become a [`crate::Packed`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostPacked {
+    /// u32 (out, words), MLX's order: code i of a row in bits `[i b, (i + 1) b)` of its bytes.
+    pub codes: Tensor,
+    /// f16 (out, groups).
+    pub scales: Tensor,
+    /// f16 (out, groups).
+    pub biases: Tensor,
+    /// How it is packed.
+    pub grid: Grid,
+}
+
+/// What a tensor holds.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Block {
+    /// Q4_0, Q4_1 and Q8_0, exactly.
+    Packed(HostPacked),
+    /// F32, F16 and BF16, as they are.
+    Dense(Tensor),
+}
+
+/// An open file: its header in memory, its tensors on disk.
+#[derive(Debug)]
+pub struct Gguf {
+    /// Metadata by key.
+    pub metadata: BTreeMap<String, Value>,
+    /// Tensors by name.
+    pub tensors: BTreeMap<String, TensorInfo>,
+    path: PathBuf,
+    file: File,
+}
+
+impl Gguf {
+    /// Reads the header of a file of version 2 or 3.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is no GGUF file, or says what cannot be true.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io(path))?;
+        let length = file.metadata().map_err(Error::io(path))?.len();
+        let handle = file.try_clone().map_err(Error::io(path))?;
+        let mut header = Header { path, reader: BufReader::new(handle), position: 0, length };
+        let magic = header.array::<4>("magic")?;
+        if magic != *b"GGUF" {
+            return Err(header.damaged(format!("it begins with {magic:02x?}, not with GGUF")));
+        }
+        let version = header.u32("version")?;
+        if !(2..=3).contains(&version) {
+            let what = if (1..=3).contains(&version.swap_bytes()) {
+                format!("GGUF version {} in big-endian order", version.swap_bytes())
+            } else {
+                format!("GGUF version {version}")
+            };
+            let hint = "versions 2 and 3 in little-endian order are".to_owned();
+            return Err(Error::Unsupported { file: path.to_path_buf(), what, hint });
+        }
+        let tensor_count = header.u64("tensor_count")?;
+        let value_count = header.u64("metadata_kv_count")?;
+        let mut metadata = BTreeMap::new();
+        for i in 0..value_count {
+            let key = header.string(&format!("key {i} of {value_count}"))?;
+            let kind = header.u32(&key)?;
+            let value = header.value(kind, &key, 0)?;
+            if metadata.insert(key.clone(), value).is_some() {
+                return Err(header.damaged(format!("the key {key} stands twice")));
+            }
+        }
+        let alignment = match metadata.get("general.alignment") {
+            None => 32,
+            Some(value) => value.as_u64().filter(|a| a.is_power_of_two() && *a <= 1 << 20).ok_or_else(|| {
+                header.damaged(format!("general.alignment: expected a power of two, found {value:?}"))
+            })?,
+        };
+        let mut infos = Vec::new();
+        for i in 0..tensor_count {
+            infos.push(header.tensor(i, tensor_count)?);
+        }
+        let start = header.position.next_multiple_of(alignment);
+        let mut tensors = BTreeMap::new();
+        for mut info in infos {
+            let name = info.name.clone();
+            let begin = start.checked_add(info.offset);
+            let end = begin.and_then(|begin| begin.checked_add(info.bytes));
+            if !info.offset.is_multiple_of(alignment) || end.is_none_or(|end| end > length) {
+                return Err(header.damaged(format!(
+                    "tensor {name}: {} bytes at {} of the data, which begins at byte {start} of {length}",
+                    info.bytes, info.offset
+                )));
+            }
+            info.offset += start;
+            if tensors.insert(name.clone(), info).is_some() {
+                return Err(header.damaged(format!("tensor {name} stands twice")));
+            }
+        }
+        Ok(Self { metadata, tensors, path: path.to_path_buf(), file })
+    }
+
+    /// Path of the file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Reads a tensor; with `rows`, row i of the result is row `rows[i]` of the file.
+    ///
+    /// (llama.cpp stores the rows of some families' q and k in another order than Hugging Face.)
+    ///
+    /// # Errors
+    /// When its type is none of ours, when a scale is not finite or a bias overflows 16 bits, or when `rows` does
+    /// not fit.
+    pub fn read(&self, info: &TensorInfo, rows: Option<&[usize]>) -> Result<Block> {
+        let Some((weights, bytes)) = info.kind.block().filter(|_| !matches!(info.kind, Kind::Other(_))) else {
+            return Err(Error::Unsupported {
+                file: self.path.clone(),
+                what: format!("tensor {} of type {}", info.name, info.kind),
+                hint: "F32, F16, BF16, Q4_0, Q4_1 and Q8_0 are; make the file again with one of these types \
+                       (llama-quantize --pure keeps to one)"
+                    .to_owned(),
+            });
+        };
+        let length = usize::try_from(info.bytes)
+            .map_err(|_| self.tensor_error(info, "a tensor that fits into memory", info.bytes))?;
+        let mut data = vec![0; length];
+        self.file.read_exact_at(&mut data, info.offset).map_err(Error::io(&self.path))?;
+        let inputs = info.shape.last().copied().unwrap_or(1);
+        // The rows of a vector are its elements.
+        let row_bytes = if info.shape.len() == 1 { bytes } else { inputs / weights * bytes };
+        if let Some(rows) = rows {
+            data = self.reorder(info, &data, rows, row_bytes)?;
+        }
+        if let Some(grid) = info.kind.grid() {
+            return self.unpack(info, grid, &data, bytes).map(Block::Packed);
+        }
+        let dtype = match info.kind {
+            Kind::F16 => StoredDtype::F16,
+            Kind::BF16 => StoredDtype::BF16,
+            _ => StoredDtype::F32,
+        };
+        Ok(Block::Dense(Tensor { dtype, shape: info.shape.clone(), data }))
+    }
+
+    /// The rows of `data` in the order asked for.
+    fn reorder(&self, info: &TensorInfo, data: &[u8], rows: &[usize], row_bytes: usize) -> Result<Vec<u8>> {
+        let count = data.len().checked_div(row_bytes).unwrap_or(0);
+        let mut seen = vec![false; count];
+        let mut out = Vec::with_capacity(data.len());
+        for &row in rows {
+            if row >= count || std::mem::replace(&mut seen[row], true) {
+                return Err(self.tensor_error(info, "each row once", format!("row {row} of {count}")));
+            }
+            out.extend_from_slice(&data[row * row_bytes..(row + 1) * row_bytes]);
+        }
+        if rows.len() == count { Ok(out) } else { Err(self.tensor_error(info, format!("{count} rows"), rows.len())) }
+    }
+
+    /// Blocks to codes, scales and biases.
+    fn unpack(&self, info: &TensorInfo, grid: Grid, data: &[u8], block: usize) -> Result<HostPacked> {
+        let blocks = data.len() / block;
+        let mut codes = Vec::with_capacity(blocks * BLOCK * grid.bits as usize / 8);
+        let mut scales = Vec::with_capacity(blocks * 2);
+        let mut biases = Vec::with_capacity(blocks * 2);
+        for block in data.chunks_exact(block) {
+            let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]);
+            let d = half(0);
+            let bias = match info.kind {
+                Kind::Q4_1 => half(2),
+                Kind::Q4_0 => f16::from_f32(-8.0 * d.to_f32()),
+                _ => f16::from_f32(-128.0 * d.to_f32()),
+            };
+            if !d.is_finite() || !bias.is_finite() {
+                let found = format!("a block with scale {d} and bias {bias}");
+                return Err(self.tensor_error(info, "finite scales and biases", found));
+            }
+            match info.kind {
+                Kind::Q8_0 => codes.extend(block[2..].iter().map(|code| code ^ 0x80)),
+                Kind::Q4_1 => pack_nibbles(&block[4..], &mut codes),
+                _ => pack_nibbles(&block[2..], &mut codes),
+            }
+            scales.extend(d.to_le_bytes());
+            biases.extend(bias.to_le_bytes());
+        }
+        let inputs = info.shape.last().copied().unwrap_or(0);
+        let shaped = |last: usize| {
+            let mut shape = info.shape.clone();
+            shape.pop();
+            shape.push(last);
+            shape
+        };
+        let (words, groups) = (shaped(grid.words(inputs)), shaped(grid.groups(inputs)));
+        Ok(HostPacked {
+            codes: Tensor { dtype: StoredDtype::U32, shape: words, data: codes },
+            scales: Tensor { dtype: StoredDtype::F16, shape: groups.clone(), data: scales },
+            biases: Tensor { dtype: StoredDtype::F16, shape: groups, data: biases },
+            grid,
+        })
+    }
+
+    fn tensor_error(&self, info: &TensorInfo, expected: impl ToString, found: impl ToString) -> Error {
+        Error::Tensor {
+            file: self.path.clone(),
+            name: info.name.clone(),
+            expected: expected.to_string(),
+            found: found.to_string(),
+        }
+    }
+}
+
+/// 16 bytes with weights 0..16 in the low and 16..32 in the high nibbles, to 16 bytes with two neighbours each.
+fn pack_nibbles(block: &[u8], codes: &mut Vec<u8>) {
+    let (pairs, _) = block.as_chunks::<2>();
+    codes.extend(pairs.iter().map(|[a, b]| (a & 0x0f) | (b << 4)));
+    codes.extend(pairs.iter().map(|[a, b]| (a >> 4) | (b & 0xf0)));
+}
+
+/// The header while it is read.
+struct Header<'a> {
+    path: &'a Path,
+    reader: BufReader<File>,
+    position: u64,
+    length: u64,
+}
+
+impl Header<'_> {
+    fn damaged(&self, what: String) -> Error {
+        Error::Damaged { file: self.path.to_path_buf(), what }
+    }
+
+    /// Takes `count` bytes for `field`, if the file and the header have as many left.
+    fn claim(&mut self, count: u64, field: &str) -> Result<()> {
+        let left = self.length.min(MAX_HEADER).saturating_sub(self.position);
+        if count > left {
+            let what = format!("{field} at byte {} needs {count} bytes, {left} are left", self.position);
+            return Err(self.damaged(what));
+        }
+        self.position += count;
+        Ok(())
+    }
+
+    fn array<const N: usize>(&mut self, field: &str) -> Result<[u8; N]> {
+        self.claim(N as u64, field)?;
+        let mut bytes = [0; N];
+        self.reader.read_exact(&mut bytes).map_err(Error::io(self.path))?;
+        Ok(bytes)
+    }
+
+    fn u32(&mut self, field: &str) -> Result<u32> {
+        self.array(field).map(u32::from_le_bytes)
+    }
+
+    fn u64(&mut self, field: &str) -> Result<u64> {
+        self.array(field).map(u64::from_le_bytes)
+    }
+
+    fn string(&mut self, field: &str) -> Result<String> {
+        let count = self.u64(field)?;
+        self.claim(count, field)?;
+        let mut bytes = vec![0; usize::try_from(count).unwrap_or(0)];
+        self.reader.read_exact(&mut bytes).map_err(Error::io(self.path))?;
+        String::from_utf8(bytes).map_err(|_| self.damaged(format!("{field} is not valid UTF-8")))
+    }
+
+    fn value(&mut self, kind: u32, key: &str, depth: usize) -> Result<Value> {
+        Ok(match kind {
+            0 => Value::U64(u8::from_le_bytes(self.array(key)?).into()),
+            1 => Value::I64(i8::from_le_bytes(self.array(key)?).into()),
+            2 => Value::U64(u16::from_le_bytes(self.array(key)?).into()),
+            3 => Value::I64(i16::from_le_bytes(self.array(key)?).into()),
+            4 => Value::U64(self.u32(key)?.into()),
+            5 => Value::I64(i32::from_le_bytes(self.array(key)?).into()),
+            6 => Value::F64(f32::from_le_bytes(self.array(key)?).into()),
+            7 => match self.array(key)? {
+                [0] => Value::Bool(false),
+                [1] => Value::Bool(true),
+                [other] => return Err(self.damaged(format!("{key}: expected 0 or 1, found {other}"))),
+            },
+            8 => Value::Str(self.string(key)?),
+            9 if depth < MAX_DEPTH => {
+                let inner = self.u32(key)?;
+                let count = self.u64(key)?;
+                // Nothing is reserved: a false count runs into the end of the header, one value at a time.
+                let mut values = Vec::new();
+                for _ in 0..count {
+                    values.push(self.value(inner, key, depth + 1)?);
+                }
+                Value::Array(values)
+            }
+            9 => return Err(self.damaged(format!("{key}: arrays nested deeper than {MAX_DEPTH}"))),
+            10 => Value::U64(self.u64(key)?),
+            11 => Value::I64(i64::from_le_bytes(self.array(key)?)),
+            12 => Value::F64(f64::from_le_bytes(self.array(key)?)),
+            other => return Err(self.damaged(format!("{key}: there is no value of type {other}"))),
+        })
+    }
+
+    /// One tensor's entry, its offset still relative to the data.
+    fn tensor(&mut self, i: u64, count: u64) -> Result<TensorInfo> {
+        let name = self.string(&format!("name of tensor {i} of {count}"))?;
+        let field = format!("tensor {name}");
+        let dims = self.u32(&field)?;
+        if dims > 4 {
+            return Err(self.damaged(format!("{field}: expected at most 4 dimensions, found {dims}")));
+        }
+        let mut shape = Vec::new();
+        for _ in 0..dims {
+            let dim = self.u64(&field)?;
+            let dim = usize::try_from(dim).ok().filter(|d| i32::try_from(*d).is_ok());
+            shape.push(dim.ok_or_else(|| self.damaged(format!("{field}: a dimension is too large")))?);
+        }
+        shape.reverse();
+        let kind = Kind::from_number(self.u32(&field)?);
+        let offset = self.u64(&field)?;
+        let bytes = match kind.block() {
+            None => 0,
+            Some((weights, bytes)) => {
+                let inputs = shape.last().copied().unwrap_or(1);
+                if !inputs.is_multiple_of(weights) {
+                    let what = format!("{field}: rows of {inputs} weights in blocks of {weights} ({kind})");
+                    return Err(self.damaged(what));
+                }
+                let total = shape.iter().try_fold(1_usize, |product, &dim| product.checked_mul(dim));
+                let total = total.and_then(|total| (total / weights).checked_mul(bytes));
+                total.ok_or_else(|| self.damaged(format!("{field}: shape {shape:?} is too large")))? as u64
+            }
+        };
+        Ok(TensorInfo { name, shape, kind, offset, bytes })
+    }
+}
