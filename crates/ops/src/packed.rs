@@ -99,7 +99,8 @@ pub fn packed_rows(ids: &Array, w: PackedRef, dtype: Dtype) -> Result<Array> {
         )));
     }
     let codes = w.codes.take_axis(ids, 0)?;
-    let scales = w.scales.take_axis(ids, 0)?;
-    let biases = w.biases.take_axis(ids, 0)?;
+    // In the scales' own type MLX would round each product to it, also where more is wanted.
+    let scales = w.scales.take_axis(ids, 0)?.as_dtype(Dtype::Float32)?;
+    let biases = w.biases.take_axis(ids, 0)?.as_dtype(Dtype::Float32)?;
     ffi::dequantize(&codes, &scales, Some(&biases), w.group_size, w.bits, Mode::Affine, dtype)
 }
