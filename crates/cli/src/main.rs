@@ -1,3 +1,107 @@
-//! The one binary, `graft`.
+//! graft: trains low-rank adapters on (quantized) language models with MLX, fuses them into the base and serves them.
+//!
+//! This file decides exit statuses: 0 done, 1 failed, 2 usage, 130 interrupted after saving. The command itself runs on
+//! one thread with a large stack, because one thread owns all arrays and evaluating a deep graph recurses.
 
-fn main() {}
+mod args;
+mod commands;
+mod errors;
+mod host;
+mod hub;
+mod settings;
+mod ui;
+
+use anyhow::{Context, Result, bail};
+use args::Command;
+use graft_ops::Form;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Stack of the array thread in bytes.
+const STACK: usize = 256 << 20;
+
+fn main() -> ExitCode {
+    // Our own report replaces the panic message and its trace.
+    let place = Arc::new(Mutex::new(String::new()));
+    let seen = place.clone();
+    std::panic::set_hook(Box::new(move |info| {
+        *seen.lock().unwrap_or_else(PoisonError::into_inner) = info.to_string();
+    }));
+    let worker = std::thread::Builder::new()
+        .name("arrays".into())
+        .stack_size(STACK)
+        .spawn(|| run(std::env::args().collect()));
+    let result = match worker.map(std::thread::JoinHandle::join) {
+        Ok(Ok(result)) => result,
+        Ok(Err(_)) => {
+            let what = place.lock().unwrap_or_else(PoisonError::into_inner);
+            ui::note(&format!(
+                "error: graft failed in a way it should not: {}; please report this with the command line",
+                what.split_whitespace().collect::<Vec<_>>().join(" ")
+            ));
+            return ExitCode::FAILURE;
+        }
+        Err(error) => Err(anyhow::Error::from(error).context("cannot start the array thread")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let line = errors::line(&error);
+            match errors::status(&error) {
+                130 => ui::note(&line),
+                _ => ui::note(&format!("error: {line}")),
+            }
+            ExitCode::from(errors::status(&error))
+        }
+    }
+}
+
+fn run(arguments: Vec<String>) -> Result<()> {
+    let (cli, notes) = args::parse(arguments)?;
+    for note in notes {
+        ui::note(&format!("note: {note}"));
+    }
+    choose_form(cli.threads)?;
+    match cli.command {
+        Command::Doctor(args) => commands::doctor(&args),
+        Command::Lora(args) => {
+            let s = settings::Settings::new(&args, settings::Defaults::MlxLm)?;
+            hub::resolve(s.text("model").unwrap_or_default(), hub::What::Model)?;
+            Ok(())
+        }
+        Command::Flags => {
+            ui::out(&serde_json::to_string_pretty(&args::flags())?);
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The form of the operations (`GRAFT_OPS=mlx`) and their threads (`--threads`, else `GRAFT_THREADS`).
+fn choose_form(threads: Option<usize>) -> Result<()> {
+    match std::env::var("GRAFT_OPS").as_deref() {
+        Ok("mlx") => graft_ops::set_form(Form::Mlx),
+        Ok("cpu") if graft_ops::form() != Form::Cpu => {
+            bail!(errors::Usage("GRAFT_OPS=cpu: this build has no CPU operations of graft's own".into()))
+        }
+        Ok("" | "cpu") | Err(_) => {}
+        Ok(other) => bail!(errors::Usage(format!("GRAFT_OPS must be `mlx` or `cpu`, not `{other}`"))),
+    }
+    let from_env = match std::env::var("GRAFT_THREADS") {
+        Ok(text) if !text.is_empty() => {
+            let parsed = text.parse::<usize>();
+            Some(
+                parsed
+                    .map_err(|e| errors::Usage(e.to_string()))
+                    .with_context(|| format!("GRAFT_THREADS must be a whole number, not `{text}`"))?,
+            )
+        }
+        _ => None,
+    };
+    match threads.or(from_env) {
+        Some(0) => bail!(errors::Usage("--threads must be at least 1".into())),
+        Some(n) => graft_ops::set_threads(n),
+        None => {}
+    }
+    Ok(())
+}

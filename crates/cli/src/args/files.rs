@@ -1,0 +1,73 @@
+//! Flags of the commands that turn files into files or look at them: fuse, convert, inspect, doctor.
+
+use clap::Args;
+
+/// `fuse`.
+#[derive(Args, Debug)]
+pub(crate) struct FuseArgs {
+    /// Base model directory or Hugging Face id
+    #[arg(long, default_value = "mlx_model")]
+    pub(crate) model: String,
+    /// Where the fused model is written
+    #[arg(long, default_value = "fused_model")]
+    pub(crate) save_path: String,
+    /// Adapter directory
+    #[arg(long, default_value = "adapters")]
+    pub(crate) adapter_path: String,
+    /// Write a model without packed weights (--policy dense)
+    #[arg(long)]
+    pub(crate) dequantize: bool,
+    /// What a packed layer with an adapter becomes: 8 bits, dense, or its own width again
+    #[arg(long, value_parser = ["raise", "dense", "same"], help_heading = "graft's own")]
+    pub(crate) policy: Option<String>,
+}
+
+/// `convert` and `quantize`.
+#[derive(Args, Debug)]
+pub(crate) struct ConvertArgs {
+    /// Model directory, Hugging Face id, .gguf file, or a directory with one .gguf file
+    #[arg(long, visible_alias = "model")]
+    pub(crate) hf_path: Option<String>,
+    /// Where the model is written; must not exist
+    #[arg(long, default_value = "mlx_model")]
+    pub(crate) mlx_path: String,
+    /// Quantize
+    #[arg(short, long)]
+    pub(crate) quantize: bool,
+    /// Group size: 32, 64 (default) or 128
+    #[arg(long)]
+    pub(crate) q_group_size: Option<i32>,
+    /// Bits: 2, 3, 4 (default), 5, 6 or 8
+    #[arg(long)]
+    pub(crate) q_bits: Option<i32>,
+    /// Quantization mode; graft writes affine
+    #[arg(long, default_value = "affine", value_parser = ["affine", "mxfp4", "nvfp4", "mxfp8"])]
+    pub(crate) q_mode: String,
+    /// Mixed-bit recipe
+    #[arg(long, value_parser = ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"])]
+    pub(crate) quant_predicate: Option<String>,
+    /// Dtype of what is not packed (default: config.json's)
+    #[arg(long, value_parser = ["float16", "bfloat16", "float32"])]
+    pub(crate) dtype: Option<String>,
+    /// Write a model without packed weights
+    #[arg(short, long)]
+    pub(crate) dequantize: bool,
+}
+
+/// `inspect`.
+#[derive(Args, Debug)]
+pub(crate) struct InspectArgs {
+    /// Model or adapter directory, or Hugging Face id
+    pub(crate) path: String,
+    /// Report as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `doctor`.
+#[derive(Args, Debug)]
+pub(crate) struct DoctorArgs {
+    /// Report as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}

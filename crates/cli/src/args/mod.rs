@@ -1,0 +1,115 @@
+//! The command line as clap sees it: mlx_lm's flags with its names, short forms and defaults, and ours.
+//!
+//! A flag with a default that a YAML file may override is an `Option` here; `settings` joins the three sources.
+
+mod files;
+mod refused;
+mod run;
+mod train;
+
+pub(crate) use files::{ConvertArgs, DoctorArgs, FuseArgs, InspectArgs};
+pub(crate) use refused::advice;
+pub(crate) use run::{ChatArgs, GenerateArgs, PerplexityArgs, ServerArgs};
+pub(crate) use train::LoraArgs;
+
+use crate::errors::Usage;
+use anyhow::Result;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+/// Trains low-rank adapters on (quantized) language models with MLX, fuses them into the base and serves them.
+#[derive(Parser, Debug)]
+#[command(name = "graft", version, infer_long_args = true, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    /// Threads of our CPU operations (default: the cores allowed; also GRAFT_THREADS)
+    #[arg(long, global = true, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// One variant per command.
+#[derive(Subcommand, Debug)]
+pub(crate) enum Command {
+    /// Train an adapter with mlx_lm's flags and defaults (LoRA, DoRA, full; QLoRA on a packed base)
+    Lora(LoraArgs),
+    /// `lora --train` with graft's recipe as defaults
+    Train(LoraArgs),
+    /// Fuse an adapter into its base
+    Fuse(FuseArgs),
+    /// Generate text from a prompt
+    Generate(GenerateArgs),
+    /// Chat in the terminal
+    Chat(ChatArgs),
+    /// Serve an OpenAI-compatible endpoint
+    #[command(visible_alias = "serve")]
+    Server(ServerArgs),
+    /// Convert, quantize or dequantize a model directory or a GGUF file
+    Convert(ConvertArgs),
+    /// `convert -q`
+    Quantize(ConvertArgs),
+    /// Perplexity of a model, with or without an adapter, on local text
+    Perplexity(PerplexityArgs),
+    /// What a model or adapter directory holds
+    Inspect(InspectArgs),
+    /// What this machine will run on
+    Doctor(DoctorArgs),
+    /// Every flag of every command as JSON, for tools that compare command lines
+    #[command(hide = true)]
+    Flags,
+}
+
+/// The whole command, the refused flags of mlx_lm included as hidden ones.
+pub(crate) fn command() -> clap::Command {
+    refused::add(Cli::command()).mut_subcommands(|sub| {
+        sub.mut_args(|arg| {
+            let takes = arg.get_action().takes_values();
+            // argparse reads `--num-layers -1` as a value.
+            if takes { arg.allow_negative_numbers(true) } else { arg }
+        })
+    })
+}
+
+/// Parses the process' arguments; notes about flags that have no effect come back for the caller to print.
+pub(crate) fn parse(args: Vec<String>) -> Result<(Cli, Vec<String>)> {
+    if let Some(name) = args.get(1)
+        && let Some(advice) = refused::command(name)
+    {
+        return Err(Usage(format!("graft has no command `{name}` of mlx_lm: {advice}")).into());
+    }
+    // `-qa` is a short form of two letters, which clap does not know.
+    let args = args.into_iter().map(|a| if a == "-qa" { "--quantize-activations".into() } else { a });
+    let matches = match command().try_get_matches_from(args) {
+        Ok(matches) => matches,
+        Err(error) => error.exit(),
+    };
+    let notes = refused::check(&matches)?;
+    let cli = Cli::from_arg_matches(&matches).map_err(|e| Usage(e.to_string()))?;
+    Ok((cli, notes))
+}
+
+/// Flags by command: `{"lora": {"--model": "supported", "--report-to": "refused"}, ..}`.
+pub(crate) fn flags() -> serde_json::Value {
+    let mut all = serde_json::Map::new();
+    for sub in command().get_subcommands().filter(|c| !c.is_hide_set()) {
+        let mut flags = serde_json::Map::new();
+        for arg in sub.get_arguments() {
+            let state = refused::state(sub.get_name(), arg.get_id().as_str());
+            for long in arg.get_long_and_visible_aliases().unwrap_or_default() {
+                flags.insert(format!("--{long}"), state.into());
+            }
+            for short in arg.get_short_and_visible_aliases().unwrap_or_default() {
+                flags.insert(format!("-{short}"), state.into());
+            }
+        }
+        all.insert(sub.get_name().to_string(), flags.into());
+    }
+    all.into()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::command().debug_assert();
+    }
+}

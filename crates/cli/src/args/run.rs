@@ -1,0 +1,185 @@
+//! Flags of the commands that run a model: generate, chat, server, perplexity.
+
+use clap::Args;
+
+/// The model that is used when none is named, as in mlx_lm.
+const DEFAULT_MODEL: &str = "mlx-community/Llama-3.2-3B-Instruct-4bit";
+
+/// `generate`.
+#[derive(Args, Debug)]
+pub(crate) struct GenerateArgs {
+    /// Model directory or Hugging Face id
+    #[arg(long, default_value = DEFAULT_MODEL)]
+    pub(crate) model: String,
+    /// Adapter directory, applied unfused
+    #[arg(long)]
+    pub(crate) adapter_path: Option<String>,
+    /// More tokens that end the answer
+    #[arg(long, num_args = 1..)]
+    pub(crate) extra_eos_token: Vec<String>,
+    /// System prompt
+    #[arg(long)]
+    pub(crate) system_prompt: Option<String>,
+    /// The message; `-` reads it from stdin
+    #[arg(short, long, default_value = "hello")]
+    pub(crate) prompt: String,
+    /// How the answer begins
+    #[arg(long)]
+    pub(crate) prefill_response: Option<String>,
+    /// Most tokens to generate
+    #[arg(short, long, default_value_t = 100)]
+    pub(crate) max_tokens: usize,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+    /// Cut tokens below min-p times the probability of the best
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) min_p: f32,
+    /// Keep the k best tokens; 0: all
+    #[arg(long, default_value_t = 0)]
+    pub(crate) top_k: usize,
+    /// min-p keeps at least this many
+    #[arg(long, default_value_t = 1)]
+    pub(crate) min_tokens_to_keep: usize,
+    /// Seed
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+    /// Use the prompt as it is, without the chat template
+    #[arg(long)]
+    pub(crate) ignore_chat_template: bool,
+    /// JSON object of further variables for the chat template
+    #[arg(long)]
+    pub(crate) chat_template_config: Option<String>,
+    /// `false` prints the text alone
+    #[arg(long, default_value = "true")]
+    pub(crate) verbose: String,
+}
+
+/// Sampling flags that generate and chat share.
+#[derive(Args, Debug)]
+pub(crate) struct SamplingArgs {
+    /// Temperature; 0: the best token
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) temp: f32,
+    /// Nucleus
+    #[arg(long, default_value_t = 1.0)]
+    pub(crate) top_p: f32,
+    /// Probability of cutting the best tokens at a step
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) xtc_probability: f32,
+    /// What is cut then: all but the least probable token above this
+    #[arg(long, default_value_t = 0.1)]
+    pub(crate) xtc_threshold: f32,
+}
+
+/// `chat`.
+#[derive(Args, Debug)]
+pub(crate) struct ChatArgs {
+    /// Model directory or Hugging Face id
+    #[arg(long, default_value = DEFAULT_MODEL)]
+    pub(crate) model: String,
+    /// Adapter directory, applied unfused
+    #[arg(long)]
+    pub(crate) adapter_path: Option<String>,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+    /// Seed
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Most tokens per answer
+    #[arg(short, long, default_value_t = 256)]
+    pub(crate) max_tokens: usize,
+    /// System prompt
+    #[arg(long)]
+    pub(crate) system_prompt: Option<String>,
+}
+
+/// `server`.
+#[derive(Args, Debug)]
+pub(crate) struct ServerArgs {
+    /// Model directory or Hugging Face id
+    #[arg(long)]
+    pub(crate) model: Option<String>,
+    /// Adapter of the model's own name (mlx_lm's flag)
+    #[arg(long)]
+    pub(crate) adapter_path: Option<String>,
+    /// Address
+    #[arg(long, default_value = "127.0.0.1")]
+    pub(crate) host: String,
+    /// Port; 0 takes a free one
+    #[arg(long, default_value_t = 8080)]
+    pub(crate) port: u16,
+    /// Allowed origins, comma separated
+    #[arg(long, default_value = "*", value_delimiter = ',')]
+    pub(crate) allowed_origins: Vec<String>,
+    /// Logging level
+    #[arg(long, default_value = "INFO", value_parser = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"])]
+    pub(crate) log_level: String,
+    /// Chat template to use instead of the model's
+    #[arg(long, default_value = "")]
+    pub(crate) chat_template: String,
+    /// Default temperature
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) temp: f32,
+    /// Default nucleus
+    #[arg(long, default_value_t = 1.0)]
+    pub(crate) top_p: f32,
+    /// Default top-k
+    #[arg(long, default_value_t = 0)]
+    pub(crate) top_k: usize,
+    /// Default min-p
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) min_p: f32,
+    /// Default for the most tokens to generate
+    #[arg(long, default_value_t = 512)]
+    pub(crate) max_tokens: usize,
+    /// JSON object of further variables for the chat template
+    #[arg(long, default_value = "{}")]
+    pub(crate) chat_template_args: String,
+    /// Requests decoded together
+    #[arg(long, default_value_t = 32)]
+    pub(crate) decode_concurrency: usize,
+    /// Prompts processed together
+    #[arg(long, default_value_t = 8)]
+    pub(crate) prompt_concurrency: usize,
+    /// KV caches kept for later prompts
+    #[arg(long, default_value_t = 10)]
+    pub(crate) prompt_cache_size: usize,
+    /// Most bytes of those, e.g. 8GB
+    #[arg(long)]
+    pub(crate) prompt_cache_bytes: Option<String>,
+    /// An adapter and the model name that selects it; may be repeated
+    #[arg(long, value_name = "NAME=DIR", help_heading = "graft's own")]
+    pub(crate) adapter: Vec<String>,
+    /// The base's id in /v1/models and in requests (default: --model as given)
+    #[arg(long, value_name = "ID", help_heading = "graft's own")]
+    pub(crate) model_id: Option<String>,
+}
+
+/// `perplexity`.
+#[derive(Args, Debug)]
+pub(crate) struct PerplexityArgs {
+    /// Model directory or Hugging Face id
+    #[arg(long)]
+    pub(crate) model: String,
+    /// Adapter directory, applied unfused
+    #[arg(long, help_heading = "graft's own")]
+    pub(crate) adapter_path: Option<String>,
+    /// Windows per batch
+    #[arg(long, default_value_t = 8)]
+    pub(crate) batch_size: usize,
+    /// Tokens per window
+    #[arg(long, default_value_t = 512)]
+    pub(crate) sequence_length: usize,
+    /// Windows; -1: all
+    #[arg(long, default_value_t = 256)]
+    pub(crate) num_samples: i64,
+    /// A .jsonl file, a directory with test.jsonl, valid.jsonl or train.jsonl, or a Hugging Face data set id
+    #[arg(long, default_value = "allenai/tulu-3-sft-mixture")]
+    pub(crate) data_path: String,
+    /// Seed of the order of the rows
+    #[arg(long, default_value_t = 123)]
+    pub(crate) seed: u64,
+    /// Report as JSON
+    #[arg(long, help_heading = "graft's own")]
+    pub(crate) json: bool,
+}

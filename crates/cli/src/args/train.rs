@@ -1,0 +1,109 @@
+//! Flags of `graft lora` and `graft train`. None has a default here: settings.rs lays them over the YAML file and the defaults.
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+/// `lora` and `train`; a field's name is its YAML key.
+#[derive(Args, Debug, Serialize)]
+pub(crate) struct LoraArgs {
+    /// Model directory or Hugging Face id
+    #[arg(long)]
+    pub(crate) model: Option<String>,
+    /// Train
+    #[arg(long)]
+    pub(crate) train: bool,
+    /// Directory with {train,valid,test}.jsonl, or a Hugging Face data set id
+    #[arg(long)]
+    pub(crate) data: Option<String>,
+    /// What is trained
+    #[arg(long, value_parser = ["lora", "dora", "full"])]
+    pub(crate) fine_tune_type: Option<String>,
+    /// Optimizer
+    #[arg(long, value_parser = ["adam", "adamw", "muon", "sgd", "adafactor"])]
+    pub(crate) optimizer: Option<String>,
+    /// Only the answer counts in the loss
+    #[arg(long)]
+    pub(crate) mask_prompt: bool,
+    /// Last N blocks are trained; -1: all
+    #[arg(long)]
+    pub(crate) num_layers: Option<i64>,
+    /// Rows per batch
+    #[arg(long)]
+    pub(crate) batch_size: Option<i64>,
+    /// Steps
+    #[arg(long)]
+    pub(crate) iters: Option<i64>,
+    /// Validation batches; -1: all, 0: no validation
+    #[arg(long)]
+    pub(crate) val_batches: Option<i64>,
+    /// Learning rate
+    #[arg(long)]
+    pub(crate) learning_rate: Option<f64>,
+    /// Steps between reports
+    #[arg(long)]
+    pub(crate) steps_per_report: Option<i64>,
+    /// Steps between validations
+    #[arg(long)]
+    pub(crate) steps_per_eval: Option<i64>,
+    /// Steps whose gradients are summed before an update
+    #[arg(long)]
+    pub(crate) grad_accumulation_steps: Option<i64>,
+    /// Adapter file whose weights training starts from
+    #[arg(long)]
+    pub(crate) resume_adapter_file: Option<String>,
+    /// Where the adapter is written (with --test alone: read; "" tests the base)
+    #[arg(long)]
+    pub(crate) adapter_path: Option<String>,
+    /// Steps between saves
+    #[arg(long)]
+    pub(crate) save_every: Option<i64>,
+    /// Evaluate on test.jsonl
+    #[arg(long)]
+    pub(crate) test: bool,
+    /// Test batches; -1: all
+    #[arg(long)]
+    pub(crate) test_batches: Option<i64>,
+    /// Longest row in tokens; longer ones are cut
+    #[arg(long)]
+    pub(crate) max_seq_length: Option<i64>,
+    /// YAML file with these settings and lora_parameters, lr_schedule, optimizer_config
+    #[arg(short = 'c', long)]
+    pub(crate) config: Option<String>,
+    /// Recompute a block's forward in its backward: less memory, more time
+    #[arg(long)]
+    pub(crate) grad_checkpoint: bool,
+    /// Seed
+    #[arg(long)]
+    pub(crate) seed: Option<i64>,
+
+    /// Rank of the adapter (lora_parameters.rank)
+    #[arg(long, help_heading = "graft's own")]
+    #[serde(skip)]
+    pub(crate) rank: Option<i64>,
+    /// Scale of the adapter's output (lora_parameters.scale)
+    #[arg(long, help_heading = "graft's own")]
+    #[serde(skip)]
+    pub(crate) scale: Option<f64>,
+    /// The scale as alpha / rank
+    #[arg(long, conflicts_with = "scale", help_heading = "graft's own")]
+    #[serde(skip)]
+    pub(crate) alpha: Option<f64>,
+    /// Continue the interrupted run in --adapter-path exactly where it stood
+    #[arg(long, help_heading = "graft's own")]
+    pub(crate) resume: bool,
+    /// Clip the gradient to this norm; 0: no clipping
+    #[arg(long, help_heading = "graft's own")]
+    pub(crate) max_grad_norm: Option<f64>,
+    /// Take mlx_lm's batches and initial values to the number, its padding target included
+    #[arg(long, help_heading = "graft's own")]
+    pub(crate) exact: bool,
+}
+
+impl LoraArgs {
+    /// The flags that were given, by YAML key.
+    pub(crate) fn given(&self) -> Map<String, Value> {
+        let Ok(Value::Object(map)) = serde_json::to_value(self) else { return Map::new() };
+        map.into_iter().filter(|(_, v)| !matches!(v, Value::Null | Value::Bool(false))).collect()
+    }
+}

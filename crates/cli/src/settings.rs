@@ -1,0 +1,503 @@
+//! Settings of a training run: command line over YAML file over defaults, every key and type checked, nothing dropped silently.
+
+use crate::args::{self, LoraArgs};
+use crate::errors::Usage;
+use anyhow::{Context, Result};
+use serde_json::{Map, Value, json};
+use std::path::Path;
+
+/// What a key holds.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Bool,
+    Int,
+    Float,
+    Text,
+    /// A mapping with the keys of `KEYS_OF`, or of any keys.
+    Map,
+    /// A mapping or a list of mappings.
+    Maps,
+    /// A list of texts.
+    Texts,
+    /// A list of numbers.
+    Numbers,
+}
+
+/// mlx_lm's settings and, after `exact`, ours.
+const KEYS: &[(&str, Kind)] = &[
+    ("model", Kind::Text),
+    ("train", Kind::Bool),
+    ("fine_tune_type", Kind::Text),
+    ("optimizer", Kind::Text),
+    ("optimizer_config", Kind::Map),
+    ("data", Kind::Text),
+    ("seed", Kind::Int),
+    ("num_layers", Kind::Int),
+    ("batch_size", Kind::Int),
+    ("iters", Kind::Int),
+    ("val_batches", Kind::Int),
+    ("learning_rate", Kind::Float),
+    ("steps_per_report", Kind::Int),
+    ("steps_per_eval", Kind::Int),
+    ("resume_adapter_file", Kind::Text),
+    ("adapter_path", Kind::Text),
+    ("save_every", Kind::Int),
+    ("test", Kind::Bool),
+    ("test_batches", Kind::Int),
+    ("max_seq_length", Kind::Int),
+    ("config", Kind::Text),
+    ("grad_checkpoint", Kind::Bool),
+    ("grad_accumulation_steps", Kind::Int),
+    ("clear_cache_threshold", Kind::Int),
+    ("lr_schedule", Kind::Map),
+    ("lora_parameters", Kind::Map),
+    ("mask_prompt", Kind::Bool),
+    ("report_to", Kind::Text),
+    ("project_name", Kind::Text),
+    ("trust_remote_code", Kind::Bool),
+    ("hf_dataset", Kind::Maps),
+    ("prompt_feature", Kind::Text),
+    ("completion_feature", Kind::Text),
+    ("chat_feature", Kind::Text),
+    ("text_feature", Kind::Text),
+    ("exact", Kind::Bool),
+    ("resume", Kind::Bool),
+    ("max_grad_norm", Kind::Float),
+];
+
+const LORA_KEYS: &[(&str, Kind)] = &[
+    ("rank", Kind::Int),
+    ("scale", Kind::Float),
+    ("alpha", Kind::Float),
+    ("dropout", Kind::Float),
+    ("keys", Kind::Texts),
+];
+const SCHEDULE_KEYS: &[(&str, Kind)] = &[
+    ("name", Kind::Text),
+    ("arguments", Kind::Numbers),
+    ("warmup", Kind::Int),
+    ("warmup_init", Kind::Float),
+];
+const OPTIMIZERS: &[(&str, Kind)] = &[
+    ("adam", Kind::Map),
+    ("adamw", Kind::Map),
+    ("muon", Kind::Map),
+    ("sgd", Kind::Map),
+    ("adafactor", Kind::Map),
+];
+
+/// Settings of a run, complete and of the right types. `all` is what goes into adapter_config.json.
+pub(crate) struct Settings {
+    pub(crate) all: Map<String, Value>,
+}
+
+/// Which defaults lie under a run.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Defaults {
+    /// mlx_lm's.
+    MlxLm,
+    /// graft's recipe (`graft train`).
+    Recipe,
+}
+
+impl Settings {
+    /// Joins the sources. Errors: a file that cannot be read, unknown keys, wrong types, values out of range.
+    pub(crate) fn new(args: &LoraArgs, defaults: Defaults) -> Result<Self> {
+        let file = match &args.config {
+            Some(path) => read_yaml(Path::new(path))?,
+            None => Map::new(),
+        };
+        Self::join(args, file, defaults)
+    }
+
+    fn join(args: &LoraArgs, file: Map<String, Value>, defaults: Defaults) -> Result<Self> {
+        let origin = args.config.as_deref().unwrap_or("the settings");
+        let mut all = defaults_of(defaults);
+        for (key, value) in checked(origin, "", file, KEYS)? {
+            match (&mut all.get_mut(&key), value) {
+                // What a file's lora_parameters leave out keeps its default, where mlx_lm stops with a KeyError.
+                (Some(Value::Object(under)), Value::Object(over)) if key != "lr_schedule" => {
+                    under.extend(over)
+                }
+                (_, value) => {
+                    all.insert(key, value);
+                }
+            }
+        }
+        let schedule_given = all.get("lr_schedule").is_some_and(|v| !v.is_null());
+        all.extend(args.given());
+        if let Some(Value::Object(lora)) = all.get_mut("lora_parameters") {
+            if let Some(rank) = args.rank {
+                lora.insert("rank".into(), rank.into());
+            }
+            if let Some(scale) = args.scale {
+                lora.insert("scale".into(), scale.into());
+                lora.remove("alpha");
+            }
+            let alpha = args.alpha.or_else(|| lora.get("alpha").and_then(Value::as_f64));
+            lora.remove("alpha");
+            let rank = lora.get("rank").and_then(Value::as_f64).unwrap_or_default();
+            if let Some(alpha) = alpha.filter(|_| rank > 0.0) {
+                lora.insert("scale".into(), (alpha / rank).into());
+            }
+        }
+        let mut settings = Self { all };
+        if defaults == Defaults::Recipe {
+            settings.all.insert("train".into(), true.into());
+            if !schedule_given {
+                settings.recipe_schedule();
+            }
+        }
+        settings.ranges()?;
+        Ok(settings)
+    }
+
+    /// The recipe's schedule: 5 % linear warm-up, then a cosine down to a tenth of the learning rate.
+    fn recipe_schedule(&mut self) {
+        let updates = (self.int("iters") / self.int("grad_accumulation_steps").max(1)).max(1);
+        let warmup = updates / 20;
+        let rate = self.float("learning_rate");
+        let schedule = json!({"name": "cosine_decay", "warmup": warmup, "warmup_init": 0.0,
+            "arguments": [rate, (updates - warmup).max(1), rate / 10.0]});
+        self.all.insert("lr_schedule".into(), schedule);
+    }
+
+    fn ranges(&self) -> Result<()> {
+        let choices: [(&str, &[&str]); 2] = [
+            ("fine_tune_type", &["lora", "dora", "full"]),
+            ("optimizer", &["adam", "adamw", "muon", "sgd", "adafactor"]),
+        ];
+        for (key, allowed) in choices {
+            let value = self.text(key).unwrap_or_default();
+            if !allowed.contains(&value) {
+                return Err(usage(format!("{key} must be one of {}, not `{value}`", allowed.join(", "))));
+            }
+        }
+        let least = [
+            ("batch_size", 1),
+            ("iters", 0),
+            ("steps_per_report", 1),
+            ("steps_per_eval", 1),
+            ("save_every", 1),
+            ("grad_accumulation_steps", 1),
+            ("max_seq_length", 2),
+            ("num_layers", -1),
+            ("val_batches", -1),
+            ("test_batches", -1),
+        ];
+        for (key, least) in least {
+            let value = self.int(key);
+            if value < least {
+                return Err(usage(format!("{} must be at least {least}, not {value}", flag_name(key))));
+            }
+        }
+        let lora = self.all.get("lora_parameters").and_then(Value::as_object);
+        let number = |key: &str| lora.and_then(|l| l.get(key)).and_then(Value::as_f64).unwrap_or_default();
+        if number("rank") < 1.0 {
+            return Err(usage(format!("lora_parameters.rank must be at least 1, not {}", number("rank"))));
+        }
+        if !(0.0..1.0).contains(&number("dropout")) {
+            return Err(usage(format!(
+                "lora_parameters.dropout must be in [0, 1), not {}",
+                number("dropout")
+            )));
+        }
+        let rate = self.float("learning_rate");
+        if !(rate.is_finite() && rate >= 0.0) {
+            return Err(usage(format!("--learning-rate must be a number of at least 0, not {rate}")));
+        }
+        if let Some(service) = self.text("report_to") {
+            let advice = args::advice("lora", "report-to").unwrap_or_default();
+            return Err(usage(format!("report_to: {service} is not supported: {advice}")));
+        }
+        if !self.flag("train") && !self.flag("test") {
+            return Err(usage("nothing to do: give --train, --test or both".into()));
+        }
+        Ok(())
+    }
+
+    /// A whole number; 0 where a key is unset.
+    pub(crate) fn int(&self, key: &str) -> i64 {
+        self.all.get(key).and_then(Value::as_i64).unwrap_or_default()
+    }
+
+    /// A number; 0 where a key is unset.
+    pub(crate) fn float(&self, key: &str) -> f64 {
+        self.all.get(key).and_then(Value::as_f64).unwrap_or_default()
+    }
+
+    /// A switch; false where a key is unset.
+    pub(crate) fn flag(&self, key: &str) -> bool {
+        self.all.get(key).and_then(Value::as_bool).unwrap_or_default()
+    }
+
+    /// A text, unless unset.
+    pub(crate) fn text(&self, key: &str) -> Option<&str> {
+        self.all.get(key).and_then(Value::as_str)
+    }
+
+    /// A mapping, unless unset.
+    pub(crate) fn map(&self, key: &str) -> Option<&Map<String, Value>> {
+        self.all.get(key).and_then(Value::as_object)
+    }
+}
+
+fn usage(message: String) -> anyhow::Error {
+    Usage(message).into()
+}
+
+fn flag_name(key: &str) -> String {
+    format!("--{}", key.replace('_', "-"))
+}
+
+/// mlx_lm's CONFIG_DEFAULTS, or our recipe over them.
+fn defaults_of(defaults: Defaults) -> Map<String, Value> {
+    let mut all = json!({
+        "model": "Qwen/Qwen3-0.6b", "train": false, "fine_tune_type": "lora", "optimizer": "adam",
+        "optimizer_config": {"adam": {}, "adamw": {}, "muon": {}, "sgd": {}, "adafactor": {}},
+        "data": "mlx-community/WikiSQL", "seed": 0, "num_layers": 16, "batch_size": 4, "iters": 1000,
+        "val_batches": 25, "learning_rate": 1e-5, "steps_per_report": 10, "steps_per_eval": 200,
+        "resume_adapter_file": null, "adapter_path": "adapters", "save_every": 100, "test": false,
+        "test_batches": 500, "max_seq_length": 2048, "config": null, "grad_checkpoint": false,
+        "grad_accumulation_steps": 1, "clear_cache_threshold": 0, "lr_schedule": null,
+        "lora_parameters": {"rank": 8, "dropout": 0.0, "scale": 20.0}, "mask_prompt": false,
+        "report_to": null, "project_name": null, "trust_remote_code": false,
+        "exact": false, "resume": false, "max_grad_norm": 0.0,
+    });
+    if defaults == Defaults::Recipe
+        && let Value::Object(all) = &mut all
+    {
+        // The reasons stand in README.md: AdamW at 2e-4 with warm-up and cosine decay, every block, rank 16 at
+        // alpha 32, clipped gradients, only the answers in the loss, all of the validation set.
+        let recipe = json!({
+            "optimizer": "adamw", "learning_rate": 2e-4, "num_layers": -1, "iters": 600, "val_batches": -1,
+            "steps_per_eval": 100, "max_grad_norm": 1.0, "mask_prompt": true,
+            "lora_parameters": {"rank": 16, "dropout": 0.0, "scale": 2.0},
+        });
+        if let Value::Object(recipe) = recipe {
+            all.extend(recipe);
+        }
+    }
+    match all {
+        Value::Object(all) => all,
+        _ => Map::new(),
+    }
+}
+
+/// The top level of a YAML file as JSON.
+fn read_yaml(path: &Path) -> Result<Map<String, Value>> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read the settings file {}", path.display()))?;
+    let value: Value = serde_yaml_ng::from_str(&text)
+        .map_err(|e| usage(format!("{} is not a YAML file of settings: {e}", path.display())))?;
+    match value {
+        Value::Object(map) => Ok(map),
+        Value::Null => Ok(Map::new()),
+        other => {
+            Err(usage(format!("{} must hold `key: value` settings, found {}", path.display(), found(&other))))
+        }
+    }
+}
+
+/// Checks names and types; unset (null) keys are left out.
+fn checked(
+    origin: &str,
+    prefix: &str,
+    map: Map<String, Value>,
+    keys: &[(&str, Kind)],
+) -> Result<Map<String, Value>> {
+    let mut good = Map::new();
+    for (key, value) in map {
+        let Some((_, kind)) = keys.iter().find(|(k, _)| *k == key) else {
+            let near = nearest(&key, keys.iter().map(|(k, _)| *k));
+            let near = near.map(|n| format!("; did you mean `{prefix}{n}`?")).unwrap_or_default();
+            return Err(usage(format!("{origin}: unknown key `{prefix}{key}`{near}")));
+        };
+        let name = format!("{prefix}{key}");
+        if value.is_null() {
+            continue;
+        }
+        let value = typed(origin, &name, value, *kind)?;
+        let value = match (name.as_str(), value) {
+            ("lora_parameters", Value::Object(m)) => {
+                checked(origin, "lora_parameters.", m, LORA_KEYS)?.into()
+            }
+            ("lr_schedule", Value::Object(m)) => checked(origin, "lr_schedule.", m, SCHEDULE_KEYS)?.into(),
+            ("optimizer_config", Value::Object(m)) => {
+                checked(origin, "optimizer_config.", m, OPTIMIZERS)?.into()
+            }
+            (_, value) => value,
+        };
+        good.insert(key, value);
+    }
+    Ok(good)
+}
+
+/// The value as its kind. A number may be written as a text (`1e-5` is one to a YAML 1.1 loader) and a switch as yes, no, on or off.
+fn typed(origin: &str, name: &str, value: Value, kind: Kind) -> Result<Value> {
+    let wrong = |expected: &str, value: &Value| {
+        usage(format!("{origin}: `{name}` must be {expected}, found {}", found(value)))
+    };
+    let float = |value: &Value| match value {
+        Value::Number(n) => n.as_f64(),
+        Value::String(s) => s.trim().parse::<f64>().ok(),
+        _ => None,
+    };
+    match kind {
+        Kind::Bool => match &value {
+            Value::Bool(_) => Ok(value),
+            Value::String(s) if ["yes", "on"].contains(&s.to_lowercase().as_str()) => Ok(true.into()),
+            Value::String(s) if ["no", "off"].contains(&s.to_lowercase().as_str()) => Ok(false.into()),
+            _ => Err(wrong("true or false", &value)),
+        },
+        Kind::Int => match &value {
+            Value::Number(n) if n.is_i64() => Ok(value),
+            _ => Err(wrong("a whole number", &value)),
+        },
+        Kind::Float => match float(&value) {
+            Some(x) => Ok(x.into()),
+            None => Err(wrong("a number", &value)),
+        },
+        Kind::Text => match &value {
+            Value::String(_) => Ok(value),
+            _ => Err(wrong("a text", &value)),
+        },
+        Kind::Map => match &value {
+            Value::Object(_) => Ok(value),
+            _ => Err(wrong("a mapping", &value)),
+        },
+        Kind::Maps => match &value {
+            Value::Object(_) => Ok(value),
+            Value::Array(list) if list.iter().all(Value::is_object) => Ok(value),
+            _ => Err(wrong("a mapping or a list of mappings", &value)),
+        },
+        Kind::Texts => match &value {
+            Value::Array(list) if list.iter().all(Value::is_string) => Ok(value),
+            _ => Err(wrong("a list of texts", &value)),
+        },
+        Kind::Numbers => match &value {
+            Value::Array(list) => {
+                let numbers =
+                    list.iter().map(|v| if v.is_i64() { Some(v.clone()) } else { float(v).map(Value::from) });
+                match numbers.collect::<Option<Vec<_>>>() {
+                    Some(numbers) => Ok(numbers.into()),
+                    None => Err(wrong("a list of numbers", &value)),
+                }
+            }
+            _ => Err(wrong("a list of numbers", &value)),
+        },
+    }
+}
+
+fn found(value: &Value) -> String {
+    match value {
+        Value::Null => "nothing".into(),
+        Value::Bool(b) => format!("`{b}`"),
+        Value::Number(n) => format!("the number {n}"),
+        Value::String(s) => format!("the text `{s}`"),
+        Value::Array(_) => "a list".into(),
+        Value::Object(_) => "a mapping".into(),
+    }
+}
+
+/// The closest of `names` to `key`, if it is close enough to be meant.
+fn nearest<'a>(key: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let key = key.replace('-', "_").to_lowercase();
+    let near = names.map(|name| (distance(&key, name), name)).min()?;
+    (near.0 <= (key.len() / 3).max(2)).then_some(near.1)
+}
+
+/// Levenshtein's distance of two short names.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let substituted = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = substituted.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::{Cli, Command};
+    use clap::FromArgMatches;
+
+    fn settings(flags: &[&str], yaml: &str, defaults: Defaults) -> Result<Settings> {
+        let args = ["graft", "lora"].iter().chain(flags);
+        let matches = args::command().try_get_matches_from(args)?;
+        let Command::Lora(args) = Cli::from_arg_matches(&matches)?.command else { unreachable!() };
+        let file = serde_yaml_ng::from_str::<Value>(yaml)?;
+        Settings::join(&args, file.as_object().cloned().unwrap_or_default(), defaults)
+    }
+
+    fn message(flags: &[&str], yaml: &str) -> String {
+        match settings(flags, yaml, Defaults::MlxLm) {
+            Ok(_) => String::new(),
+            Err(e) => e.to_string(),
+        }
+    }
+
+    #[test]
+    fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
+        let s = settings(
+            &["--train", "--iters", "7", "--num-layers", "-1"],
+            "iters: 9\nbatch_size: 2\nlearning_rate: 1e-4\nlora_parameters: {rank: 4}",
+            Defaults::MlxLm,
+        )
+        .unwrap();
+        assert_eq!((s.int("iters"), s.int("batch_size"), s.int("seed"), s.int("num_layers")), (7, 2, 0, -1));
+        assert_eq!(s.float("learning_rate"), 1e-4);
+        let lora = s.map("lora_parameters").unwrap();
+        assert_eq!((lora["rank"].as_i64(), lora["scale"].as_f64()), (Some(4), Some(20.0)));
+    }
+
+    #[test]
+    fn alpha_is_scale_times_rank() {
+        let s = settings(&["--train", "--rank", "16", "--alpha", "32"], "", Defaults::MlxLm).unwrap();
+        assert_eq!(s.map("lora_parameters").unwrap()["scale"], 2.0);
+        let s = settings(&["--train"], "lora_parameters: {rank: 4, alpha: 8}", Defaults::MlxLm).unwrap();
+        assert_eq!(s.map("lora_parameters").unwrap()["scale"], 2.0);
+    }
+
+    #[test]
+    fn numbers_written_as_text_count() {
+        let s = settings(
+            &["--train"],
+            "learning_rate: '1e-5'\nlr_schedule: {name: cosine_decay, arguments: ['1e-5', 100]}",
+            Defaults::MlxLm,
+        )
+        .unwrap();
+        assert_eq!(s.float("learning_rate"), 1e-5);
+        assert_eq!(s.map("lr_schedule").unwrap()["arguments"], json!([1e-5, 100]));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let m = message(&["--train"], "learning-rate: 1e-5");
+        assert!(m.contains("`learning-rate`") && m.contains("`learning_rate`"), "{m}");
+        let m = message(&["--train"], "lora_parameters: {rnak: 8}");
+        assert!(m.contains("`lora_parameters.rnak`") && m.contains("`lora_parameters.rank`"), "{m}");
+        let m = message(&["--train"], "iters: many");
+        assert!(m.contains("`iters` must be a whole number") && m.contains("many"), "{m}");
+        let m = message(&[], "");
+        assert!(m.contains("--train"), "{m}");
+        let m = message(&["--train"], "report_to: wandb");
+        assert!(m.contains("wandb"), "{m}");
+        let m = message(&["--train", "--batch-size", "0"], "");
+        assert!(m.contains("--batch-size"), "{m}");
+    }
+
+    #[test]
+    fn the_recipe_trains_and_warms_up() {
+        let s = settings(&["--iters", "200"], "", Defaults::Recipe).unwrap();
+        assert!(s.flag("train"));
+        assert_eq!(s.map("lr_schedule").unwrap()["warmup"], 10);
+    }
+}
