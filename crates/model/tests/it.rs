@@ -1,0 +1,284 @@
+//! Equivalences of the decoder: cached = uncached, a batch = its rows alone, packed = dequantized, and mlx-lm's values.
+
+use std::path::Path;
+
+use graft_adapters::{AdapterSet, Route};
+use graft_model::{GenerateOptions, Generator, KvCache, Model, Sampling};
+use graft_ops::{Array, Dtype, Form, Rows};
+use graft_testkit::tolerance::{BF16_DEEP, F32_DEEP};
+use graft_testkit::{Family, Tiny, assert_close, mlx, tiny_adapter, tiny_dense_of, tiny_model, wanted_form_is_mlx};
+
+/// Runs on the array thread, in the form that the environment asks for.
+fn arrays(test: impl FnOnce() + Send) {
+    mlx(|| {
+        if wanted_form_is_mlx() {
+            graft_ops::set_form(Form::Mlx);
+        }
+        test();
+    });
+}
+
+fn load(dir: &Path) -> Model {
+    Model::load(dir, Dtype::Float32).unwrap()
+}
+
+fn ids(n: usize, seed: u32) -> Vec<i32> {
+    (0..n as u32).map(|i| ((i * 37 + seed * 101 + i * i * 7) % 250) as i32).collect()
+}
+
+fn tokens(ids: &[i32]) -> Array {
+    Array::from_slice(ids, &[ids.len() as i32])
+}
+
+fn logits(model: &Model, ids: &[i32], route: &Route) -> Array {
+    let h = model.hidden(&tokens(ids), &Rows::new(vec![ids.len() as i32]), None, route).unwrap();
+    model.logits(&h, route).unwrap()
+}
+
+fn every_model() -> impl Iterator<Item = Tiny> {
+    Family::ALL.into_iter().flat_map(|family| {
+        [(None, true), (None, false), (Some((4, 32)), true), (Some((3, 64)), false)]
+            .map(|(packed, tied)| Tiny { packed, tied, ..Tiny::new(family) })
+    })
+}
+
+#[test]
+fn a_packed_model_equals_its_dequantized_one() {
+    arrays(|| {
+        for bits in [2, 3, 4, 5, 6, 8] {
+            let packed = tiny_model(&Tiny { packed: Some((bits, 32)), ..Tiny::new(Family::Llama) });
+            let dense = tiny_dense_of(packed.path());
+            let text = ids(19, bits as u32);
+            let (a, b) = (load(packed.path()), load(dense.path()));
+            assert_close(&logits(&a, &text, &Route::Base), &logits(&b, &text, &Route::Base), F32_DEEP);
+        }
+    });
+}
+
+#[test]
+fn cached_equals_uncached_whatever_the_steps() {
+    arrays(|| {
+        for tiny in every_model() {
+            let dir = tiny_model(&tiny);
+            let model = load(dir.path());
+            let text = ids(40, 3);
+            let whole = logits(&model, &text, &Route::Base);
+            for steps in [vec![40], vec![17, 1, 1, 21], vec![1; 40]] {
+                let mut cache = KvCache::new(&model);
+                let (mut parts, mut at) = (Vec::new(), 0);
+                for n in steps {
+                    let rows = Rows { lengths: vec![n as i32], starts: vec![at as i32] };
+                    let h = model
+                        .hidden(&tokens(&text[at..at + n]), &rows, Some(&mut [&mut cache]), &Route::Base)
+                        .unwrap();
+                    parts.push(model.logits(&h, &Route::Base).unwrap());
+                    at += n;
+                }
+                assert_close(&mlx_rs::ops::concatenate(&parts, 0).unwrap(), &whole, F32_DEEP);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_batch_of_rows_equals_each_row_alone() {
+    arrays(|| {
+        for tiny in every_model() {
+            let dir = tiny_model(&tiny);
+            let model = load(dir.path());
+            let texts = [ids(9, 1), ids(1, 2), ids(33, 3), ids(9, 4)];
+            let rows = Rows::new(texts.iter().map(|t| t.len() as i32).collect());
+            let h = model.hidden(&tokens(&texts.concat()), &rows, None, &Route::Base).unwrap();
+            let together = model.logits(&h, &Route::Base).unwrap();
+            let alone: Vec<Array> = texts.iter().map(|t| logits(&model, t, &Route::Base)).collect();
+            assert_close(&together, &mlx_rs::ops::concatenate(&alone, 0).unwrap(), F32_DEEP);
+        }
+    });
+}
+
+#[test]
+fn sequences_decoded_together_equal_each_alone() {
+    arrays(|| {
+        let dir = tiny_model(&Tiny { packed: Some((4, 32)), ..Tiny::new(Family::Qwen3) });
+        let model = load(dir.path());
+        let prompts = [ids(5, 1), ids(70, 2), ids(31, 3)];
+        let mut caches: Vec<KvCache> = prompts.iter().map(|_| KvCache::new(&model)).collect();
+        for (prompt, cache) in prompts.iter().zip(&mut caches) {
+            let rows = Rows::new(vec![prompt.len() as i32]);
+            model.hidden(&tokens(prompt), &rows, Some(&mut [cache]), &Route::Base).unwrap();
+        }
+        let next = [7, 8, 9];
+        let rows = Rows { lengths: vec![1; 3], starts: prompts.iter().map(|p| p.len() as i32).collect() };
+        let mut borrowed: Vec<&mut KvCache> = caches.iter_mut().collect();
+        let h = model.hidden(&tokens(&next), &rows, Some(&mut borrowed), &Route::Base).unwrap();
+        let together = model.logits(&h, &Route::Base).unwrap();
+        for (i, prompt) in prompts.iter().enumerate() {
+            let text = [prompt.as_slice(), &next[i..=i]].concat();
+            let alone = logits(&model, &text, &Route::Base);
+            let last = alone.split_at_indices(&[text.len() as i32 - 1], 0).unwrap();
+            let row = together.split_at_indices(&[i as i32, i as i32 + 1], 0).unwrap();
+            assert_close(&row[1], &last[1], F32_DEEP);
+        }
+    });
+}
+
+#[test]
+fn generation_equals_the_argmax_of_whole_passes() {
+    arrays(|| {
+        let dir = tiny_model(&Tiny { packed: Some((4, 32)), tied: false, ..Tiny::new(Family::Llama) });
+        let model = load(dir.path());
+        let mut text: Vec<u32> = ids(600, 5).iter().map(|&i| i as u32).collect();
+        let options = GenerateOptions {
+            max_tokens: 12,
+            stop_ids: [].into(),
+            sampling: Sampling::greedy(),
+        };
+        let mut generator = Generator::new(&model, &text, options, Route::Base).unwrap();
+        let mut made = Vec::new();
+        while let Some(token) = generator.step().unwrap() {
+            made.push(token.id);
+        }
+        assert_eq!(made.len(), 12);
+        for id in made {
+            let all: Vec<i32> = text.iter().map(|&i| i as i32).collect();
+            let row = logits(&model, &all, &Route::Base);
+            let best = mlx_rs::ops::indexing::argmax_axis(&row, -1, false).unwrap();
+            best.eval().unwrap();
+            assert_eq!(*best.as_slice::<u32>().last().unwrap(), id);
+            text.push(id);
+        }
+    });
+}
+
+#[test]
+fn an_adapter_with_b_zero_is_the_base_and_dora_too() {
+    arrays(|| {
+        for tiny in every_model() {
+            let dir = tiny_model(&tiny);
+            let model = load(dir.path());
+            let text = ids(12, 8);
+            let base = logits(&model, &text, &Route::Base);
+            for dora in [false, true] {
+                let files = tiny_adapter(dir.path(), &tiny, dora, 4, 9);
+                let mut set = AdapterSet::load(files.path()).unwrap();
+                set.check(files.path(), |path| model.target(path)).unwrap();
+                let table = set.table(files.path(), |path| model.target(path)).unwrap();
+                let changed = logits(&model, &text, &Route::Table(&table));
+                assert!(graft_testkit::close(&changed, &base, F32_DEEP).is_err(), "the adapter does nothing");
+                for (path, adapter) in &mut set.adapters {
+                    adapter.b = adapter.b.multiply(Array::from_f32(0.0)).unwrap();
+                    if dora {
+                        let n0 = model.target(path).unwrap().weight.row_norms_squared().unwrap();
+                        adapter.magnitude = Some(n0.sqrt().unwrap());
+                    }
+                }
+                let table = set.table(files.path(), |path| model.target(path)).unwrap();
+                assert_close(&logits(&model, &text, &Route::Table(&table)), &base, F32_DEEP);
+            }
+        }
+    });
+}
+
+#[test]
+fn losses_are_those_of_the_logits() {
+    arrays(|| {
+        for tiny in every_model() {
+            let dir = tiny_model(&tiny);
+            let model = load(dir.path());
+            let (text, targets) = (ids(21, 1), tokens(&ids(21, 2)));
+            let h = model.hidden(&tokens(&text), &Rows::new(vec![21]), None, &Route::Base).unwrap();
+            let losses = model.losses(&h, &targets, &Route::Base).unwrap();
+            let logits = model.logits(&h, &Route::Base).unwrap();
+            let chosen = logits.take_along_axis(targets.expand_dims(1).unwrap(), 1).unwrap();
+            let sum = logits.logsumexp_axis(1, false).unwrap();
+            assert_close(&losses, &sum.subtract(chosen.squeeze_axes(&[1]).unwrap()).unwrap(), F32_DEEP);
+        }
+    });
+}
+
+#[test]
+fn the_forms_agree_and_every_block_keeps_its_type() {
+    mlx(|| {
+        for tiny in every_model() {
+            let dir = tiny_model(&tiny);
+            let text = ids(24, 4);
+            let own = {
+                graft_ops::set_form(Form::Cpu);
+                let h = logits(&load(dir.path()), &text, &Route::Base);
+                h.eval().unwrap();
+                h
+            };
+            graft_ops::set_form(Form::Mlx);
+            let plain = logits(&load(dir.path()), &text, &Route::Base);
+            assert_close(&own, &plain, F32_DEEP);
+            for dtype in [Dtype::Bfloat16, Dtype::Float16] {
+                let model = Model::load(dir.path(), dtype).unwrap();
+                for dora in [false, true] {
+                    let files = tiny_adapter(dir.path(), &tiny, dora, 4, 9);
+                    let set = AdapterSet::load(files.path()).unwrap();
+                    let table = set.table(files.path(), |path| model.target(path)).unwrap();
+                    let route = Route::Table(&table);
+                    let rows = Rows::new(vec![24]);
+                    let mut h = model.embed(&tokens(&text), &route).unwrap();
+                    for index in 0..tiny.layers {
+                        h = model.block(index, &h, &rows, &route).unwrap();
+                        assert_eq!(h.dtype(), dtype, "{} block {index}", tiny.family.name());
+                    }
+                    assert_eq!(model.final_norm(&h, &route).unwrap().dtype(), dtype);
+                }
+                assert_close(&logits(&model, &text, &Route::Base).as_dtype(Dtype::Float32).unwrap(), &plain, BF16_DEEP);
+            }
+            graft_ops::set_form(Form::Cpu);
+        }
+    });
+}
+
+#[test]
+fn a_checkpoint_that_differs_from_its_config_is_refused_whole() {
+    let dir = tiny_model(&Tiny::new(Family::Llama));
+    let file = dir.path().join("config.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    config["num_hidden_layers"] = 3.into();
+    config["intermediate_size"] = 64.into();
+    std::fs::write(&file, config.to_string()).unwrap();
+    mlx(|| {
+        let message = Model::load(dir.path(), Dtype::Float32).unwrap_err().to_string();
+        for part in ["model.layers.2.mlp.up_proj.weight: missing", "model.layers.0.mlp.up_proj.weight: expected shape"] {
+            assert!(message.contains(part), "{message}");
+        }
+    });
+}
+
+/// Logits of tiny models as mlx-lm 0.32.2 computes them; `cargo xtask golden` writes the file.
+#[test]
+fn logits_are_mlx_lms() {
+    let golden: serde_json::Value = serde_json::from_str(include_str!("golden/logits.json")).unwrap();
+    arrays(|| {
+        for case in golden["cases"].as_array().unwrap() {
+            let family = Family::ALL.into_iter().find(|f| f.name() == case["family"]).unwrap();
+            let bits = case["bits"].as_i64().unwrap() as i32;
+            let packed = (bits > 0).then_some((bits, 32));
+            let tiny = Tiny { packed, tied: case["tied"].as_bool().unwrap(), ..Tiny::new(family) };
+            let dir = tiny_model(&tiny);
+            let model = load(dir.path());
+            let text: Vec<i32> = serde_json::from_value(case["ids"].clone()).unwrap();
+            let expected: Vec<f32> = serde_json::from_value(case["last"].clone()).unwrap();
+            let route_files;
+            let table;
+            let route = match case["adapter"].as_str().unwrap() {
+                "none" => Route::Base,
+                kind => {
+                    route_files = tiny_adapter(dir.path(), &tiny, kind == "dora", 4, 9);
+                    let set = AdapterSet::load(route_files.path()).unwrap();
+                    table = set.table(route_files.path(), |path| model.target(path)).unwrap();
+                    Route::Table(&table)
+                }
+            };
+            let all = logits(&model, &text, &route);
+            let last = all.split_at_indices(&[text.len() as i32 - 1], 0).unwrap().pop().unwrap();
+            let last = last.split_at_indices(&[expected.len() as i32], 1).unwrap().swap_remove(0);
+            let expected = Array::from_slice(&expected, &[1, expected.len() as i32]);
+            assert_close(&last, &expected, F32_DEEP);
+        }
+    });
+}
