@@ -5,10 +5,12 @@
 //! model of any size takes the memory of the tensors in use; writing is atomic, so that nothing ever holds half a model.
 
 mod checkpoint;
+pub mod convert;
 mod error;
 pub mod gguf;
 mod grid;
 mod quantization;
+mod recipe;
 mod round;
 mod tensor;
 mod weight;
@@ -18,6 +20,7 @@ pub use checkpoint::{Checkpoint, TensorInfo};
 pub use error::{Error, Result};
 pub use grid::Grid;
 pub use quantization::Quantization;
+pub use recipe::Recipe;
 pub use round::round;
 pub use safetensors::Dtype as StoredDtype;
 pub use tensor::{Tensor, TensorFile, read_safetensors, safetensors_bytes};
