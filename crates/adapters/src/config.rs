@@ -95,9 +95,9 @@ impl AdapterConfig {
             None
         } else {
             let v = raw.get("lora_parameters");
-            let map = v.and_then(Value::as_object).ok_or_else(|| {
-                fail("lora_parameters", "an object with rank, scale and dropout", v)
-            })?;
+            let map = v
+                .and_then(Value::as_object)
+                .ok_or_else(|| fail("lora_parameters", "an object with rank, scale and dropout", v))?;
             let rank = map
                 .get("rank")
                 .and_then(Value::as_i64)
@@ -105,7 +105,11 @@ impl AdapterConfig {
                 .filter(|r| *r > 0)
                 .ok_or_else(|| fail("lora_parameters.rank", "a whole number above 0", map.get("rank")))?;
             let scale = map.get("scale").and_then(Value::as_f64).ok_or_else(|| {
-                let hint = if map.contains_key("alpha") { "a number (mlx-lm's scale = alpha / rank)" } else { "a number" };
+                let hint = if map.contains_key("alpha") {
+                    "a number (mlx-lm's scale = alpha / rank)"
+                } else {
+                    "a number"
+                };
                 fail("lora_parameters.scale", hint, map.get("scale"))
             })?;
             let keys = match map.get("keys") {
@@ -121,7 +125,8 @@ impl AdapterConfig {
         let mut scales = BTreeMap::new();
         if let Some(map) = raw.get(EXTRA).and_then(|v| v.get("scales")).and_then(Value::as_object) {
             for (path, v) in map {
-                let scale = v.as_f64().ok_or_else(|| fail(&format!("graft.scales.{path}"), "a number", Some(v)))?;
+                let scale =
+                    v.as_f64().ok_or_else(|| fail(&format!("graft.scales.{path}"), "a number", Some(v)))?;
                 scales.insert(path.clone(), scale as f32);
             }
         }
@@ -145,7 +150,8 @@ impl AdapterConfig {
         });
         map.insert("lora_parameters".into(), parameters);
         if !self.scales.is_empty() {
-            let scales: Map<String, Value> = self.scales.iter().map(|(k, v)| (k.clone(), number(*v))).collect();
+            let scales: Map<String, Value> =
+                self.scales.iter().map(|(k, v)| (k.clone(), number(*v))).collect();
             let extra = map.entry(EXTRA.into()).or_insert_with(|| Map::new().into());
             if let Some(extra) = extra.as_object_mut() {
                 extra.insert("scales".into(), scales.into());

@@ -30,7 +30,8 @@ impl Fingerprint {
         for (path, (out, input)) in checkpoint.module_shapes() {
             shapes.update(format!("{path} {out} {input}\n"));
         }
-        let tokenizer = std::fs::read(checkpoint.dir().join("tokenizer.json")).map(|b| hex(&Sha256::digest(b)));
+        let tokenizer =
+            std::fs::read(checkpoint.dir().join("tokenizer.json")).map(|b| hex(&Sha256::digest(b)));
         let precision = config.get("quantization").map_or_else(|| text("torch_dtype"), ToString::to_string);
         Self {
             model_type: text("model_type"),
@@ -44,7 +45,10 @@ impl Fingerprint {
     /// Why an adapter with this fingerprint does not belong to `base`, or none if it does (whatever the precision).
     pub fn foreign_to(&self, base: &Self) -> Option<String> {
         if self.model_type != base.model_type {
-            return Some(format!("it was trained on a {} model, this is a {}", self.model_type, base.model_type));
+            return Some(format!(
+                "it was trained on a {} model, this is a {}",
+                self.model_type, base.model_type
+            ));
         }
         if self.shapes != base.shapes {
             return Some(format!("it was trained on {}, whose weights have other shapes", self.lineage));

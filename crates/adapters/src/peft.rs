@@ -74,7 +74,8 @@ pub(crate) fn load(dir: &Path, file: &Path, raw: Map<String, Value>) -> Result<A
         }
         let scale = scaling.of(&path, a.shape[0]);
         let magnitude = part.m.map(array_f32).transpose()?;
-        let (a, b) = (array_f32(a)?.transpose()?, array_f32(b)?.transpose()?);
+        let turned = |t| -> Result<_> { Ok(array_f32(t)?.transpose()?.contiguous()?) };
+        let (a, b) = (turned(a)?, turned(b)?);
         adapters.insert(path.clone(), Adapter { a, b, scale, magnitude });
         scales.insert(path, scale);
     }
@@ -177,7 +178,8 @@ impl Scaling {
 
     /// s of a module; its rank is read off the tensor, which a rank pattern must agree with anyway.
     fn of(&self, path: &str, rank: usize) -> f32 {
-        let alpha = self.alphas.iter().find(|(regex, _)| regex.is_match(path)).map_or(self.alpha, |(_, a)| *a);
+        let alpha =
+            self.alphas.iter().find(|(regex, _)| regex.is_match(path)).map_or(self.alpha, |(_, a)| *a);
         self.alpha_over(rank, alpha)
     }
 

@@ -141,10 +141,17 @@ impl AdapterSet {
             } else if adapter.magnitude.is_some() && found.kind == Kind::Embedding {
                 problems.push(format!("{path}: DoRA on an embedding is not supported; train it as LoRA"));
             } else if adapter.magnitude.as_ref().is_some_and(|m| m.shape() != [shape.0]) {
-                problems.push(format!("{path}: m has another length than the {} rows of the base's weight", shape.0));
+                problems.push(format!(
+                    "{path}: m has another length than the {} rows of the base's weight",
+                    shape.0
+                ));
             }
         }
-        if problems.is_empty() { Ok(()) } else { Err(Error::Mismatch { file: origin.to_path_buf(), problems }) }
+        if problems.is_empty() {
+            Ok(())
+        } else {
+            Err(Error::Mismatch { file: origin.to_path_buf(), problems })
+        }
     }
 
     /// The table for serving: checked, DoRA's factor computed once, everything evaluated.
@@ -156,7 +163,8 @@ impl AdapterSet {
             return Err(Error::Unsupported {
                 file: origin.to_path_buf(),
                 what: "a full fine-tune".into(),
-                why: "it holds whole weights, no low-rank update: fuse it into the base first (graft fuse)".into(),
+                why: "it holds whole weights, no low-rank update: fuse it into the base first (graft fuse)"
+                    .into(),
             });
         }
         self.check(origin, &target)?;
@@ -218,7 +226,11 @@ fn collect(
     if adapters.is_empty() && problems.is_empty() {
         problems.push("the file holds no tensors".into());
     }
-    if problems.is_empty() { Ok(adapters) } else { Err(Error::Mismatch { file: file.to_path_buf(), problems }) }
+    if problems.is_empty() {
+        Ok(adapters)
+    } else {
+        Err(Error::Mismatch { file: file.to_path_buf(), problems })
+    }
 }
 
 /// The tensor as an f32 array.

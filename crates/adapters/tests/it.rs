@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use graft_adapters::{Adapter, AdapterConfig, AdapterSet, Kind, Linear, Route, Site, Table, Target, row_norms};
+use graft_adapters::{
+    Adapter, AdapterConfig, AdapterSet, Kind, Linear, Route, Site, Table, Target, row_norms,
+};
 use graft_ops::{Array, Dtype};
 use graft_quant::{Grid, Tensor, Weight};
 use graft_testkit::{mlx, wanted_form_is_mlx};
@@ -67,8 +69,10 @@ fn row_norms_equal_those_of_the_dense_sum() {
         start();
         for (name, weight) in weights() {
             let adapter = adapter(false);
-            let n = row_norms(&adapter.a, &adapter.b, 0.5, &weight, &weight.row_norms_squared().unwrap()).unwrap();
-            let sum = weight.dequantize(Dtype::Float32).unwrap().add(adapter.delta(Kind::Linear).unwrap()).unwrap();
+            let n = row_norms(&adapter.a, &adapter.b, 0.5, &weight, &weight.row_norms_squared().unwrap())
+                .unwrap();
+            let sum =
+                weight.dequantize(Dtype::Float32).unwrap().add(adapter.delta(Kind::Linear).unwrap()).unwrap();
             let dense = sum.square().unwrap().sum_axis(1, false).unwrap().sqrt().unwrap();
             assert!(gap(&n, &dense) < 1e-4, "{name}: {}", gap(&n, &dense));
         }
@@ -107,7 +111,8 @@ fn a_fresh_adapter_is_the_identity() {
             let n0 = weight.row_norms_squared().unwrap();
             let linear = Linear { weight, bias: None, path: "p".into() };
             for dora in [false, true] {
-                let fresh = Adapter::init(Kind::Linear, (96, 64), 8, 20.0, dora.then_some(&n0), &key).unwrap();
+                let fresh =
+                    Adapter::init(Kind::Linear, (96, 64), 8, 20.0, dora.then_some(&n0), &key).unwrap();
                 assert!(values(&fresh.a).iter().any(|v| *v != 0.0));
                 assert!(values(&fresh.a).iter().all(|v| v.abs() <= 1.0 / 8.0));
                 let table = Table { sites: [("p".to_owned(), site(&fresh, &linear.weight))].into() };
@@ -122,13 +127,17 @@ fn a_fresh_adapter_is_the_identity() {
 #[test]
 fn a_row_of_zeros_keeps_factor_one() {
     mlx(|| {
-        let c = graft_adapters::row_factor(&Array::from_slice(&[2.0f32, 3.0], &[2]), &Array::from_slice(&[0.0f32, 2.0], &[2]));
+        let c = graft_adapters::row_factor(
+            &Array::from_slice(&[2.0f32, 3.0], &[2]),
+            &Array::from_slice(&[0.0f32, 2.0], &[2]),
+        );
         assert_eq!(values(&c.unwrap()), [1.0, 1.5]);
     });
 }
 
 fn write_peft(dir: &Path, extra: serde_json::Value, tensors: &BTreeMap<String, Tensor>) {
-    let mut config = json!({"peft_type": "LORA", "r": 4, "lora_alpha": 2.0, "bias": "none", "use_rslora": false});
+    let mut config =
+        json!({"peft_type": "LORA", "r": 4, "lora_alpha": 2.0, "bias": "none", "use_rslora": false});
     config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
     std::fs::write(dir.join("adapter_config.json"), config.to_string()).unwrap();
     let bytes = graft_quant::safetensors_bytes(tensors, &BTreeMap::new()).unwrap();
@@ -210,7 +219,10 @@ fn what_does_not_fit_the_base_is_listed_whole() {
         };
         let message = set.table(Path::new("dir"), target).unwrap_err().to_string();
         assert!(message.contains("gone: the base has no such linear"), "{message}");
-        assert!(message.contains("other: A is [64, 4] and B is [4, 96]") && message.contains("(32, 64)"), "{message}");
+        assert!(
+            message.contains("other: A is [64, 4] and B is [4, 96]") && message.contains("(32, 64)"),
+            "{message}"
+        );
         assert!(!message.contains("there:"), "{message}");
     });
 }
@@ -232,6 +244,9 @@ fn embeddings_act_on_rows_and_on_the_tied_head() {
         let fused = graft_adapters::Embedding { weight: Weight::Dense(dense), path: "x".into() };
         assert!(gap(&rows, &fused.forward(&ids, Dtype::Float32, &Route::Base).unwrap()) < 1e-5);
         let x = wave(&[3, 64], 0.8);
-        assert!(gap(&embedding.as_linear(&x, &route).unwrap(), &fused.as_linear(&x, &Route::Base).unwrap()) < 1e-4);
+        assert!(
+            gap(&embedding.as_linear(&x, &route).unwrap(), &fused.as_linear(&x, &Route::Base).unwrap())
+                < 1e-4
+        );
     });
 }

@@ -6,7 +6,9 @@ use graft_adapters::{AdapterSet, Route};
 use graft_model::{GenerateOptions, Generator, KvCache, Model, Sampling};
 use graft_ops::{Array, Dtype, Form, Rows};
 use graft_testkit::tolerance::{BF16_DEEP, F32_DEEP};
-use graft_testkit::{Family, Tiny, assert_close, mlx, tiny_adapter, tiny_dense_of, tiny_model, wanted_form_is_mlx};
+use graft_testkit::{
+    Family, Tiny, assert_close, mlx, tiny_adapter, tiny_dense_of, tiny_model, wanted_form_is_mlx,
+};
 
 /// Runs on the array thread, in the form that the environment asks for.
 fn arrays(test: impl FnOnce() + Send) {
@@ -128,11 +130,7 @@ fn generation_equals_the_argmax_of_whole_passes() {
         let dir = tiny_model(&Tiny { packed: Some((4, 32)), tied: false, ..Tiny::new(Family::Llama) });
         let model = load(dir.path());
         let mut text: Vec<u32> = ids(600, 5).iter().map(|&i| i as u32).collect();
-        let options = GenerateOptions {
-            max_tokens: 12,
-            stop_ids: [].into(),
-            sampling: Sampling::greedy(),
-        };
+        let options = GenerateOptions { max_tokens: 12, stop_ids: [].into(), sampling: Sampling::greedy() };
         let mut generator = Generator::new(&model, &text, options, Route::Base).unwrap();
         let mut made = Vec::new();
         while let Some(token) = generator.step().unwrap() {
@@ -226,7 +224,11 @@ fn the_forms_agree_and_every_block_keeps_its_type() {
                     }
                     assert_eq!(model.final_norm(&h, &route).unwrap().dtype(), dtype);
                 }
-                assert_close(&logits(&model, &text, &Route::Base).as_dtype(Dtype::Float32).unwrap(), &plain, BF16_DEEP);
+                assert_close(
+                    &logits(&model, &text, &Route::Base).as_dtype(Dtype::Float32).unwrap(),
+                    &plain,
+                    BF16_DEEP,
+                );
             }
             graft_ops::set_form(Form::Cpu);
         }
@@ -243,7 +245,10 @@ fn a_checkpoint_that_differs_from_its_config_is_refused_whole() {
     std::fs::write(&file, config.to_string()).unwrap();
     mlx(|| {
         let message = Model::load(dir.path(), Dtype::Float32).unwrap_err().to_string();
-        for part in ["model.layers.2.mlp.up_proj.weight: missing", "model.layers.0.mlp.up_proj.weight: expected shape"] {
+        for part in [
+            "model.layers.2.mlp.up_proj.weight: missing",
+            "model.layers.0.mlp.up_proj.weight: expected shape",
+        ] {
             assert!(message.contains(part), "{message}");
         }
     });

@@ -45,7 +45,11 @@ impl Checkpoint {
     /// # Errors
     /// When a file is missing, truncated or lies about its contents.
     pub fn open(dir: &Path) -> Result<Checkpoint> {
-        let missing = |what: &str, hint: &str| Error::Missing { dir: dir.to_path_buf(), what: what.into(), hint: hint.into() };
+        let missing = |what: &str, hint: &str| Error::Missing {
+            dir: dir.to_path_buf(),
+            what: what.into(),
+            hint: hint.into(),
+        };
         if !dir.is_dir() {
             return Err(missing("the directory itself", "give the path of a model directory"));
         }
@@ -67,10 +71,13 @@ impl Checkpoint {
                 if let Some(other) = tensors.get(&name) {
                     return Err(Error::Damaged {
                         file: path,
-                        what: format!("tensor {name} is also in {}", files.get(other.file).map_or_else(
-                            || "the same file".to_owned(),
-                            |(first, _): &(PathBuf, File)| first.display().to_string(),
-                        )),
+                        what: format!(
+                            "tensor {name} is also in {}",
+                            files.get(other.file).map_or_else(
+                                || "the same file".to_owned(),
+                                |(first, _): &(PathBuf, File)| first.display().to_string(),
+                            )
+                        ),
                     });
                 }
                 tensors.insert(name, info);
@@ -116,7 +123,8 @@ impl Checkpoint {
     /// # Errors
     /// When there is none of that name, or reading fails.
     pub fn read(&self, name: &str) -> Result<Tensor> {
-        let info = self.tensors.get(name).ok_or_else(|| self.tensor_error(name, "to be there", "no such tensor"))?;
+        let info =
+            self.tensors.get(name).ok_or_else(|| self.tensor_error(name, "to be there", "no such tensor"))?;
         let (path, file) = &self.files[info.file];
         let mut data = vec![0; (info.range.end - info.range.start) as usize];
         file.read_exact_at(&mut data, info.range.start).map_err(Error::io(path))?;
@@ -128,7 +136,9 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::read`], and when MLX has no such type.
     pub fn array(&self, name: &str) -> Result<Array> {
-        self.read(name)?.to_array().map_err(|error| self.tensor_error(name, "a type that MLX has", &error.to_string()))
+        self.read(name)?
+            .to_array()
+            .map_err(|error| self.tensor_error(name, "a type that MLX has", &error.to_string()))
     }
 
     /// How the weight of module `path` is packed; none if it is dense.
@@ -139,13 +149,18 @@ impl Checkpoint {
         let weight = format!("{path}.weight");
         let Some(scales) = self.tensors.get(&format!("{path}.scales")) else {
             return match self.tensors.get(&weight) {
-                Some(info) if info.dtype == StoredDtype::U32 => {
-                    Err(self.tensor_error(&format!("{path}.scales"), "scales beside the packed weight", "nothing"))
-                }
+                Some(info) if info.dtype == StoredDtype::U32 => Err(self.tensor_error(
+                    &format!("{path}.scales"),
+                    "scales beside the packed weight",
+                    "nothing",
+                )),
                 _ => Ok(None),
             };
         };
-        let info = self.tensors.get(&weight).ok_or_else(|| self.tensor_error(&weight, "to be there", "only scales"))?;
+        let info = self
+            .tensors
+            .get(&weight)
+            .ok_or_else(|| self.tensor_error(&weight, "to be there", "only scales"))?;
         let (&[_, words], &[_, groups]) = (&info.shape[..], &scales.shape[..]) else {
             let found = format!("{:?} and {:?}", info.shape, scales.shape);
             return Err(self.tensor_error(&weight, "a matrix of codes and a matrix of scales", &found));
@@ -171,12 +186,17 @@ impl Checkpoint {
             let expected = wanted.map_or_else(|| "a grid that exists".into(), |grid| grid.to_string());
             self.tensor_error(&weight, &expected, &format!("{words} words and {groups} scales in a row"))
         })?;
-        let same = |part: &str| self.tensors.get(&format!("{path}.{part}")).is_some_and(|t| t.shape == scales.shape);
+        let same =
+            |part: &str| self.tensors.get(&format!("{path}.{part}")).is_some_and(|t| t.shape == scales.shape);
         if info.shape[0] != scales.shape[0] || !same("biases") {
             return Err(self.tensor_error(
                 &format!("{path}.biases"),
                 &format!("codes, scales and biases of {} rows", info.shape[0]),
-                &format!("scales {:?}, biases {:?}", scales.shape, self.info(&format!("{path}.biases")).map(|b| &b.shape)),
+                &format!(
+                    "scales {:?}, biases {:?}",
+                    scales.shape,
+                    self.info(&format!("{path}.biases")).map(|b| &b.shape)
+                ),
             ));
         }
         Ok(Some(grid))
@@ -191,7 +211,12 @@ impl Checkpoint {
         match self.grid(path)? {
             None => Ok(Weight::Dense(array("weight")?)),
             Some(grid) => {
-                let parts = Packed { codes: array("weight")?, scales: array("scales")?, biases: array("biases")?, grid };
+                let parts = Packed {
+                    codes: array("weight")?,
+                    scales: array("scales")?,
+                    biases: array("biases")?,
+                    grid,
+                };
                 Ok(Weight::Packed(parts))
             }
         }
@@ -202,7 +227,9 @@ impl Checkpoint {
     pub fn module_shapes(&self) -> BTreeMap<String, (usize, usize)> {
         let mut shapes = BTreeMap::new();
         for (name, info) in &self.tensors {
-            let (Some(path), &[out, columns]) = (name.strip_suffix(".weight"), &info.shape[..]) else { continue };
+            let (Some(path), &[out, columns]) = (name.strip_suffix(".weight"), &info.shape[..]) else {
+                continue;
+            };
             match self.grid(path) {
                 Ok(None) => shapes.insert(path.to_owned(), (out, columns)),
                 Ok(Some(grid)) => shapes.insert(path.to_owned(), (out, grid.inputs(columns).unwrap_or(0))),
@@ -267,7 +294,8 @@ fn read_header(path: &Path, file: &File, index: usize) -> Result<Vec<(String, Te
     }
     head.resize(8 + length as usize, 0);
     file.read_exact_at(&mut head, 0).map_err(Error::io(path))?;
-    let header: Metadata = serde_json::from_slice(&head[8..]).map_err(|error| damaged(format!("its header: {error}")))?;
+    let header: Metadata =
+        serde_json::from_slice(&head[8..]).map_err(|error| damaged(format!("its header: {error}")))?;
     let start = 8 + length;
     if start + header.data_len() as u64 != size {
         return Err(damaged(format!(

@@ -101,11 +101,13 @@ fn grid(file: &Path, name: &str, block: &Map<String, Value>) -> Result<Grid> {
         });
     }
     let number = |key: &str| {
-        block.get(key).and_then(Value::as_i64).and_then(|n| i32::try_from(n).ok()).ok_or_else(|| Error::Config {
-            file: file.to_path_buf(),
-            field: format!("{name}.{key}"),
-            expected: "a whole number".into(),
-            found: block.get(key).map_or_else(|| "nothing".into(), Value::to_string),
+        block.get(key).and_then(Value::as_i64).and_then(|n| i32::try_from(n).ok()).ok_or_else(|| {
+            Error::Config {
+                file: file.to_path_buf(),
+                field: format!("{name}.{key}"),
+                expected: "a whole number".into(),
+                found: block.get(key).map_or_else(|| "nothing".into(), Value::to_string),
+            }
         })
     };
     let grid = Grid { bits: number("bits")?, group_size: number("group_size")? };

@@ -15,7 +15,10 @@ pub fn round(w: &Array, grid: Grid) -> Result<Packed> {
     grid.check()?;
     let inputs = w.shape().last().copied().unwrap_or(0);
     if !grid.fits(inputs as usize) {
-        return Err(Error::Request(format!("rows of {inputs} weights cannot be packed in groups of {}", grid.group_size)));
+        return Err(Error::Request(format!(
+            "rows of {inputs} weights cannot be packed in groups of {}",
+            grid.group_size
+        )));
     }
     let mut parts = quantize(w, grid.group_size, grid.bits, Mode::Affine)?.into_iter();
     let (Some(codes), Some(scales), Some(biases)) = (parts.next(), parts.next(), parts.next()) else {

@@ -65,11 +65,13 @@ impl Tensor {
     /// # Errors
     /// When MLX has no such type, or the bytes do not fit the shape.
     pub fn to_array(&self) -> Result<Array> {
-        let dtype = mlx_dtype(self.dtype)
-            .ok_or_else(|| Error::Request(format!("a tensor of type {:?} has no counterpart in MLX", self.dtype)))?;
+        let dtype = mlx_dtype(self.dtype).ok_or_else(|| {
+            Error::Request(format!("a tensor of type {:?} has no counterpart in MLX", self.dtype))
+        })?;
         let shape: Option<Vec<i32>> = self.shape.iter().map(|&d| i32::try_from(d).ok()).collect();
-        let shape = shape
-            .ok_or_else(|| Error::Request(format!("a tensor of shape {:?} is too large for MLX", self.shape)))?;
+        let shape = shape.ok_or_else(|| {
+            Error::Request(format!("a tensor of shape {:?} is too large for MLX", self.shape))
+        })?;
         Ok(ffi::array_from_bytes(&self.data, &shape, dtype)?)
     }
 
@@ -94,7 +96,9 @@ impl Tensor {
             StoredDtype::F32 => self.data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
             StoredDtype::F16 => halves().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
             StoredDtype::BF16 => halves().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
-            StoredDtype::F64 => self.data.as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect(),
+            StoredDtype::F64 => {
+                self.data.as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect()
+            }
             other => return Err(Error::Request(format!("expected a float tensor, found {other:?}"))),
         })
     }
@@ -119,13 +123,15 @@ pub type TensorFile = (BTreeMap<String, Tensor>, BTreeMap<String, String>);
 /// When it cannot be read, or its header does not describe it.
 pub fn read_safetensors(path: &Path) -> Result<TensorFile> {
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let damaged = |what: &dyn std::fmt::Display| Error::Damaged { file: path.to_path_buf(), what: what.to_string() };
+    let damaged =
+        |what: &dyn std::fmt::Display| Error::Damaged { file: path.to_path_buf(), what: what.to_string() };
     let file = SafeTensors::deserialize(&bytes).map_err(|error| damaged(&error))?;
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|error| damaged(&error))?;
     let tensors = file
         .iter()
         .map(|(name, view)| {
-            let tensor = Tensor { dtype: view.dtype(), shape: view.shape().to_vec(), data: view.data().to_vec() };
+            let tensor =
+                Tensor { dtype: view.dtype(), shape: view.shape().to_vec(), data: view.data().to_vec() };
             (name.to_owned(), tensor)
         })
         .collect();
@@ -161,7 +167,10 @@ pub(crate) fn header(entries: &[Entry], metadata: &BTreeMap<String, String>) -> 
 ///
 /// # Errors
 /// When a tensor's bytes do not fit its shape.
-pub fn safetensors_bytes(tensors: &BTreeMap<String, Tensor>, metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
+pub fn safetensors_bytes(
+    tensors: &BTreeMap<String, Tensor>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<Vec<u8>> {
     let mut all: Vec<(&String, &Tensor)> = tensors.iter().collect();
     // Wide elements first, so that each tensor is aligned for its type.
     all.sort_by_key(|(name, tensor)| (std::cmp::Reverse(tensor.dtype.bitsize()), *name));

@@ -80,7 +80,13 @@ impl DirWriter {
             .tempdir_in(dir)
             .map_err(Error::io(dir))?;
         let metadata = BTreeMap::from([("format".to_owned(), "mlx".to_owned())]);
-        Ok(DirWriter { target: target.to_path_buf(), temp, max_bytes: MAX_SHARD, shards: Vec::new(), metadata })
+        Ok(DirWriter {
+            target: target.to_path_buf(),
+            temp,
+            max_bytes: MAX_SHARD,
+            shards: Vec::new(),
+            metadata,
+        })
     }
 
     /// Limits the size of one safetensors file; a single tensor may exceed it.
@@ -181,7 +187,10 @@ impl DirWriter {
     /// Header, then data: copied file to file, which the kernel does without the bytes passing through us.
     fn assemble(&self, index: usize, shard: Shard, name: &str) -> Result<()> {
         let (from, to) = (self.data_path(index), self.temp.path().join(name));
-        let data = shard.data.into_inner().map_err(|error| Error::Io { path: from.clone(), source: error.into_error() })?;
+        let data = shard
+            .data
+            .into_inner()
+            .map_err(|error| Error::Io { path: from.clone(), source: error.into_error() })?;
         drop(data);
         let head = header(&shard.entries, &self.metadata)?;
         let source = File::open(&from).map_err(Error::io(&from))?;
@@ -189,7 +198,10 @@ impl DirWriter {
         file.write_all(&head).map_err(Error::io(&to))?;
         let copied = std::io::copy(&mut source.take(shard.bytes), &mut file).map_err(Error::io(&to))?;
         if copied != shard.bytes {
-            return Err(Error::Damaged { file: from, what: format!("{copied} of {} bytes were left", shard.bytes) });
+            return Err(Error::Damaged {
+                file: from,
+                what: format!("{copied} of {} bytes were left", shard.bytes),
+            });
         }
         file.sync_all().map_err(Error::io(&to))?;
         std::fs::remove_file(&from).map_err(Error::io(&from))
