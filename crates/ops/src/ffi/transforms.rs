@@ -96,11 +96,9 @@ extern "C" fn trampoline<F: Fn(&[Array]) -> Result<Vec<Array>> + 'static>(
     let run = || -> Result<()> {
         // SAFETY: the payload is the boxed `F` of `Function::new`, alive until `release`; only shared access is taken.
         let f = unsafe { &*payload.cast::<F>() };
-        let outputs = f(&vector_to_arrays(inputs)?)?;
-        for output in &outputs {
-            // SAFETY: `out` points to an empty list that MLX made for us; it takes a reference of its own.
-            check(|| unsafe { mlx_sys::mlx_vector_array_append_value(*out, output.as_ptr()) })?;
-        }
+        let outputs = ArrayList::new(&f(&vector_to_arrays(inputs)?)?)?;
+        // SAFETY: `out` points to an empty handle of MLX's, which takes the list over.
+        unsafe { *out = outputs.into_raw() };
         Ok(())
     };
     match catch_unwind(AssertUnwindSafe(run)) {
