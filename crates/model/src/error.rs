@@ -39,6 +39,42 @@ pub enum Error {
         /// One sentence each.
         problems: Vec<String>,
     },
+    /// A tokenizer's file is missing or broken.
+    #[error("{file}: {message}")]
+    Tokenizer {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it, and what to do.
+        message: String,
+    },
+    /// A chat template is missing, broken, or refuses the messages.
+    #[error("chat template of {file}: {message}")]
+    Template {
+        /// The file it is from, or the directory that has none.
+        file: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
+    /// A sampling setting is outside its range.
+    #[error("`{field}`: expected {expected}, found {found}")]
+    Sampling {
+        /// The field of [`crate::Sampling`].
+        field: &'static str,
+        /// What it may be.
+        expected: String,
+        /// What it was.
+        found: String,
+    },
+    /// GGUF metadata that is missing or that we cannot express.
+    #[error("gguf metadata `{key}`: expected {expected}, found {found}")]
+    Import {
+        /// The key.
+        key: String,
+        /// What it should have been.
+        expected: String,
+        /// What it was.
+        found: String,
+    },
     /// A request that the model cannot serve.
     #[error("{0}")]
     Request(String),

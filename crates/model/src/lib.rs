@@ -8,6 +8,7 @@
 //! The graph never names LoRA or bits: a linear is handed a [`graft_adapters::Route`].
 
 mod cache;
+mod chat;
 mod config;
 mod decoder;
 mod error;
@@ -16,12 +17,17 @@ mod generate;
 mod load;
 mod rope;
 mod sample;
+mod stream;
+mod tokenizer;
 
 pub use cache::KvCache;
+pub use chat::ChatTemplate;
 pub use config::{DecoderConfig, RopeConfig, RopeScaling};
 pub use decoder::Model;
 pub use error::{Error, Result};
 pub use families::{Family, config_from_map, family_names};
 pub use generate::{GenerateOptions, Generator, Prefill, Token};
-pub use sample::{Sampler, Sampling};
 pub use load::{Part, PartKind, parts};
+pub use sample::{Sampler, Sampling};
+pub use stream::TextStream;
+pub use tokenizer::Tokenizer;
