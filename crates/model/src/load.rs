@@ -86,7 +86,11 @@ impl Model {
     /// # Errors
     /// As [`Model::load`].
     pub fn from_checkpoint(checkpoint: &Checkpoint, dtype: Dtype) -> Result<Self> {
-        let config = config_from_map(&checkpoint.dir().join("config.json"), checkpoint.config())?;
+        let mut config = config_from_map(&checkpoint.dir().join("config.json"), checkpoint.config())?;
+        if !checkpoint.config().contains_key("tie_word_embeddings") {
+            // The default of this key differs between libraries and versions; the files know.
+            config.tied = checkpoint.info("lm_head.weight").is_none();
+        }
         verify(checkpoint, &config)?;
         let source = Source { checkpoint, dtype, kinds: kinds(&config) };
         let blocks = (0..config.layers).map(|i| source.block(&config, i)).collect::<Result<_>>()?;
@@ -125,12 +129,14 @@ fn verify(checkpoint: &Checkpoint, config: &DecoderConfig) -> Result<()> {
             PartKind::Linear { .. } | PartKind::Embedding => {
                 match shapes.get(&part.path) {
                     None => problems.push(format!("{}: missing", name("weight"))),
-                    Some(&(out, input)) if (out as i32, input as i32) != part.shape => problems.push(format!(
-                        "{}: expected shape {:?}, found {:?}",
-                        name("weight"),
-                        part.shape,
-                        (out, input)
-                    )),
+                    Some(&(out, input)) if (out as i32, input as i32) != part.shape => {
+                        problems.push(format!(
+                            "{}: expected shape {:?}, found {:?}",
+                            name("weight"),
+                            part.shape,
+                            (out, input)
+                        ))
+                    }
                     Some(_) => {}
                 }
                 known.extend(["weight", "scales", "biases"].map(&name));
@@ -146,7 +152,11 @@ fn verify(checkpoint: &Checkpoint, config: &DecoderConfig) -> Result<()> {
             problems.push(format!("{name}: a {} model has no such tensor", config.model_type));
         }
     }
-    if problems.is_empty() { Ok(()) } else { Err(Error::Weights { dir: checkpoint.dir().to_path_buf(), problems }) }
+    if problems.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::Weights { dir: checkpoint.dir().to_path_buf(), problems })
+    }
 }
 
 /// Where the parts of a model come from.
