@@ -1,1 +1,38 @@
-//! (see DESIGN)
+//! Fine-tuning: data, batches, loss, optimizers, the loop, and a state from which a run goes on exactly.
+//!
+//! What is differentiated are the tensors of a table (LoRA, DoRA) or dense weights (`full`); packed codes are never
+//! written. Shape letters: B batch, L tokens of a row, N tokens of all rows concatenated, M targets, E hidden,
+//! V vocabulary, R rank.
+//!
+//! [`run`] trains; [`Data::load`] makes its rows, [`test`] and [`evaluate`] measure.
+
+mod batch;
+mod config;
+mod data;
+mod error;
+mod event;
+mod graph;
+mod loss;
+mod metrics;
+mod optim;
+mod params;
+mod rng;
+mod run;
+mod schedule;
+mod state;
+mod step;
+
+pub use batch::{Batch, Position, Walk, fixed_groups, groups};
+pub use config::TrainConfig;
+pub use data::{Data, DataConfig, Encoder, Example, Row, Split, read_rows};
+pub use error::{Error, Result};
+pub use event::{Event, TrainReport};
+pub use graph::Graph;
+pub use loss::{Evaluation, batch_loss, evaluate, test};
+pub use optim::{Optimizer, OptimizerState, clipped, global_norm};
+pub use params::{OwnedRoute, Params, SiteSpec};
+pub use rng::{Rng, mix};
+pub use run::{Outcome, Summary, run};
+pub use schedule::{Curve, Schedule, Warmup};
+pub use state::{Progress, RunKey, States, Window};
+pub use step::{StepResult, Trainer, TrainerSettings};

@@ -1,0 +1,213 @@
+//! The loss of a batch as a function of the trained tensors, with as little kept for the gradient as possible.
+//!
+//! What is frozen below the first trained block runs outside the transform and leaves nothing behind; DoRA's norm is an
+//! input without a gradient; with checkpointing each block keeps its input only.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use graft_adapters::{Dropout, FineTuneType, Kind, Route, Site, Table, row_factor};
+use graft_model::Model;
+use graft_ops::{Array, Dtype, Exception, Rows, ffi};
+
+use crate::batch::Batch;
+use crate::params::{OwnedRoute, Params};
+use crate::rng::mix;
+use crate::Result;
+
+/// Tag of the random streams of dropout.
+const DROPOUT: u64 = 0x6472_6f70;
+
+/// How the loss is computed.
+#[derive(Debug)]
+pub struct Graph {
+    model: Rc<Model>,
+    /// Trained blocks and all above them.
+    blocks: Vec<BlockSpec>,
+    /// First of `blocks`; everything below is frozen.
+    first: usize,
+    /// Sites of the embedding and the head, as indices into the parameters' sites.
+    outer: Vec<usize>,
+    /// Whether the embedding is trained, so that nothing can run ahead of the transform.
+    embedding: bool,
+    /// Whether blocks are computed again in the backward pass.
+    pub checkpoint: bool,
+    /// Share of the low-rank branches' inputs that is dropped.
+    pub dropout: f32,
+    /// Seed of the dropout keys.
+    pub seed: u64,
+}
+
+/// Which tensors a block is given: sites for low-rank training, tensors for `full`.
+#[derive(Debug, Clone)]
+struct BlockSpec {
+    index: usize,
+    sites: Vec<usize>,
+    tensors: Vec<usize>,
+}
+
+/// A site without its trained tensors.
+#[derive(Debug, Clone)]
+struct Frame {
+    path: String,
+    scale: f32,
+    norm: Option<Array>,
+    dropout: Option<Dropout>,
+    tensors: usize,
+}
+
+/// One block's function: its first input is h (N, E), the others its trained tensors.
+struct BlockFn {
+    model: Rc<Model>,
+    index: usize,
+    rows: Rc<Rows>,
+    frames: Vec<Frame>,
+    names: Vec<String>,
+}
+
+impl BlockFn {
+    fn call(&self, inputs: &[Array]) -> std::result::Result<Array, Exception> {
+        let (h, tensors) = inputs.split_first().ok_or_else(|| Exception::custom("a block needs its input"))?;
+        let route = if self.names.is_empty() {
+            OwnedRoute::Table(table(&self.frames, tensors)?)
+        } else {
+            let mut weights = HashMap::new();
+            for (name, tensor) in self.names.iter().zip(tensors) {
+                weights.insert(name.clone(), tensor.as_dtype(self.model.dtype())?);
+            }
+            OwnedRoute::Weights(weights)
+        };
+        self.model.block(self.index, h, &self.rows, &route.route()).map_err(exception)
+    }
+}
+
+/// An error on its way through a function that MLX calls.
+fn exception(error: graft_model::Error) -> Exception {
+    match error {
+        graft_model::Error::Array(e) => e,
+        other => Exception::custom(other.to_string()),
+    }
+}
+
+/// The table of some sites: `tensors` holds A, B and perhaps m of each, one site after another.
+fn table(frames: &[Frame], mut tensors: &[Array]) -> std::result::Result<Table, Exception> {
+    let mut sites = HashMap::new();
+    for frame in frames {
+        let Some((own, rest)) = tensors.split_at_checked(frame.tensors) else {
+            return Err(Exception::custom(format!("{}: tensors are missing", frame.path)));
+        };
+        tensors = rest;
+        let factor = match (own.get(2), &frame.norm) {
+            (Some(m), Some(n)) => Some(row_factor(m, n)?),
+            _ => None,
+        };
+        let (a, b, dropout) = (own[0].clone(), own[1].clone(), frame.dropout.clone());
+        sites.insert(frame.path.clone(), Site { a, b, scale: frame.scale, factor, dropout });
+    }
+    Ok(Table { sites })
+}
+
+impl Graph {
+    /// Plans the computation for some parameters of a model.
+    pub fn new(model: Rc<Model>, params: &Params, checkpoint: bool, dropout: f32, seed: u64) -> Self {
+        let layers = model.config().layers as usize;
+        let of_block = |index: usize| BlockSpec {
+            index,
+            sites: (0..params.sites.len()).filter(|i| params.sites[*i].block == Some(index)).collect(),
+            tensors: (0..params.blocks.len()).filter(|i| params.blocks[*i] == index).collect(),
+        };
+        let all: Vec<BlockSpec> = (0..layers).map(of_block).collect();
+        let outer: Vec<usize> = (0..params.sites.len()).filter(|i| params.sites[*i].block.is_none()).collect();
+        let embedding = outer.iter().any(|i| params.sites[*i].kind == Kind::Embedding);
+        let trained = |b: &BlockSpec| !b.sites.is_empty() || !b.tensors.is_empty();
+        let first = if embedding { 0 } else { all.iter().position(trained).unwrap_or(layers) };
+        Self { model, blocks: all[first..].to_vec(), first, outer, embedding, checkpoint, dropout, seed }
+    }
+
+    /// The sum of the losses of all targets of a batch (f32 scalar) and its gradient by every tensor of `params`.
+    ///
+    /// `norms` are DoRA's n; `iter` decides the dropout masks. Nothing is evaluated.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn loss_and_gradients(
+        &self,
+        params: &Params,
+        norms: &[Option<Array>],
+        batch: &Batch,
+        iter: u64,
+    ) -> Result<(Array, Vec<Array>)> {
+        let prefix = if self.embedding { None } else { Some(self.prefix(batch)?) };
+        let argnums: Vec<i32> = (0..params.values.len() as i32).collect();
+        let f = |values: &[Array]| Ok(vec![self.loss(params, values, norms, batch, iter, prefix.as_ref())?]);
+        let (mut values, gradients) = ffi::value_and_grad(f, &params.values, &argnums)?;
+        Ok((values.swap_remove(0), gradients))
+    }
+
+    /// h below the first trained block.
+    fn prefix(&self, batch: &Batch) -> Result<Array> {
+        let mut h = self.model.embed(&batch.tokens, &Route::Base)?;
+        for index in 0..self.first {
+            h = self.model.block(index, &h, &batch.rows, &Route::Base)?;
+        }
+        Ok(h)
+    }
+
+    fn frame(&self, params: &Params, norms: &[Option<Array>], index: usize, iter: u64) -> std::result::Result<Frame, Exception> {
+        let spec = &params.sites[index];
+        let dropout = if self.dropout > 0.0 {
+            let key = mlx_rs::random::key(mix(&[self.seed, DROPOUT, iter, index as u64]))?;
+            Some(Dropout { rate: self.dropout, key })
+        } else {
+            None
+        };
+        let norm = norms.get(index).cloned().flatten();
+        Ok(Frame { path: spec.path.clone(), scale: spec.scale, norm, dropout, tensors: spec.tensors() })
+    }
+
+    fn loss(
+        &self,
+        params: &Params,
+        values: &[Array],
+        norms: &[Option<Array>],
+        batch: &Batch,
+        iter: u64,
+        prefix: Option<&Array>,
+    ) -> std::result::Result<Array, Exception> {
+        let full = params.fine_tune_type == FineTuneType::Full;
+        let frames = |sites: &[usize]| -> std::result::Result<Vec<Frame>, Exception> {
+            sites.iter().map(|i| self.frame(params, norms, *i, iter)).collect()
+        };
+        let tensors = |sites: &[usize]| -> Vec<Array> {
+            let specs = sites.iter().map(|i| &params.sites[*i]);
+            specs.flat_map(|s| values[s.first..s.first + s.tensors()].iter().cloned()).collect()
+        };
+        let outer = table(&frames(&self.outer)?, &tensors(&self.outer))?;
+        let outer = Route::Table(&outer);
+        let mut h = match prefix {
+            Some(h) => h.clone(),
+            None => self.model.embed(&batch.tokens, &outer).map_err(exception)?,
+        };
+        let rows = Rc::new(batch.rows.clone());
+        for spec in &self.blocks {
+            let mut inputs = vec![h];
+            inputs.extend(tensors(&spec.sites));
+            inputs.extend(spec.tensors.iter().map(|i| values[*i].clone()));
+            let block = BlockFn {
+                model: Rc::clone(&self.model),
+                index: spec.index,
+                rows: Rc::clone(&rows),
+                frames: frames(&spec.sites)?,
+                names: if full { spec.tensors.iter().map(|i| params.names[*i].clone()).collect() } else { vec![] },
+            };
+            h = if self.checkpoint {
+                let again = ffi::checkpoint(move |inputs| Ok(vec![block.call(inputs)?]))?;
+                again.call(&inputs)?.swap_remove(0)
+            } else {
+                block.call(&inputs)?
+            };
+        }
+        let losses = crate::loss::target_losses(&self.model, &h, batch, &outer).map_err(exception)?;
+        losses.as_dtype(Dtype::Float32)?.sum(false)
+    }
+}

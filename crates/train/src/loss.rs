@@ -1,0 +1,98 @@
+//! The loss: the token-weighted mean over targets, of which only the targets' hidden states reach the head.
+
+use graft_adapters::Route;
+use graft_model::Model;
+use graft_ops::{Array, Dtype, Exception};
+
+use crate::Result;
+use crate::batch::{Batch, fixed_groups};
+use crate::data::Split;
+
+/// What an evaluation found.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Evaluation {
+    /// Mean loss of a target, in nats.
+    pub loss: f64,
+    /// `exp(loss)`.
+    pub perplexity: f64,
+    /// Targets.
+    pub tokens: u64,
+}
+
+/// Losses (M,), f32, of a batch's targets, from the last block's output h (N, E).
+///
+/// # Errors
+/// When an array operation fails.
+pub(crate) fn target_losses(
+    model: &Model,
+    h: &Array,
+    batch: &Batch,
+    route: &Route,
+) -> std::result::Result<Array, graft_model::Error> {
+    // The norm is by row, so masked rows are dropped before it.
+    let h = match &batch.positions {
+        Some(positions) => h.take_axis(positions, 0)?,
+        None => h.clone(),
+    };
+    model.losses(&model.final_norm(&h, route)?, &batch.targets, route)
+}
+
+/// The sum of a batch's losses (f32 scalar, not evaluated), without a gradient.
+///
+/// # Errors
+/// When an array operation fails.
+pub fn batch_loss(model: &Model, batch: &Batch, route: &Route) -> Result<Array> {
+    let h = model.hidden(&batch.tokens, &batch.rows, None, route)?;
+    let h = match &batch.positions {
+        Some(positions) => h.take_axis(positions, 0)?,
+        None => h,
+    };
+    Ok(model.losses(&h, &batch.targets, route)?.as_dtype(Dtype::Float32)?.sum(false)?)
+}
+
+/// The value of a scalar; evaluates it.
+pub(crate) fn number(scalar: &Array) -> Result<f64> {
+    let value = scalar.try_item_cast::<f32>().map_err(|e| Exception::custom(e.to_string()))?;
+    Ok(f64::from(value))
+}
+
+/// The token-weighted mean loss over some groups of examples; none if `go_on` (given the groups done) said to stop.
+///
+/// # Errors
+/// When an array operation fails.
+pub fn evaluate(
+    model: &Model,
+    route: &Route,
+    split: &Split,
+    groups: &[Vec<usize>],
+    go_on: &mut dyn FnMut(usize) -> bool,
+) -> Result<Option<Evaluation>> {
+    let (mut sum, mut tokens) = (0.0, 0);
+    for (done, group) in groups.iter().enumerate() {
+        if !go_on(done) {
+            return Ok(None);
+        }
+        let batch = Batch::new(split, group, graft_ops::form());
+        sum += number(&batch_loss(model, &batch, route)?)?;
+        tokens += batch.count as u64;
+    }
+    let loss = if tokens == 0 { 0.0 } else { sum / tokens as f64 };
+    Ok(Some(Evaluation { loss, perplexity: loss.exp(), tokens }))
+}
+
+/// Evaluates a test set: `batches` batches of it (all if negative), always the same ones for the same seed.
+///
+/// # Errors
+/// When the split has no rows or an array operation fails.
+pub fn test(
+    model: &Model,
+    route: &Route,
+    split: &Split,
+    batch_size: usize,
+    batches: i64,
+    seed: u64,
+) -> Result<Evaluation> {
+    let groups = fixed_groups(split.require()?, batch_size, batches, seed);
+    let found = evaluate(model, route, split, &groups, &mut |_| true)?;
+    Ok(found.unwrap_or(Evaluation { loss: 0.0, perplexity: 1.0, tokens: 0 }))
+}

@@ -1,0 +1,188 @@
+//! Rows to tokens, batches and their order.
+
+use std::path::Path;
+
+use graft_ops::Form;
+use graft_train::{Batch, Data, DataConfig, Encoder, Rng, Split, Walk, fixed_groups, groups};
+use serde_json::Value;
+
+use crate::support::{arrays, split};
+
+/// Bytes as tokens, and a template that can be read.
+struct Bytes;
+
+impl Encoder for Bytes {
+    fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, String> {
+        let start = special.then_some(256);
+        Ok(start.into_iter().chain(text.bytes().map(u32::from)).collect())
+    }
+
+    fn render(&self, messages: &[Value], tools: Option<&Value>, prompt: bool) -> Result<String, String> {
+        let mut text = tools.map(|t| format!("[{}]", t.as_array().map_or(0, Vec::len))).unwrap_or_default();
+        for message in messages {
+            let content = message["content"].as_str().ok_or("a message without content")?;
+            text += &format!("<{}>{content}.", message["role"].as_str().unwrap_or_default());
+        }
+        if prompt {
+            text += "<assistant>";
+        }
+        Ok(text)
+    }
+
+    fn eos(&self) -> Option<u32> {
+        Some(257)
+    }
+}
+
+fn settings(mask_prompt: bool, max_seq_length: usize) -> DataConfig {
+    DataConfig {
+        mask_prompt,
+        max_seq_length,
+        prompt_feature: "prompt".into(),
+        completion_feature: "completion".into(),
+        chat_feature: "messages".into(),
+        text_feature: "text".into(),
+    }
+}
+
+fn load(train: &str, config: &DataConfig) -> Result<Split, String> {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("train.jsonl"), train).unwrap();
+    let loaded = Data::load(dir.path(), &Bytes, config).map(|d| {
+        assert!(!d.valid.found && d.valid.require().unwrap_err().to_string().contains("valid.jsonl: there is no such file"));
+        d.train
+    });
+    loaded.map_err(|e| e.to_string())
+}
+
+fn text(split: &Split, row: usize) -> String {
+    split.examples[row].tokens.iter().map(|t| char::from_u32(*t).unwrap()).collect()
+}
+
+#[test]
+fn all_forms_become_the_tokens_that_mlx_lm_makes() {
+    let rows = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]}
+
+{"messages": [{"role": "user", "content": "a"}], "tools": [1, 2]}
+{"prompt": "p", "completion": "q", "tools": null}
+"#;
+    let plain = load(rows, &settings(false, 100)).unwrap();
+    assert_eq!(text(&plain, 0), "<user>a.<assistant>bc.");
+    assert_eq!(text(&plain, 1), "[2]<user>a.");
+    assert_eq!(text(&plain, 2), "<user>p.<assistant>q.");
+    assert_eq!(plain.examples.iter().map(|e| (e.line, e.offset)).collect::<Vec<_>>(), [(1, 0), (3, 0), (4, 0)]);
+
+    // The prompt is what comes before the last message, with the answer's opening if an assistant gives it.
+    let masked = load(rows, &settings(true, 100)).unwrap();
+    assert_eq!(masked.examples[0].offset, "<user>a.<assistant>".len());
+    assert_eq!(masked.examples[0].targets(), "bc.".len());
+    assert_eq!(masked.examples[1].offset, "[2]".len());
+
+    let texts = load("{\"text\": \"hi\"}\n", &settings(false, 100)).unwrap();
+    assert_eq!(texts.examples[0].tokens, [256, 104, 105, 257]);
+    let renamed = DataConfig { text_feature: "body".into(), prompt_feature: "q".into(), ..settings(false, 100) };
+    assert_eq!(load("{\"body\": \"hi\"}", &renamed).unwrap().examples[0].tokens.len(), 4);
+    assert_eq!(text(&load("{\"q\": \"1\", \"completion\": \"2\"}", &renamed).unwrap(), 0), "<user>1.<assistant>2.");
+}
+
+#[test]
+fn errors_name_file_line_keys_and_forms() {
+    let fails = |rows: &str, mask: bool| load(rows, &settings(mask, 100)).unwrap_err();
+    let e = fails("{\"text\": \"a\"}\n\n{\"instruction\": 1, \"output\": 2}\n", false);
+    assert!(e.contains("train.jsonl:3: found the keys \"instruction\", \"output\"; expected \"prompt\" and \"completion\""), "{e}");
+    assert!(e.contains("\"messages\"") && e.contains("\"text\"") && e.contains("chat_feature"), "{e}");
+    assert!(fails("{\"text\": \"a\"}\n{\"text\"", false).contains("train.jsonl:2: not valid JSON"));
+    assert!(fails("[1]", false).contains("train.jsonl:1: expected a JSON object"));
+    assert!(fails("{\"text\": 3}", false).contains("\"text\": expected a string, found a number"));
+    assert!(fails("{\"messages\": []}", false).contains("empty"));
+    assert!(fails("{\"messages\": [{\"content\": \"x\"}]}", false).contains("\"messages\"[0]"));
+    assert!(fails("{\"messages\": [{\"role\": \"user\"}]}", false).contains("a message without content"));
+    assert!(fails("{\"text\": \"a\"}", true).contains("no prompt to mask"));
+    let missing = Data::load(Path::new("/nonexistent/data"), &Bytes, &settings(false, 9)).unwrap_err().to_string();
+    assert!(missing.contains("/nonexistent/data"));
+    let empty = load("\n\n", &settings(false, 100)).unwrap();
+    assert!(empty.require().unwrap_err().to_string().contains("train.jsonl: the file has no rows"));
+}
+
+#[test]
+fn long_rows_are_cut_and_rows_without_targets_skipped() {
+    let rows = "{\"prompt\": \"pppppppppppp\", \"completion\": \"q\"}\n{\"prompt\": \"p\", \"completion\": \"q\"}\n";
+    // 32 and 21 tokens; the long prompt ends at 30.
+    let cut = load(rows, &settings(true, 31)).unwrap();
+    assert_eq!((cut.truncated, cut.examples[0].tokens.len(), cut.examples[0].targets()), (1, 31, 1));
+    let skipped = load(rows, &settings(true, 30)).unwrap();
+    assert_eq!((skipped.skipped.clone(), skipped.examples.len()), (vec![1], 1));
+    assert!(skipped.warnings[0].contains("1 of 2 rows are longer than max_seq_length 30 (the longest has 32 tokens)"));
+    assert!(skipped.warnings[1].contains("skipped 1 of 2 rows") && skipped.warnings[1].contains("lines 1"));
+    let none = load(rows, &settings(true, 10)).unwrap();
+    assert!(none.require().unwrap_err().to_string().contains("all 2 rows were skipped"));
+}
+
+#[test]
+fn batches_are_of_neighbours_in_length_and_cover_every_row() {
+    let lengths = [9, 3, 30, 4, 8, 31, 5];
+    let split = split(&lengths, 0, 1);
+    assert_eq!(groups(&split, 2), [vec![1, 3], vec![6, 4], vec![0, 2], vec![5]]);
+    let mut walk = Walk::new(&split, 2, 42).unwrap();
+    let mut passes = Vec::new();
+    for pass in 0..4 {
+        let mut seen: Vec<Vec<usize>> = (0..walk.batches()).map(|_| walk.next_group().to_vec()).collect();
+        assert_eq!(walk.position().pass, pass);
+        passes.push(seen.clone());
+        seen.sort();
+        assert_eq!(seen, [vec![0, 2], vec![1, 3], vec![5], vec![6, 4]]);
+    }
+    assert!(passes.iter().any(|p| *p != passes[0]), "passes are permuted anew");
+
+    // A walk goes on from any position as it would have gone.
+    let mut walk = Walk::new(&split, 2, 42).unwrap();
+    for _ in 0..6 {
+        walk.next_group();
+    }
+    let mut again = Walk::new(&split, 2, 0).unwrap().resume(walk.position().clone());
+    for _ in 0..9 {
+        assert_eq!(walk.next_group(), again.next_group());
+    }
+    assert_eq!(fixed_groups(&split, 2, 3, 5), fixed_groups(&split, 2, 3, 5));
+    assert_eq!((fixed_groups(&split, 2, -1, 5).len(), fixed_groups(&split, 2, 0, 5).len()), (4, 0));
+    let e = Walk::new(&split, 8, 0).unwrap_err().to_string();
+    assert!(e.contains("train.jsonl: 7 usable rows, but batch_size is 8"), "{e}");
+}
+
+#[test]
+fn padding_is_never_a_target() {
+    arrays(|| {
+        let split = split(&[5, 33], 2, 1);
+        for form in [Form::Cpu, Form::Mlx] {
+            let batch = Batch::new(&split, &[0, 1], form);
+            let tokens = crate::support::values(&batch.tokens);
+            let targets = crate::support::values(&batch.targets);
+            let positions = crate::support::values(batch.positions.as_ref().unwrap());
+            assert_eq!(batch.count, 3 + 31);
+            // What stands at a target's position is the token before it.
+            let (mut k, mut start) = (0, 0);
+            for (example, length) in split.examples.iter().zip(&batch.rows.lengths) {
+                for s in 2..example.tokens.len() {
+                    assert_eq!(targets[k], example.tokens[s] as f32);
+                    assert_eq!(tokens[positions[k] as usize], example.tokens[s - 1] as f32);
+                    assert_eq!(positions[k] as i32, start + s as i32 - 1);
+                    k += 1;
+                }
+                start += length;
+            }
+            assert_eq!(tokens.len(), if form == Form::Cpu { 4 + 32 } else { 64 });
+        }
+    });
+}
+
+#[test]
+fn the_generator_is_the_documented_one() {
+    // xoshiro256++ from the state 1, 2, 3, 4: the first outputs of the published reference code.
+    let mut rng = Rng { state: [1, 2, 3, 4] };
+    let first: Vec<u64> = (0..3).map(|_| rng.next_u64()).collect();
+    assert_eq!(first, [41_943_041, 58_720_359, 3_588_806_011_781_223]);
+    let mut order = Rng::new(3).permutation(50);
+    assert_ne!(order, (0..50).collect::<Vec<_>>());
+    order.sort_unstable();
+    assert_eq!(order, (0..50).collect::<Vec<_>>());
+}

@@ -1,0 +1,8 @@
+//! Training against independent references: finite differences, MLX's own optimizers, and itself by another way.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests: a panic is the report")]
+
+mod data;
+mod gradients;
+mod optimizers;
+mod runs;
+mod support;
