@@ -1,1 +1,38 @@
-//! (see DESIGN)
+//! An OpenAI-compatible server for a base and any number of unfused adapters.
+//!
+//! Arrays live and die on one thread ([`Engine`]); everything else is async code that sees ids, text, bytes and channels.
+//! A request is checked before the engine sees it, so a request that is wrong costs a status code and nothing more.
+//!
+//! ```text
+//! serve   listens, shuts down           api, messages, fields   requests to checked values
+//! http    routes, bodies, headers       catalog                 names to base or adapter
+//! answer  request to answer             reply, sse              events to JSON and to a stream
+//! engine  the thread and its handle     scheduler, sequence, stop, tokens   what runs on it
+//! ```
+
+mod answer;
+mod api;
+mod catalog;
+mod engine;
+mod error;
+mod fields;
+mod http;
+mod job;
+mod log;
+mod messages;
+mod reply;
+mod scheduler;
+mod sequence;
+mod serve;
+mod sse;
+mod stop;
+mod tokens;
+
+pub use api::{ChatRequest, Common, CompletionRequest, Defaults, Params, Prompt};
+pub use catalog::{Catalog, DEFAULT_MODEL};
+pub use engine::{Engine, EngineConfig, Info, MAX_CONCURRENT, MAX_QUEUE};
+pub use error::{ApiError, Error, Result};
+pub use job::{Event, Finish, Job, TokenLogprob, TokenText, Usage};
+pub use log::{LogEvent, LogSink, RequestLog};
+pub use serve::{MAX_BODY_BYTES, ServeConfig, serve, serve_blocking};
+pub use stop::{Matched, StopMatcher};

@@ -1,0 +1,283 @@
+//! From an HTTP request to a route and from an answer to an HTTP response: methods, bodies, headers.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use hyper::body::{Body as _, Incoming};
+use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode};
+use serde_json::{Map, Value, json};
+
+use crate::ApiError;
+use crate::answer::{Answer, generate};
+use crate::log::Record;
+use crate::reply::Kind;
+use crate::serve::State;
+use crate::sse::Reader;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// What a path means. `/v1` in front of it may be left out, as with mlx-lm.
+enum Route {
+    Health,
+    Models,
+    Model(String),
+    Generate(Kind),
+}
+
+impl Route {
+    fn of(path: &str) -> Option<Self> {
+        let path = path.strip_prefix("/v1").filter(|rest| rest.starts_with('/')).unwrap_or(path);
+        match path {
+            "/health" => Some(Self::Health),
+            "/models" | "/models/" => Some(Self::Models),
+            "/chat/completions" => Some(Self::Generate(Kind::Chat)),
+            "/completions" => Some(Self::Generate(Kind::Completion)),
+            _ => path.strip_prefix("/models/").map(|id| Self::Model(percent_decoded(id))),
+        }
+    }
+
+    fn allowed(&self) -> &'static str {
+        match self {
+            Self::Generate(_) => "POST, OPTIONS",
+            Self::Health | Self::Models | Self::Model(_) => "GET, HEAD, OPTIONS",
+        }
+    }
+}
+
+/// Answers one request; whatever is wrong with it becomes a response.
+pub(crate) async fn handle(request: Request<Incoming>, state: Arc<State>) -> Response<Reader> {
+    let id = request_id(request.headers()).unwrap_or_else(|| state.unique("req-"));
+    let origin = allowed_origin(request.headers(), &state.config.allowed_origins);
+    let (method, path) = (request.method().to_string(), request.uri().path().to_owned());
+    let record = Record::new(id.clone(), method, path, state.config.log.clone());
+    let mut response = route(request, &state, record).await;
+    let headers = response.headers_mut();
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        headers.insert(REQUEST_ID, value);
+    }
+    if let Some(origin) = origin {
+        headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+        headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("x-request-id"));
+    }
+    if !state.config.allowed_origins.is_empty() {
+        headers.insert(header::VARY, HeaderValue::from_static("origin"));
+    }
+    response
+}
+
+async fn route(request: Request<Incoming>, state: &Arc<State>, mut record: Record) -> Response<Reader> {
+    let Some(route) = Route::of(request.uri().path()) else {
+        let message = format!("There is no {} {}.", request.method(), request.uri().path());
+        return failed(&ApiError::request(404, "not_found", message), &mut record);
+    };
+    let allowed = route.allowed();
+    let method = request.method().clone();
+    if method == Method::OPTIONS {
+        return preflight(allowed, &mut record);
+    }
+    if !allowed.split(", ").any(|name| name == method.as_str()) {
+        let message = format!("{method} is not allowed here; use {allowed}.");
+        let mut response = failed(&ApiError::request(405, "method_not_allowed", message), &mut record);
+        response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allowed));
+        return response;
+    }
+    let done = match route {
+        Route::Health => health(state),
+        Route::Models => Ok(state.catalog.list()),
+        Route::Model(id) => state.catalog.card(&id),
+        Route::Generate(kind) => return generation(request, state, kind, record).await,
+    };
+    match done {
+        Ok(value) => whole(StatusCode::OK, &value, &mut record),
+        Err(error) => failed(&error, &mut record),
+    }
+}
+
+/// Alive while the engine's thread runs and nobody has asked the server to stop.
+fn health(state: &State) -> Result<Value, ApiError> {
+    state.available()?;
+    Ok(json!({"status": "ok"}))
+}
+
+async fn generation(
+    request: Request<Incoming>,
+    state: &Arc<State>,
+    kind: Kind,
+    mut record: Record,
+) -> Response<Reader> {
+    let body = match read_object(request, state).await {
+        Ok(body) => body,
+        Err(error) => return failed(&error, &mut record),
+    };
+    match generate(state, kind, body, &mut record).await {
+        Ok(Answer::Whole(value)) => whole(StatusCode::OK, &value, &mut record),
+        Ok(Answer::Stream(start)) => {
+            record.log.status = 200;
+            let stream = start.stream(record, state.config.ping_interval);
+            let mut response = Response::new(Reader::Stream(Box::new(stream)));
+            let headers = response.headers_mut();
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+            headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+            headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
+            response
+        }
+        Err(error) => failed(&error, &mut record),
+    }
+}
+
+/// Reads a body that must be a JSON object, within the limits of size and time.
+///
+/// It is read to its end even if the request is refused later: only then does the HTTP library notice that a client
+/// has left.
+async fn read_object(request: Request<Incoming>, state: &State) -> Result<Map<String, Value>, ApiError> {
+    let config = &state.config;
+    let (parts, body) = request.into_parts();
+    let limit = config.max_body_bytes;
+    let too_large =
+        || ApiError::request(413, "request_body_too_large", format!("The body may have at most {limit} bytes."));
+    let length = parts.headers.get(header::CONTENT_LENGTH);
+    if length.is_none() && !parts.headers.contains_key(header::TRANSFER_ENCODING) {
+        return Err(ApiError::request(411, "length_required", "The request needs a body and its Content-Length."));
+    }
+    if body.size_hint().lower() > limit as u64 {
+        return Err(too_large());
+    }
+    let kind = parts.headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    let kind = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    // Also what keeps a page of another site from posting here without asking: a form cannot have this type.
+    if kind != "application/json" {
+        let message = format!("Content-Type must be application/json, found {kind:?}.");
+        return Err(ApiError::request(415, "invalid_content_type", message));
+    }
+    let bytes = read_all(body, limit, config.body_timeout).await.map_err(|problem| match problem {
+        Problem::TooLarge => too_large(),
+        Problem::TooSlow => ApiError::request(408, "request_timeout", "The body took too long to arrive."),
+        Problem::Broken => ApiError::request(400, "invalid_body", "The body ended before it was complete."),
+    })?;
+    match serde_json::from_slice(&bytes) {
+        Ok(Value::Object(map)) => Ok(map),
+        Ok(_) => Err(ApiError::request(400, "invalid_json", "The body must be a JSON object.")),
+        Err(e) => Err(ApiError::request(400, "invalid_json", format!("The body is not JSON: {e}."))),
+    }
+}
+
+enum Problem {
+    TooLarge,
+    TooSlow,
+    Broken,
+}
+
+async fn read_all(body: Incoming, limit: usize, timeout: Duration) -> Result<Bytes, Problem> {
+    match tokio::time::timeout(timeout, Limited::new(body, limit).collect()).await {
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Err(e)) if e.is::<LengthLimitError>() => Err(Problem::TooLarge),
+        Ok(Err(_)) => Err(Problem::Broken),
+        Err(_) => Err(Problem::TooSlow),
+    }
+}
+
+fn preflight(allowed: &'static str, record: &mut Record) -> Response<Reader> {
+    let mut response = Response::new(Reader::Whole(None));
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    let headers = response.headers_mut();
+    headers.insert(header::ALLOW, HeaderValue::from_static(allowed));
+    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static(allowed));
+    let names = "authorization, content-type, x-request-id";
+    headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static(names));
+    headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
+    record.log.status = 204;
+    record.log.canceled = false;
+    response
+}
+
+fn whole(status: StatusCode, value: &Value, record: &mut Record) -> Response<Reader> {
+    record.log.status = status.as_u16();
+    record.log.canceled = false;
+    let mut response = Response::new(Reader::Whole(Some(Bytes::from(value.to_string()))));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+fn failed(error: &ApiError, record: &mut Record) -> Response<Reader> {
+    record.log.error = Some(error.message.clone());
+    let status = StatusCode::from_u16(error.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let mut response = whole(status, &error.body(), record);
+    let headers = response.headers_mut();
+    if matches!(error.status, 429 | 503) {
+        headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    if matches!(error.status, 408 | 413) {
+        // What is left of the body will not be read, so nothing can follow it.
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
+/// The client's name for its request, if it is one that a log can hold.
+fn request_id(headers: &HeaderMap) -> Option<String> {
+    let id = headers.get(REQUEST_ID)?.to_str().ok()?;
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.:".contains(c);
+    (!id.is_empty() && id.len() <= 128 && id.chars().all(plain)).then(|| id.to_owned())
+}
+
+/// What to answer a page of another origin: nothing, unless the origin (or `*`) was named.
+fn allowed_origin(headers: &HeaderMap, allowed: &[String]) -> Option<HeaderValue> {
+    let origin = headers.get(header::ORIGIN)?;
+    if allowed.iter().any(|name| name == "*") {
+        return Some(HeaderValue::from_static("*"));
+    }
+    allowed.iter().any(|name| name.as_bytes() == origin.as_bytes()).then(|| origin.clone())
+}
+
+/// `%2F` to `/`; what is not a valid escape stays as it is.
+fn percent_decoded(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let hex = text.get(at + 1..at + 3).filter(|hex| hex.bytes().all(|b| b.is_ascii_hexdigit()));
+        match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+            Some(byte) if bytes[at] == b'%' => {
+                out.push(byte);
+                at += 3;
+            }
+            _ => {
+                out.push(bytes[at]);
+                at += 1;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_with_and_without_v1_mean_the_same() {
+        for prefix in ["", "/v1"] {
+            assert!(matches!(Route::of(&format!("{prefix}/health")), Some(Route::Health)));
+            assert!(matches!(Route::of(&format!("{prefix}/models")), Some(Route::Models)));
+            assert!(matches!(Route::of(&format!("{prefix}/completions")), Some(Route::Generate(Kind::Completion))));
+            let Some(Route::Model(id)) = Route::of(&format!("{prefix}/models/org%2Fname%zz/%EA%B0%80")) else { panic!() };
+            assert_eq!(id, "org/name%zz/가");
+        }
+        for path in ["/", "/v1", "/v2/models", "/v1models", "/chat"] {
+            assert!(Route::of(path).is_none(), "{path}");
+        }
+    }
+
+    #[test]
+    fn origins_are_compared_whole() {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::ORIGIN, HeaderValue::from_static("http://localhost.evil.com"));
+        assert!(allowed_origin(&headers, &[]).is_none());
+        assert!(allowed_origin(&headers, &["http://localhost".into()]).is_none());
+        assert_eq!(allowed_origin(&headers, &["*".into()]).unwrap(), "*");
+    }
+}

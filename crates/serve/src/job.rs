@@ -1,0 +1,107 @@
+//! What passes between the async side and the engine thread: ids, text, numbers and channels, no arrays.
+
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+
+use crate::{ApiError, Params};
+
+/// One sequence to generate.
+#[derive(Debug)]
+pub struct Job {
+    /// Token ids, at least one, all below the vocabulary, fewer than the context.
+    pub prompt: Vec<u32>,
+    /// How to generate.
+    pub params: Params,
+    /// Index of the adapter in the engine's list; none is the base.
+    pub adapter: Option<usize>,
+    /// Which choice of its request this is.
+    pub index: usize,
+    /// Where its events go. When the receiver is gone the sequence ends at the next step.
+    pub events: mpsc::Sender<(usize, Event)>,
+    /// The place it takes among running and waiting sequences; given back when the sequence ends.
+    pub permit: OwnedSemaphorePermit,
+}
+
+/// What happens to a sequence, in this order: accepted, any number of pieces, then done or failed.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// It runs now.
+    Accepted,
+    /// More text.
+    Piece {
+        /// The text: whole characters, no part of a stop string; empty when only log-probabilities come.
+        text: String,
+        /// The tokens behind it, where they were asked for.
+        logprobs: Vec<TokenLogprob>,
+    },
+    /// It ended.
+    Done {
+        /// Why.
+        finish: Finish,
+        /// What it took.
+        usage: Usage,
+    },
+    /// It cannot go on; nothing follows.
+    Failed(ApiError),
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// A stop token or a stop string.
+    Stop,
+    /// As many tokens as were allowed, or as the context holds.
+    Length,
+}
+
+impl Finish {
+    /// OpenAI's word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// Tokens that a request took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of the prompt as the model read it, template included.
+    pub prompt: usize,
+    /// Tokens generated, the stop token included.
+    pub completion: usize,
+    /// Tokens of the prompt that did not have to be computed.
+    pub cached: usize,
+}
+
+impl Usage {
+    /// Nothing yet.
+    pub const ZERO: Self = Self { prompt: 0, completion: 0, cached: 0 };
+
+    /// The sum over the choices of a request.
+    pub fn add(&mut self, other: Self) {
+        self.prompt += other.prompt;
+        self.completion += other.completion;
+        self.cached += other.cached;
+    }
+}
+
+/// A token and its log-probability in nats.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprob {
+    /// The token taken.
+    pub token: TokenText,
+    /// Its log-probability in the model's own distribution.
+    pub logprob: f32,
+    /// The likeliest tokens, most likely first, as many as were asked for.
+    pub top: Vec<(TokenText, f32)>,
+}
+
+/// A token as text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenText {
+    /// Its text; where it is a part of a character, the replacement character.
+    pub text: String,
+    /// Its bytes, unless it is a part of a character and they are not known.
+    pub bytes: Option<Vec<u8>>,
+}
