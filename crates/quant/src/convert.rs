@@ -10,7 +10,9 @@ use serde_json::{Map, Value};
 
 use crate::gguf::{Block, Gguf, HostPacked};
 use crate::tensor::mlx_dtype;
-use crate::{Checkpoint, DirWriter, Error, Grid, Packed, Quantization, Recipe, Result, StoredDtype, Tensor, round};
+use crate::{
+    Checkpoint, DirWriter, Error, Grid, Packed, Quantization, Recipe, Result, StoredDtype, Tensor, round,
+};
 
 /// How dense weights are packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,7 +77,12 @@ impl Report {
 ///
 /// # Errors
 /// When the source cannot be read, the target exists, or the options contradict each other or the model.
-pub fn convert(src: &Path, dst: &Path, options: &ConvertOptions, on_event: &mut dyn FnMut(Event)) -> Result<Report> {
+pub fn convert(
+    src: &Path,
+    dst: &Path,
+    options: &ConvertOptions,
+    on_event: &mut dyn FnMut(Event),
+) -> Result<Report> {
     check(options)?;
     let checkpoint = Checkpoint::open(src)?;
     let config = checkpoint.config();
@@ -149,7 +156,11 @@ pub fn convert_gguf(
         match (parts.names)(&info.name) {
             Some((name, rows)) => named.push((name, info, rows)),
             None => {
-                sink.warn(format!("{}: tensor {} has no counterpart and is left out", gguf.path().display(), info.name));
+                sink.warn(format!(
+                    "{}: tensor {} has no counterpart and is left out",
+                    gguf.path().display(),
+                    info.name
+                ));
                 sink.report.left_out.push(info.name.clone());
             }
         }
@@ -357,7 +368,9 @@ impl<'a> Sink<'a> {
         if !packing.grid.fits(inputs) {
             return None;
         }
-        let grid = packing.recipe.map_or(packing.grid, |recipe| recipe.grid(path, self.layers, packing.grid.group_size));
+        let grid = packing
+            .recipe
+            .map_or(packing.grid, |recipe| recipe.grid(path, self.layers, packing.grid.group_size));
         if self.fine_grained || packing.recipe.is_some() {
             self.quantization.paths.insert(path.to_owned(), Some(grid));
         }
@@ -371,7 +384,8 @@ impl<'a> Sink<'a> {
         if self.options.dequantize {
             self.report.dequantized += 1;
             let dtype = self.dtype.unwrap_or(packed.scales.dtype);
-            let dtype = mlx_dtype(dtype).ok_or_else(|| Error::Request(format!("{name}: scales of type {dtype:?}")))?;
+            let dtype = mlx_dtype(dtype)
+                .ok_or_else(|| Error::Request(format!("{name}: scales of type {dtype:?}")))?;
             let (codes, scales) = (packed.codes.to_array()?, packed.scales.to_array()?);
             let packed = Packed { codes, scales, biases: packed.biases.to_array()?, grid: packed.grid };
             let dense = Tensor::from_array(&packed.dequantize(dtype)?)?;
@@ -392,7 +406,9 @@ impl<'a> Sink<'a> {
     }
 
     fn add_packed(&mut self, path: &str, packed: &Packed) -> Result<()> {
-        for (part, array) in [("weight", &packed.codes), ("scales", &packed.scales), ("biases", &packed.biases)] {
+        for (part, array) in
+            [("weight", &packed.codes), ("scales", &packed.scales), ("biases", &packed.biases)]
+        {
             self.add(&format!("{path}.{part}"), &Tensor::from_array(array)?)?;
         }
         Ok(())
@@ -415,7 +431,9 @@ impl<'a> Sink<'a> {
     fn warn_if_overflown(&mut self, name: &str, tensor: &Tensor) {
         let infinite = |bytes: &[u8; 2]| half::f16::from_le_bytes(*bytes).is_infinite();
         if tensor.dtype == StoredDtype::F16 && tensor.data.as_chunks::<2>().0.iter().any(infinite) {
-            self.warn(format!("{name} holds values beyond 65504, which float16 cannot: convert with --dtype bfloat16"));
+            self.warn(format!(
+                "{name} holds values beyond 65504, which float16 cannot: convert with --dtype bfloat16"
+            ));
         }
     }
 

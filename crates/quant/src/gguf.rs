@@ -256,9 +256,11 @@ impl Gguf {
         }
         let alignment = match metadata.get("general.alignment") {
             None => 32,
-            Some(value) => value.as_u64().filter(|a| a.is_power_of_two() && *a <= 1 << 20).ok_or_else(|| {
-                header.damaged(format!("general.alignment: expected a power of two, found {value:?}"))
-            })?,
+            Some(value) => {
+                value.as_u64().filter(|a| a.is_power_of_two() && *a <= 1 << 20).ok_or_else(|| {
+                    header.damaged(format!("general.alignment: expected a power of two, found {value:?}"))
+                })?
+            }
         };
         let mut infos = Vec::new();
         for i in 0..tensor_count {
@@ -297,7 +299,8 @@ impl Gguf {
     /// When its type is none of ours, when a scale is not finite or a bias overflows 16 bits, or when `rows` does
     /// not fit.
     pub fn read(&self, info: &TensorInfo, rows: Option<&[usize]>) -> Result<Block> {
-        let Some((weights, bytes)) = info.kind.block().filter(|_| !matches!(info.kind, Kind::Other(_))) else {
+        let Some((weights, bytes)) = info.kind.block().filter(|_| !matches!(info.kind, Kind::Other(_)))
+        else {
             return Err(Error::Unsupported {
                 file: self.path.clone(),
                 what: format!("tensor {} of type {}", info.name, info.kind),
@@ -338,7 +341,11 @@ impl Gguf {
             }
             out.extend_from_slice(&data[row * row_bytes..(row + 1) * row_bytes]);
         }
-        if rows.len() == count { Ok(out) } else { Err(self.tensor_error(info, format!("{count} rows"), rows.len())) }
+        if rows.len() == count {
+            Ok(out)
+        } else {
+            Err(self.tensor_error(info, format!("{count} rows"), rows.len()))
+        }
     }
 
     /// Blocks to codes, scales and biases.

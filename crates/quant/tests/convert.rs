@@ -54,7 +54,10 @@ fn without_options_every_tensor_is_copied() {
         }
         assert_eq!(old.config().get("quantization"), new.config().get("quantization"));
         for file in ["tokenizer.json", "tokenizer_config.json"] {
-            assert_eq!(std::fs::read(src.path().join(file)).unwrap(), std::fs::read(done.dir.join(file)).unwrap());
+            assert_eq!(
+                std::fs::read(src.path().join(file)).unwrap(),
+                std::fs::read(done.dir.join(file)).unwrap()
+            );
         }
         assert!(done.warnings.is_empty() && done.report.left_out.is_empty());
     }
@@ -78,12 +81,18 @@ fn packed_weights_are_within_half_a_step() {
                     // and with few codes the stretched step may be twice the plain one.
                     let step = (max - min) / (2_f32.powi(bits) - 1.0);
                     let worst = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                    assert!(worst <= 1.01 * step + 1e-6, "{path} {bits} {group_size}: {worst} of a step of {step}");
+                    assert!(
+                        worst <= 1.01 * step + 1e-6,
+                        "{path} {bits} {group_size}: {worst} of a step of {step}"
+                    );
                 }
             }
             let block = &new.config()["quantization"];
             assert_eq!(block, &new.config()["quantization_config"]);
-            assert_eq!((block["bits"].as_i64(), block["group_size"].as_i64()), (Some(bits.into()), Some(group_size.into())));
+            assert_eq!(
+                (block["bits"].as_i64(), block["group_size"].as_i64()),
+                (Some(bits.into()), Some(group_size.into()))
+            );
         }
     }
 }
@@ -139,13 +148,21 @@ fn a_packed_model_is_not_packed_again() {
 #[test]
 fn recipes_choose_as_mlx_lm() {
     // The blocks whose v_proj and down_proj get the high width, from mlx_lm's predicate.
-    let cases: [(usize, &[usize]); 3] =
-        [(2, &[1]), (16, &[0, 1, 4, 7, 10, 13, 14, 15]), (30, &[0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 26, 27, 28, 29])];
+    let cases: [(usize, &[usize]); 3] = [
+        (2, &[1]),
+        (16, &[0, 1, 4, 7, 10, 13, 14, 15]),
+        (30, &[0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 26, 27, 28, 29]),
+    ];
     for (layers, high) in cases {
         for layer in 0..layers {
-            let grid = |part: &str| Recipe::Mixed3_6.grid(&format!("model.layers.{layer}.{part}"), layers, 32).bits;
+            let grid =
+                |part: &str| Recipe::Mixed3_6.grid(&format!("model.layers.{layer}.{part}"), layers, 32).bits;
             let expected = if high.contains(&layer) { 6 } else { 3 };
-            assert_eq!((grid("self_attn.v_proj"), grid("mlp.down_proj")), (expected, expected), "{layer} of {layers}");
+            assert_eq!(
+                (grid("self_attn.v_proj"), grid("mlp.down_proj")),
+                (expected, expected),
+                "{layer} of {layers}"
+            );
             assert_eq!((grid("self_attn.q_proj"), grid("mlp.up_proj")), (3, 3));
         }
     }
@@ -157,8 +174,10 @@ fn recipes_choose_as_mlx_lm() {
 
     let src = tiny_model(&Tiny { tied: false, ..Tiny::new(Family::Llama) });
     let grid = Grid { bits: 4, group_size: 32 };
-    let done =
-        run(src.path(), &ConvertOptions { pack: Some(Packing { grid, recipe: Some(Recipe::Mixed2_6) }), ..AS_IS });
+    let done = run(
+        src.path(),
+        &ConvertOptions { pack: Some(Packing { grid, recipe: Some(Recipe::Mixed2_6) }), ..AS_IS },
+    );
     let new = Checkpoint::open(&done.unwrap().dir).unwrap();
     for path in new.module_shapes().keys() {
         assert_eq!(new.grid(path).unwrap(), Some(Recipe::Mixed2_6.grid(path, 2, 32)), "{path}");
@@ -169,7 +188,8 @@ fn recipes_choose_as_mlx_lm() {
 #[test]
 fn a_value_beyond_float16_is_said() {
     let src = tiny_model(&Tiny::new(Family::Llama));
-    let (mut tensors, metadata) = graft_quant::read_safetensors(&src.path().join("model.safetensors")).unwrap();
+    let (mut tensors, metadata) =
+        graft_quant::read_safetensors(&src.path().join("model.safetensors")).unwrap();
     tensors.get_mut("model.norm.weight").unwrap().data[..4].copy_from_slice(&1e6_f32.to_le_bytes());
     let bytes = graft_quant::safetensors_bytes(&tensors, &metadata).unwrap();
     std::fs::write(src.path().join("model.safetensors"), bytes).unwrap();
@@ -189,7 +209,8 @@ fn contradictions_and_full_targets_are_errors() {
     std::fs::write(target.path().join("notes.txt"), "mine").unwrap();
     for overwrite in [false, true] {
         let options = ConvertOptions { overwrite, ..AS_IS };
-        let error = graft_testkit::mlx(|| convert(src.path(), target.path(), &options, &mut |_| {})).unwrap_err();
+        let error =
+            graft_testkit::mlx(|| convert(src.path(), target.path(), &options, &mut |_| {})).unwrap_err();
         assert!(error.to_string().contains("exists already"), "{error}");
         assert_eq!(std::fs::read_to_string(target.path().join("notes.txt")).unwrap(), "mine");
     }

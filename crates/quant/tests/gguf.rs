@@ -125,15 +125,20 @@ fn blocks_become_mlx_groups_without_loss() {
         let Block::Packed(packed) = gguf.read(info, None).unwrap() else { panic!("{kind} is packed") };
         for (found, expected) in dequantized(&packed).iter().zip(&weights) {
             // One multiplication and one addition in f32 against the format's own form.
-            assert!((found - expected).abs() <= 2e-6 * (expected.abs() + 10.0), "{kind}: {found} for {expected}");
+            assert!(
+                (found - expected).abs() <= 2e-6 * (expected.abs() + 10.0),
+                "{kind}: {found} for {expected}"
+            );
         }
 
         let order = [5, 0, 4, 1, 3, 2];
         let Block::Packed(moved) = gguf.read(info, Some(&order)).unwrap() else { panic!("{kind} is packed") };
         for (row, from) in order.into_iter().enumerate() {
-            for (new, old) in
-                [(&moved.codes, &packed.codes), (&moved.scales, &packed.scales), (&moved.biases, &packed.biases)]
-            {
+            for (new, old) in [
+                (&moved.codes, &packed.codes),
+                (&moved.scales, &packed.scales),
+                (&moved.biases, &packed.biases),
+            ] {
                 let width = new.data.len() / 6;
                 assert_eq!(new.data[row * width..][..width], old.data[from * width..][..width]);
             }
@@ -153,10 +158,14 @@ fn floats_stay_as_they_are() {
     maker.tensor("brain", &[2, 3], 30, &noise(12, 4));
     let gguf = open(&maker.bytes()).unwrap();
     for (name, bytes) in [("norm", floats), ("half", noise(12, 3)), ("brain", noise(12, 4))] {
-        let Block::Dense(tensor) = gguf.read(&gguf.tensors[name], None).unwrap() else { panic!("{name} is dense") };
+        let Block::Dense(tensor) = gguf.read(&gguf.tensors[name], None).unwrap() else {
+            panic!("{name} is dense")
+        };
         assert_eq!(tensor.data, bytes);
     }
-    let Block::Dense(moved) = gguf.read(&gguf.tensors["norm"], Some(&[3, 2, 1, 0])).unwrap() else { panic!() };
+    let Block::Dense(moved) = gguf.read(&gguf.tensors["norm"], Some(&[3, 2, 1, 0])).unwrap() else {
+        panic!()
+    };
     assert_eq!(moved.to_f32().unwrap(), [1e-20, 3.25, -2.0, 1.5]);
 }
 
@@ -272,7 +281,9 @@ fn lies_are_named() {
     maker.value("k", 0, &[2]);
     assert!(message(&maker.bytes()).contains("twice"));
 
-    for (shape, kind) in [(&[1 << 40, 32][..], 0), (&[1 << 30, 1 << 30, 1 << 30], 0), (&[2, 33], 2), (&[4; 5], 0)] {
+    for (shape, kind) in
+        [(&[1 << 40, 32][..], 0), (&[1 << 30, 1 << 30, 1 << 30], 0), (&[2, 33], 2), (&[4; 5], 0)]
+    {
         let mut maker = Maker::default();
         maker.tensor("w", shape, kind, &[0; 64]);
         assert!(message(&maker.bytes()).contains("tensor w"));
