@@ -36,7 +36,10 @@ pub(crate) fn status(error: &Error) -> u8 {
     }
 }
 
-/// The chain of causes in one line; a cause that its parent already repeats is left out.
+/// Problems of a list that one message names; the rest are counted.
+const LISTED: usize = 6;
+
+/// The chain of causes in one line; a cause that its parent already repeats is left out, a long list is cut.
 pub(crate) fn line(error: &Error) -> String {
     let mut text = String::new();
     for cause in error.chain() {
@@ -49,7 +52,17 @@ pub(crate) fn line(error: &Error) -> String {
         }
         text.push_str(&cause);
     }
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+    let mut lines = text.lines().map(str::trim).filter(|l| !l.is_empty());
+    let mut line = lines.next().unwrap_or_default().to_string();
+    let problems: Vec<&str> = lines.collect();
+    for (i, problem) in problems.iter().take(LISTED).enumerate() {
+        line.push_str(if i == 0 { " " } else { "; " });
+        line.push_str(problem);
+    }
+    if problems.len() > LISTED {
+        line.push_str(&format!("; and {} more", problems.len() - LISTED));
+    }
+    line
 }
 
 #[cfg(test)]
@@ -60,6 +73,10 @@ mod tests {
     fn a_repeated_cause_is_said_once() {
         let error = Error::msg("no such file").context("a.json: no such file").context("cannot load x");
         assert_eq!(line(&error), "cannot load x: a.json: no such file");
+        assert_eq!(
+            line(&Error::msg("a:\n  1\n  2\n  3\n  4\n  5\n  6\n  7")),
+            "a: 1; 2; 3; 4; 5; 6; and 1 more"
+        );
         assert_eq!(status(&error), 1);
         assert_eq!(status(&Usage("x".into()).into()), 2);
     }

@@ -63,17 +63,21 @@ fn run(arguments: Vec<String>) -> Result<()> {
     }
     choose_form(cli.threads)?;
     match cli.command {
+        Command::Lora(args) => commands::lora(&args, settings::Defaults::MlxLm),
+        Command::Train(args) => commands::lora(&args, settings::Defaults::Recipe),
+        Command::Fuse(_) => Ok(()),
+        Command::Generate(args) => commands::generate(&args),
+        Command::Chat(args) => commands::chat(&args),
+        Command::Server(args) => commands::server(&args),
+        Command::Convert(args) => commands::convert(&args, args.quantize),
+        Command::Quantize(args) => commands::convert(&args, true),
+        Command::Perplexity(args) => commands::perplexity(&args),
+        Command::Inspect(args) => commands::inspect(&args),
         Command::Doctor(args) => commands::doctor(&args),
-        Command::Lora(args) => {
-            let s = settings::Settings::new(&args, settings::Defaults::MlxLm)?;
-            hub::resolve(s.text("model").unwrap_or_default(), hub::What::Model)?;
-            Ok(())
-        }
         Command::Flags => {
             ui::out(&serde_json::to_string_pretty(&args::flags())?);
             Ok(())
         }
-        _ => Ok(()),
     }
 }
 

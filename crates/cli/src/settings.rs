@@ -23,7 +23,7 @@ enum Kind {
     Numbers,
 }
 
-/// mlx_lm's settings and, after `exact`, ours.
+/// mlx_lm's settings and, from `resume` on, ours.
 const KEYS: &[(&str, Kind)] = &[
     ("model", Kind::Text),
     ("train", Kind::Bool),
@@ -60,7 +60,6 @@ const KEYS: &[(&str, Kind)] = &[
     ("completion_feature", Kind::Text),
     ("chat_feature", Kind::Text),
     ("text_feature", Kind::Text),
-    ("exact", Kind::Bool),
     ("resume", Kind::Bool),
     ("max_grad_norm", Kind::Float),
 ];
@@ -89,6 +88,8 @@ const OPTIMIZERS: &[(&str, Kind)] = &[
 /// Settings of a run, complete and of the right types. `all` is what goes into adapter_config.json.
 pub(crate) struct Settings {
     pub(crate) all: Map<String, Value>,
+    /// Nobody asked for `mask_prompt`: it is the recipe's, which gives way to rows without a prompt.
+    pub(crate) mask_is_default: bool,
 }
 
 /// Which defaults lie under a run.
@@ -113,6 +114,7 @@ impl Settings {
     fn join(args: &LoraArgs, file: Map<String, Value>, defaults: Defaults) -> Result<Self> {
         let origin = args.config.as_deref().unwrap_or("the settings");
         let mut all = defaults_of(defaults);
+        let mask_in_file = file.contains_key("mask_prompt");
         for (key, value) in checked(origin, "", file, KEYS)? {
             match (&mut all.get_mut(&key), value) {
                 // What a file's lora_parameters leave out keeps its default, where mlx_lm stops with a KeyError.
@@ -124,6 +126,7 @@ impl Settings {
                 }
             }
         }
+        let mask_is_default = defaults == Defaults::Recipe && !args.mask_prompt && !mask_in_file;
         let schedule_given = all.get("lr_schedule").is_some_and(|v| !v.is_null());
         all.extend(args.given());
         if let Some(Value::Object(lora)) = all.get_mut("lora_parameters") {
@@ -141,7 +144,7 @@ impl Settings {
                 lora.insert("scale".into(), (alpha / rank).into());
             }
         }
-        let mut settings = Self { all };
+        let mut settings = Self { all, mask_is_default };
         if defaults == Defaults::Recipe {
             settings.all.insert("train".into(), true.into());
             if !schedule_given {
@@ -262,7 +265,7 @@ fn defaults_of(defaults: Defaults) -> Map<String, Value> {
         "grad_accumulation_steps": 1, "clear_cache_threshold": 0, "lr_schedule": null,
         "lora_parameters": {"rank": 8, "dropout": 0.0, "scale": 20.0}, "mask_prompt": false,
         "report_to": null, "project_name": null, "trust_remote_code": false,
-        "exact": false, "resume": false, "max_grad_norm": 0.0,
+        "resume": false, "max_grad_norm": 0.0,
     });
     if defaults == Defaults::Recipe
         && let Value::Object(all) = &mut all

@@ -52,6 +52,18 @@ impl Progress {
         self.bar.set_position(position);
     }
 
+    /// Sets where the line begins, so that the time left counts from here.
+    pub(crate) fn start(&self, position: u64) {
+        self.bar.set_position(position);
+        self.bar.reset_eta();
+    }
+
+    /// Moves a line whose length was not known at its start.
+    pub(crate) fn of(&self, position: u64, total: u64) {
+        self.bar.set_length(total);
+        self.bar.set_position(position);
+    }
+
     /// A plain line that stays.
     pub(crate) fn line(&self, text: &str) {
         if self.shown {

@@ -9,6 +9,7 @@
 mod batch;
 mod config;
 mod data;
+mod encode;
 mod error;
 mod event;
 mod graph;
@@ -25,6 +26,7 @@ mod step;
 pub use batch::{Batch, Position, Walk, fixed_groups, groups};
 pub use config::TrainConfig;
 pub use data::{Data, DataConfig, Encoder, Example, Row, Split, read_rows};
+pub use encode::ModelEncoder;
 pub use error::{Error, Result};
 pub use event::{Event, TrainReport};
 pub use graph::Graph;

@@ -9,7 +9,7 @@ mod train;
 
 pub(crate) use files::{ConvertArgs, DoctorArgs, FuseArgs, InspectArgs};
 pub(crate) use refused::advice;
-pub(crate) use run::{ChatArgs, GenerateArgs, PerplexityArgs, ServerArgs};
+pub(crate) use run::{ChatArgs, GenerateArgs, PerplexityArgs, SamplingArgs, ServerArgs};
 pub(crate) use train::LoraArgs;
 
 use crate::errors::Usage;
@@ -85,6 +85,20 @@ pub(crate) fn parse(args: Vec<String>) -> Result<(Cli, Vec<String>)> {
     let notes = refused::check(&matches)?;
     let cli = Cli::from_arg_matches(&matches).map_err(|e| Usage(e.to_string()))?;
     Ok((cli, notes))
+}
+
+/// Bytes as mlx_lm writes them: a number, then nothing, M, MB, G or GB.
+fn size(text: &str) -> Result<u64, String> {
+    let at = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let unit = match text[at..].trim().to_uppercase().as_str() {
+        "" => 1.0,
+        "M" | "MB" => 1e6,
+        "G" | "GB" => 1e9,
+        _ => return Err("expected a size such as 1000000, 500MB or 2GB".into()),
+    };
+    let number: f64 =
+        text[..at].parse().map_err(|_| "expected a size such as 1000000, 500MB or 2GB".to_string())?;
+    Ok((number * unit) as u64)
 }
 
 /// Flags by command: `{"lora": {"--model": "supported", "--report-to": "refused"}, ..}`.

@@ -29,7 +29,13 @@ const KV: &str = "graft keeps the KV cache in the compute dtype; bound it with -
 const PREFILL: &str = "graft prefills in chunks of 512 tokens at fixed positions, so that an answer does not depend on it; \
      --prefill-step-size changes nothing";
 
+const CACHE: &str = "graft keeps no prompt cache between requests yet; --prompt-cache-size, --prompt-cache-bytes and \
+     --prompt-concurrency change nothing";
+
 const FLAGS: &[Flag] = &[
+    flag(&["server"], "prompt-concurrency", 1, Noted(CACHE)),
+    flag(&["server"], "prompt-cache-size", 1, Noted(CACHE)),
+    flag(&["server"], "prompt-cache-bytes", 1, Noted(CACHE)),
     flag(
         &["lora", "train", "fuse", "generate", "chat", "server", "convert", "quantize", "perplexity"],
         "trust-remote-code",
@@ -47,14 +53,6 @@ const FLAGS: &[Flag] = &[
         "project-name",
         1,
         Noted("--project-name only names a run for --report-to and changes nothing"),
-    ),
-    flag(
-        &["lora", "train"],
-        "clear-cache-threshold",
-        1,
-        Noted(
-            "--clear-cache-threshold changes nothing (in mlx_lm 0.32.2 neither): graft frees MLX's cache itself",
-        ),
     ),
     flag(&["fuse", "convert", "quantize"], "upload-repo", 1, Refused(UPLOAD)),
     flag(

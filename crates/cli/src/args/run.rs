@@ -138,15 +138,6 @@ pub(crate) struct ServerArgs {
     /// Requests decoded together
     #[arg(long, default_value_t = 32)]
     pub(crate) decode_concurrency: usize,
-    /// Prompts processed together
-    #[arg(long, default_value_t = 8)]
-    pub(crate) prompt_concurrency: usize,
-    /// KV caches kept for later prompts
-    #[arg(long, default_value_t = 10)]
-    pub(crate) prompt_cache_size: usize,
-    /// Most bytes of those, e.g. 8GB
-    #[arg(long)]
-    pub(crate) prompt_cache_bytes: Option<String>,
     /// An adapter and the model name that selects it; may be repeated
     #[arg(long, value_name = "NAME=DIR", help_heading = "graft's own")]
     pub(crate) adapter: Vec<String>,

@@ -73,6 +73,9 @@ pub(crate) struct LoraArgs {
     /// Recompute a block's forward in its backward: less memory, more time
     #[arg(long)]
     pub(crate) grad_checkpoint: bool,
+    /// Freed memory that MLX may keep between steps, e.g. 500MB
+    #[arg(long, value_parser = super::size)]
+    pub(crate) clear_cache_threshold: Option<u64>,
     /// Seed
     #[arg(long)]
     pub(crate) seed: Option<i64>,
@@ -95,9 +98,6 @@ pub(crate) struct LoraArgs {
     /// Clip the gradient to this norm; 0: no clipping
     #[arg(long, help_heading = "graft's own")]
     pub(crate) max_grad_norm: Option<f64>,
-    /// Take mlx_lm's batches and initial values to the number, its padding target included
-    #[arg(long, help_heading = "graft's own")]
-    pub(crate) exact: bool,
 }
 
 impl LoraArgs {

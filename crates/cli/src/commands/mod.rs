@@ -1,5 +1,22 @@
 //! One function per command: settings, a library call, a report.
 
+mod answer;
+mod chat;
+mod convert;
+mod data;
 mod doctor;
+mod generate;
+mod inspect;
+mod load;
+mod lora;
+mod perplexity;
+mod server;
 
+pub(crate) use chat::chat;
+pub(crate) use convert::convert;
 pub(crate) use doctor::doctor;
+pub(crate) use generate::generate;
+pub(crate) use inspect::inspect;
+pub(crate) use lora::lora;
+pub(crate) use perplexity::perplexity;
+pub(crate) use server::server;

@@ -1,0 +1,110 @@
+//! `graft convert` and `graft quantize`: a model directory or a GGUF file to a model directory.
+
+use crate::args::ConvertArgs;
+use crate::errors::Usage;
+use crate::{hub, ui};
+use anyhow::{Result, bail};
+use graft_quant::convert::{ConvertOptions, Event, Packing, Report};
+use graft_quant::{Grid, Recipe, gguf::Gguf};
+use std::path::{Path, PathBuf};
+
+/// Converts, then says what the result holds. `quantize` is `-q` or the command's name.
+pub(crate) fn convert(args: &ConvertArgs, quantize: bool) -> Result<()> {
+    let Some(source) = &args.hf_path else {
+        bail!(Usage(
+            "--hf-path (or --model) is required: a model directory, a Hugging Face id or a .gguf file".into()
+        ));
+    };
+    let options = options(args, quantize)?;
+    let target = Path::new(&args.mlx_path);
+    if target.exists() {
+        bail!(Usage(format!(
+            "--mlx-path {} exists already; remove it or name another directory",
+            args.mlx_path
+        )));
+    }
+    let progress = ui::Progress::new(0, "tensors");
+    let mut on_event = |event: Event| match event {
+        Event::Tensor { done, total } => progress.of(done as u64, total as u64),
+        Event::Warning(text) => progress.line(&format!("warning: {text}")),
+    };
+    let report = match gguf_file(source)? {
+        Some(file) => {
+            let _gguf = Gguf::open(&file)?;
+            bail!("GGUF");
+        }
+        None => {
+            let dir = hub::resolve(source, hub::What::Model)?;
+            graft_quant::convert::convert(&dir, target, &options, &mut on_event)
+        }
+    };
+    progress.done();
+    say(&report?, &args.mlx_path);
+    Ok(())
+}
+
+fn say(report: &Report, target: &str) {
+    if report.packed > 0 {
+        ui::note(&format!(
+            "packed {} modules, {:.3} bits per weight",
+            report.packed,
+            report.bits_per_weight()
+        ));
+    }
+    if report.dequantized > 0 {
+        ui::note(&format!("made {} modules dense", report.dequantized));
+    }
+    ui::out(&format!("{target}: {} parameters, {}", report.parameters, ui::bytes(report.bytes)));
+}
+
+fn options(args: &ConvertArgs, quantize: bool) -> Result<ConvertOptions> {
+    if quantize && args.dequantize {
+        bail!(Usage("--quantize and --dequantize exclude each other; choose one".into()));
+    }
+    if args.q_mode != "affine" {
+        bail!(Usage(format!(
+            "--q-mode {} is not supported by graft convert: leave it out for affine groups",
+            args.q_mode
+        )));
+    }
+    let packing = [
+        ("--q-bits", args.q_bits.is_some()),
+        ("--q-group-size", args.q_group_size.is_some()),
+        ("--quant-predicate", args.quant_predicate.is_some()),
+    ];
+    if let Some((flag, _)) = packing.iter().find(|(_, given)| *given && !quantize) {
+        ui::note(&format!("note: {flag} has no effect without -q"));
+    }
+    let grid = Grid { bits: args.q_bits.unwrap_or(4), group_size: args.q_group_size.unwrap_or(64) };
+    if quantize && let Err(error) = grid.check() {
+        bail!(Usage(format!("--q-bits {}, --q-group-size {}: {error}", grid.bits, grid.group_size)));
+    }
+    let recipe = args.quant_predicate.as_deref().and_then(Recipe::from_name);
+    Ok(ConvertOptions {
+        pack: quantize.then_some(Packing { grid, recipe }),
+        dequantize: args.dequantize,
+        dtype: args.dtype.as_deref().and_then(graft_quant::convert::dtype_from_name),
+        overwrite: false,
+    })
+}
+
+/// The GGUF file that the argument is or, as the only one and without a config.json beside it, holds.
+fn gguf_file(source: &str) -> Result<Option<PathBuf>> {
+    let path = Path::new(source);
+    let is_gguf = |p: &Path| p.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+    if path.is_file() && is_gguf(path) {
+        return Ok(Some(path.to_path_buf()));
+    }
+    if !path.exists() && is_gguf(path) {
+        bail!("there is no file {source}");
+    }
+    if !path.is_dir() || path.join("config.json").exists() {
+        return Ok(None);
+    }
+    let mut files: Vec<PathBuf> =
+        std::fs::read_dir(path)?.flatten().map(|e| e.path()).filter(|p| is_gguf(p)).collect();
+    match files.len() {
+        0 | 1 => Ok(files.pop()),
+        n => bail!(Usage(format!("{source} holds {n} .gguf files; name one of them"))),
+    }
+}

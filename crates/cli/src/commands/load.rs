@@ -1,0 +1,100 @@
+//! What several commands need: a model with its tokenizer and template, an adapter on it, the data of a run.
+
+use crate::hub::{self, What};
+use anyhow::{Context, Result, bail};
+use graft_adapters::{AdapterSet, Fingerprint};
+use graft_model::{ChatTemplate, Model, Tokenizer};
+use graft_ops::Dtype;
+use graft_quant::Checkpoint;
+use graft_train::{ModelEncoder, OwnedRoute};
+use serde_json::{Map, Value};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+/// Where adapter_config.json keeps the base's fingerprint, in graft's own part.
+pub(crate) const BASE: &str = "base";
+
+/// A model directory, open.
+pub(crate) struct Loaded {
+    pub(crate) dir: PathBuf,
+    pub(crate) base: Fingerprint,
+    pub(crate) model: Rc<Model>,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) template: Option<ChatTemplate>,
+}
+
+impl Loaded {
+    /// Opens the model behind a command's argument.
+    pub(crate) fn open(argument: &str) -> Result<Self> {
+        let dir = hub::resolve(argument, What::Model)?;
+        let checkpoint = Checkpoint::open(&dir)?;
+        let base = Fingerprint::of(&checkpoint, argument);
+        let model = Rc::new(Model::from_checkpoint(&checkpoint, compute_dtype(&checkpoint))?);
+        let tokenizer = Tokenizer::load(&dir)?;
+        let template = if ChatTemplate::exists(&dir)? { Some(ChatTemplate::load(&dir)?) } else { None };
+        Ok(Self { dir, base, model, tokenizer, template })
+    }
+
+    /// The route of an adapter directory; none, or an empty path, is the base alone.
+    pub(crate) fn route(&self, adapter: Option<&str>) -> Result<OwnedRoute> {
+        let Some(argument) = adapter.filter(|a| !a.is_empty()) else { return Ok(OwnedRoute::Base) };
+        let dir = hub::resolve(argument, What::Adapter)?;
+        let set = AdapterSet::load(&dir)?;
+        check_base(&set, &dir, &self.base)?;
+        OwnedRoute::of(&set, &dir, &self.model).with_context(|| {
+            format!("the adapter {} does not fit the model {}", dir.display(), self.dir.display())
+        })
+    }
+
+    /// Variables that mlx-lm gives every template: `enable_thinking`, true where the vocabulary has thinking tokens.
+    pub(crate) fn template_extra(&self) -> Map<String, Value> {
+        let thinks = [
+            ("<think>", "</think>"),
+            ("<longcat_think>", "</longcat_think>"),
+            ("<|think:start|>", "<|think:end|>"),
+        ];
+        let has = |token: &str| self.tokenizer.token_to_id(token).is_some();
+        let thinks = thinks.iter().any(|(open, close)| has(open) && has(close));
+        Map::from_iter([("enable_thinking".to_string(), thinks.into())])
+    }
+
+    /// What turns rows of data into tokens.
+    pub(crate) fn encoder(&self) -> ModelEncoder<'_> {
+        ModelEncoder {
+            tokenizer: &self.tokenizer,
+            template: self.template.as_ref(),
+            extra: self.template_extra(),
+            eos: self.tokenizer.eos_id(),
+        }
+    }
+}
+
+/// f32 on a CPU; on a GPU config.json's type.
+pub(crate) fn compute_dtype(checkpoint: &Checkpoint) -> Dtype {
+    if graft_ops::info::info().cpu_operations {
+        return Dtype::Float32;
+    }
+    let named = ["torch_dtype", "dtype"].iter().find_map(|key| checkpoint.config().get(*key)?.as_str());
+    match named {
+        Some("float16") => Dtype::Float16,
+        Some("float32") => Dtype::Float32,
+        _ => Dtype::Bfloat16,
+    }
+}
+
+/// Refuses an adapter that says it was trained on another base.
+pub(crate) fn check_base(set: &AdapterSet, dir: &Path, base: &Fingerprint) -> Result<()> {
+    let Some(own) =
+        set.config.extra(BASE).and_then(|v| serde_json::from_value::<Fingerprint>(v.clone()).ok())
+    else {
+        return Ok(());
+    };
+    if let Some(why) = own.foreign_to(base) {
+        bail!(
+            "the adapter {} is for another base than {}: {why}; give the model it was trained on",
+            dir.display(),
+            base.lineage
+        );
+    }
+    Ok(())
+}

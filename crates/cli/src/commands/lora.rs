@@ -1,0 +1,206 @@
+//! `graft lora` and `graft train`: settings, a run, its report.
+
+use super::{data, load::BASE, load::Loaded};
+use crate::args::LoraArgs;
+use crate::errors::{Interrupted, Usage};
+use crate::settings::{Defaults, Settings};
+use crate::{host, ui};
+use anyhow::{Result, bail};
+use graft_adapters::{FineTuneType, LoraParameters};
+use graft_train::{Data, Event, Outcome, Summary, TrainConfig, TrainReport};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+
+/// Width of the loss curve in characters.
+const CURVE: usize = 60;
+
+/// Trains, tests, or both.
+pub(crate) fn lora(args: &LoraArgs, defaults: Defaults) -> Result<()> {
+    let settings = Settings::new(args, defaults)?;
+    let stop = host::stop_flag(|| ui::note("stopping after this step and saving; once more stops at once"));
+    let model = settings.text("model").unwrap_or_default();
+    ui::note(&format!("Loading {model}"));
+    let loaded = Loaded::open(model)?;
+    ui::note("Loading datasets");
+    let data = data::load(&settings, &loaded)?;
+    if settings.flag("train") {
+        train(&settings, &loaded, &data, &stop)?;
+    }
+    if settings.flag("test") {
+        test(&settings, &loaded, &data)?;
+    }
+    Ok(())
+}
+
+fn train(settings: &Settings, loaded: &Loaded, data: &Data, stop: &AtomicBool) -> Result<()> {
+    let config = config(settings, loaded)?;
+    let mut report = Report::new(config.iters);
+    let result =
+        graft_train::run(&config, loaded.model.clone(), data, stop, &mut |event| report.event(&event));
+    report.progress.done();
+    let summary = result?;
+    report.close(&summary);
+    if let Outcome::Interrupted { step } = summary.outcome {
+        bail!(Interrupted(format!(
+            "Interrupted after {step} of {} iterations; all of it is saved. Continue with: {}",
+            config.iters,
+            resume_command()
+        )));
+    }
+    Ok(())
+}
+
+/// The command line that goes on where this one stopped.
+fn resume_command() -> String {
+    let quoted = |a: String| {
+        let plain = !a.is_empty() && a.chars().all(|c| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c));
+        if plain { a } else { format!("'{}'", a.replace('\'', r"'\''")) }
+    };
+    let mut words: Vec<String> = std::env::args().skip(1).map(quoted).collect();
+    if !words.iter().any(|w| w == "--resume") {
+        words.push("--resume".into());
+    }
+    format!("graft {}", words.join(" "))
+}
+
+fn test(settings: &Settings, loaded: &Loaded, data: &Data) -> Result<()> {
+    ui::note("Testing");
+    let route = loaded.route(settings.text("adapter_path"))?;
+    for warning in &data.test.warnings {
+        ui::note(&format!("warning: {warning}"));
+    }
+    let found = graft_train::test(
+        &loaded.model,
+        &route.route(),
+        &data.test,
+        count(settings, "batch_size"),
+        settings.int("test_batches"),
+        settings.int("seed") as u64,
+    )?;
+    ui::out(&format!("Test loss {:.3}, Test ppl {:.3}.", found.loss, found.perplexity));
+    Ok(())
+}
+
+fn count(settings: &Settings, key: &str) -> usize {
+    usize::try_from(settings.int(key)).unwrap_or_default()
+}
+
+fn config(settings: &Settings, loaded: &Loaded) -> Result<TrainConfig> {
+    let empty = Map::new();
+    let lora = settings.map("lora_parameters").unwrap_or(&empty);
+    let number = |key: &str| lora.get(key).and_then(Value::as_f64).unwrap_or_default();
+    let keys = lora.get("keys").and_then(Value::as_array);
+    let keys = keys.map(|k| k.iter().filter_map(Value::as_str).map(str::to_string).collect());
+    let name = settings.text("optimizer").unwrap_or_default();
+    let Some(fine_tune_type) = settings.text("fine_tune_type").and_then(FineTuneType::from_name) else {
+        bail!(Usage("fine_tune_type must be lora, dora or full".into()));
+    };
+    let base = serde_json::to_value(&loaded.base)?;
+    let version = env!("CARGO_PKG_VERSION");
+    let mut adapter_config = settings.all.clone();
+    adapter_config.insert("graft".into(), json!({"version": version, BASE: base}));
+    let metadata = [("graft", version.to_string()), (BASE, base.to_string())];
+    Ok(TrainConfig {
+        fine_tune_type,
+        num_layers: i32::try_from(settings.int("num_layers")).unwrap_or(i32::MAX),
+        lora: LoraParameters {
+            rank: number("rank") as i32,
+            scale: number("scale") as f32,
+            dropout: number("dropout") as f32,
+            keys,
+        },
+        optimizer: name.to_string(),
+        optimizer_config: settings
+            .map("optimizer_config")
+            .and_then(|c| c.get(name))
+            .and_then(Value::as_object)
+            .cloned()
+            .unwrap_or_default(),
+        learning_rate: settings.float("learning_rate"),
+        lr_schedule: settings.map("lr_schedule").map(|m| m.clone().into()),
+        batch_size: count(settings, "batch_size"),
+        iters: count(settings, "iters") as u64,
+        val_batches: settings.int("val_batches"),
+        steps_per_report: count(settings, "steps_per_report") as u64,
+        steps_per_eval: count(settings, "steps_per_eval") as u64,
+        save_every: count(settings, "save_every") as u64,
+        grad_accumulation_steps: count(settings, "grad_accumulation_steps") as u64,
+        max_grad_norm: Some(settings.float("max_grad_norm")).filter(|n| *n > 0.0),
+        grad_checkpoint: settings.flag("grad_checkpoint"),
+        seed: settings.int("seed") as u64,
+        adapter_path: PathBuf::from(settings.text("adapter_path").unwrap_or_default()),
+        resume: settings.flag("resume"),
+        resume_adapter_file: settings.text("resume_adapter_file").map(PathBuf::from),
+        clear_cache_threshold: count(settings, "clear_cache_threshold"),
+        adapter_config,
+        metadata: metadata.into_iter().map(|(k, v)| (k.to_string(), v)).collect::<BTreeMap<_, _>>(),
+        peak_memory: host::peak_memory,
+    })
+}
+
+/// Turns events into lines and remembers the losses.
+struct Report {
+    progress: ui::Progress,
+    losses: Vec<f64>,
+    last: String,
+}
+
+impl Report {
+    fn new(iters: u64) -> Self {
+        Self { progress: ui::Progress::new(iters, "training"), losses: Vec::new(), last: String::new() }
+    }
+
+    fn event(&mut self, event: &Event) {
+        match event {
+            Event::Started { trainable, total, modules, iter, iters, batches_per_pass } => {
+                let share = 100.0 * *trainable as f64 / (*total).max(1) as f64;
+                let (part, all) = (*trainable as f64 / 1e6, *total as f64 / 1e6);
+                self.progress.line(&format!(
+                    "Trainable parameters: {share:.3}% ({part:.3}M/{all:.3}M), {modules} modules"
+                ));
+                let start = if *iter > 0 {
+                    format!("Resuming after iteration {iter}")
+                } else {
+                    "Starting training".into()
+                };
+                self.progress.line(&format!("{start}, iters: {iters}, {batches_per_pass} batches per pass"));
+                self.progress.start(*iter);
+            }
+            Event::Warning { text } => self.progress.line(&format!("warning: {text}")),
+            Event::Step { iter } => self.progress.at(*iter, self.last.clone()),
+            Event::Train(report) => self.train(report),
+            Event::ValidProgress { .. } => {}
+            Event::Valid { iter, loss, seconds, .. } => {
+                self.progress.line(&format!("Iter {iter}: Val loss {loss:.3}, Val took {seconds:.3}s"));
+            }
+            Event::Saved { iter, file } => {
+                self.progress.line(&format!("Iter {iter}: Saved adapter weights to {}", file.display()));
+            }
+        }
+    }
+
+    fn train(&mut self, r: &TrainReport) {
+        self.losses.push(r.loss);
+        self.last = format!("loss {:.3} {:.1} tok/s", r.loss, r.tokens_per_second);
+        self.progress.line(&format!(
+            "Iter {}: Train loss {:.3}, Learning Rate {:.3e}, It/sec {:.3}, Tokens/sec {:.3}, Trained Tokens {}, \
+             Peak mem {:.3} GB",
+            r.iter,
+            r.loss,
+            r.learning_rate,
+            1.0 / r.step_seconds.max(1e-9),
+            r.tokens_per_second,
+            r.tokens,
+            r.peak_memory_bytes as f64 / 1e9
+        ));
+    }
+
+    fn close(&self, summary: &Summary) {
+        if self.losses.len() > 1 {
+            ui::note(&format!("loss {}", ui::sparkline(&self.losses, CURVE)));
+        }
+        ui::out(&format!("Saved final weights to {}.", summary.adapter_file.display()));
+    }
+}

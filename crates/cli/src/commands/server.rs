@@ -1,0 +1,150 @@
+//! `graft server`: the endpoint until a signal ends it.
+
+use super::generate::json_object;
+use super::load::{check_base, compute_dtype};
+use crate::args::ServerArgs;
+use crate::errors::Usage;
+use crate::hub::{self, What};
+use crate::{host, ui};
+use anyhow::{Context, Result, bail};
+use graft_adapters::{AdapterSet, Fingerprint};
+use graft_model::Sampling;
+use graft_quant::Checkpoint;
+use graft_serve::{
+    Defaults, Engine, EngineConfig, LogEvent, LogSink, MAX_BODY_BYTES, MAX_QUEUE, ServeConfig,
+};
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+/// Connections at a time.
+const MAX_CONNECTIONS: usize = 1024;
+
+/// Serves the model and its adapters.
+pub(crate) fn server(args: &ServerArgs) -> Result<()> {
+    let Some(model) = &args.model else {
+        bail!(Usage("--model is required: graft serves the model that it was started with".into()));
+    };
+    let template_args = json_object("--chat-template-args", &args.chat_template_args)?;
+    let sampling = Sampling {
+        temperature: args.temp,
+        top_p: args.top_p,
+        top_k: args.top_k,
+        min_p: args.min_p,
+        ..Sampling::greedy()
+    };
+    sampling.check().map_err(|e| Usage(e.to_string()))?;
+    let addr = address(&args.host, args.port)?;
+    let (adapters, default_adapter) = adapters(args)?;
+    let dir = hub::resolve(model, What::Model)?;
+    let checkpoint = Checkpoint::open(&dir)?;
+    let base = Fingerprint::of(&checkpoint, model);
+    for (_, adapter) in &adapters {
+        check_base(&AdapterSet::load(adapter)?, adapter, &base)?;
+    }
+    let log = log_sink(&args.log_level);
+    let model_id = args.model_id.clone().unwrap_or_else(|| model.clone());
+    let config = ServeConfig {
+        addr,
+        model_id: model_id.clone(),
+        default_adapter: default_adapter.clone(),
+        allowed_origins: args.allowed_origins.clone(),
+        max_body_bytes: MAX_BODY_BYTES,
+        header_timeout: Duration::from_secs(30),
+        body_timeout: Duration::from_secs(60),
+        ping_interval: Duration::from_secs(15),
+        drain_timeout: Duration::from_secs(30),
+        max_connections: MAX_CONNECTIONS,
+        defaults: Defaults { max_tokens: args.max_tokens, sampling, template_args },
+        seed: 0,
+        log: log.clone(),
+    };
+    // A port in use is known before a large model is loaded.
+    drop(std::net::TcpListener::bind(addr).with_context(|| {
+        format!("cannot listen on {addr}; is another server running there? Choose another --port")
+    })?);
+    ui::note(&format!("Loading {model}"));
+    let engine = Engine::start(EngineConfig {
+        model_dir: dir,
+        dtype: compute_dtype(&checkpoint),
+        adapters,
+        chat_template: Some(args.chat_template.clone()).filter(|t| !t.is_empty()),
+        max_context: None,
+        max_concurrent: args.decode_concurrency,
+        max_queue: MAX_QUEUE,
+        stall_timeout: Duration::from_secs(60),
+        log,
+    })?;
+    drop(checkpoint);
+    let (ended, end) = oneshot::channel::<()>();
+    let ended = Arc::new(Mutex::new(Some(ended)));
+    let at_signal = ended.clone();
+    let _stop = host::stop_flag(move || {
+        ui::note("Finishing the requests that run; once more ends at once");
+        let sender = at_signal.lock().unwrap_or_else(PoisonError::into_inner).take();
+        sender.map(|s| s.send(()));
+    });
+    let on_ready = |addr: SocketAddr| {
+        ui::out(&format!("Serving {model_id} on http://{addr}"));
+        if let Some(name) = &default_adapter {
+            ui::note(&format!(
+                "Requests that name no model, or `default_model`, get the adapter `{name}`; `{model_id}` is the base"
+            ));
+        }
+    };
+    graft_serve::serve_blocking(config, engine, on_ready, async move {
+        // The sender lives as long as the server, so this ends with a signal only.
+        let _signal = end.await;
+    })?;
+    drop(ended);
+    ui::note("Stopped.");
+    Ok(())
+}
+
+fn address(host: &str, port: u16) -> Result<SocketAddr> {
+    let mut found = (host, port).to_socket_addrs().with_context(|| format!("--host {host} is no address"))?;
+    found.next().with_context(|| format!("--host {host} has no address"))
+}
+
+/// `--adapter NAME=DIR` of all, then `--adapter-path` under its directory's name, which is then the default.
+fn adapters(args: &ServerArgs) -> Result<(Vec<(String, PathBuf)>, Option<String>)> {
+    let mut all = Vec::new();
+    for given in &args.adapter {
+        let Some((name, dir)) =
+            given.split_once('=').filter(|(name, dir)| !name.is_empty() && !dir.is_empty())
+        else {
+            bail!(Usage(format!("--adapter {given}: expected NAME=DIR, such as --adapter sql=./adapters")));
+        };
+        all.push((name.to_string(), hub::resolve(dir, What::Adapter)?));
+    }
+    let Some(path) = args.adapter_path.as_deref().filter(|p| !p.is_empty()) else { return Ok((all, None)) };
+    let dir = hub::resolve(path, What::Adapter)?;
+    let own = dir.canonicalize()?;
+    let name = own.file_name().map_or_else(|| path.to_string(), |n| n.to_string_lossy().into_owned());
+    all.push((name.clone(), dir));
+    Ok((all, Some(name)))
+}
+
+/// One line a request on stderr at INFO and DEBUG; failures always.
+fn log_sink(level: &str) -> LogSink {
+    let requests = ["DEBUG", "INFO"].contains(&level);
+    Arc::new(move |event| match event {
+        LogEvent::Request(r) if requests => {
+            let error = r.error.map(|e| format!(" ({e})")).unwrap_or_default();
+            let canceled = if r.canceled { " canceled" } else { "" };
+            ui::note(&format!(
+                "{} {} {}{canceled}{error} model={} {:.3}s id={}",
+                r.method,
+                r.path,
+                r.status,
+                r.model.as_deref().unwrap_or("-"),
+                r.total.as_secs_f64(),
+                r.id
+            ));
+        }
+        LogEvent::Failure { message } => ui::note(&format!("error: {message}")),
+        LogEvent::Request(_) => {}
+    })
+}
