@@ -16,7 +16,14 @@ fn split() -> Split {
         Example { line, full_length: tokens.len(), tokens, offset: 0 }
     };
     let examples = (0..4).map(example).collect();
-    Split { file: "train.jsonl".into(), examples, skipped: vec![], truncated: 0, warnings: vec![], found: true }
+    Split {
+        file: "train.jsonl".into(),
+        examples,
+        skipped: vec![],
+        truncated: 0,
+        warnings: vec![],
+        found: true,
+    }
 }
 
 fn trainer(model: &Rc<Model>, dora: bool) -> Trainer {
@@ -34,7 +41,13 @@ fn trainer(model: &Rc<Model>, dora: bool) -> Trainer {
 }
 
 fn steps(c: &mut Criterion) {
-    let dir = tiny_model(&Tiny { packed: Some((4, 32)), hidden: 128, ffn: 256, head_dim: 32, ..Tiny::new(Family::Llama) });
+    let dir = tiny_model(&Tiny {
+        packed: Some((4, 32)),
+        hidden: 128,
+        ffn: 256,
+        head_dim: 32,
+        ..Tiny::new(Family::Llama)
+    });
     // Arrays live on one thread; the measured loop goes there as a whole.
     let mut group = c.benchmark_group("train");
     for (name, dora) in [("lora step", false), ("dora step", true)] {

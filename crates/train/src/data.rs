@@ -135,7 +135,9 @@ pub fn read_rows(file: &Path) -> Result<Vec<Row>> {
         let fail = |problem: String| Error::Row { file: file.to_path_buf(), line: index + 1, problem };
         match serde_json::from_str(line) {
             Ok(Value::Object(value)) => rows.push(Row { line: index + 1, value }),
-            Ok(_) => return Err(fail("expected a JSON object on each line, found another JSON value".into())),
+            Ok(_) => {
+                return Err(fail("expected a JSON object on each line, found another JSON value".into()));
+            }
             Err(e) => return Err(fail(format!("not valid JSON: {e}"))),
         }
     }
@@ -150,7 +152,14 @@ impl Split {
     pub fn load(file: &Path, encoder: &dyn Encoder, config: &DataConfig) -> Result<Self> {
         if !file.exists() {
             let file = file.to_path_buf();
-            return Ok(Self { file, examples: vec![], skipped: vec![], truncated: 0, warnings: vec![], found: false });
+            return Ok(Self {
+                file,
+                examples: vec![],
+                skipped: vec![],
+                truncated: 0,
+                warnings: vec![],
+                found: false,
+            });
         }
         Self::from_rows(file, &read_rows(file)?, encoder, config)
     }
@@ -160,8 +169,14 @@ impl Split {
     /// # Errors
     /// When a row is not what it should be.
     pub fn from_rows(file: &Path, rows: &[Row], encoder: &dyn Encoder, config: &DataConfig) -> Result<Self> {
-        let mut split =
-            Self { file: file.to_path_buf(), examples: vec![], skipped: vec![], truncated: 0, warnings: vec![], found: true };
+        let mut split = Self {
+            file: file.to_path_buf(),
+            examples: vec![],
+            skipped: vec![],
+            truncated: 0,
+            warnings: vec![],
+            found: true,
+        };
         let mut longest = 0;
         for row in rows {
             let example = example(row, encoder, config).map_err(|problem| Error::Row {
@@ -256,17 +271,23 @@ fn example(row: &Row, encoder: &dyn Encoder, config: &DataConfig) -> std::result
         chat(messages, tools, encoder, config.mask_prompt)?
     } else if has(&config.text_feature) {
         if config.mask_prompt {
-            return Err("a text row has no prompt to mask: use messages or prompt and completion, or no mask_prompt".into());
+            return Err(
+                "a text row has no prompt to mask: use messages or prompt and completion, or no mask_prompt"
+                    .into(),
+            );
         }
         let mut tokens = encoder.encode(text(row, &config.text_feature)?, true)?;
-        let eos = encoder.eos().ok_or("the tokenizer has no end-of-text token, which a text row needs at its end")?;
+        let eos = encoder
+            .eos()
+            .ok_or("the tokenizer has no end-of-text token, which a text row needs at its end")?;
         if tokens.last() != Some(&eos) {
             tokens.push(eos);
         }
         (tokens, 0)
     } else {
         let keys: Vec<String> = row.value.keys().map(|k| format!("{k:?}")).collect();
-        let found = if keys.is_empty() { "no keys".to_owned() } else { format!("the keys {}", keys.join(", ")) };
+        let found =
+            if keys.is_empty() { "no keys".to_owned() } else { format!("the keys {}", keys.join(", ")) };
         return Err(format!(
             "found {found}; expected {:?} and {:?}, or {:?} (perhaps with \"tools\"), or {:?}; other names are given by \
              prompt_feature, completion_feature, chat_feature and text_feature",
@@ -285,13 +306,18 @@ fn text<'a>(row: &'a Row, key: &str) -> std::result::Result<&'a str, String> {
 
 fn messages<'a>(row: &'a Row, key: &str) -> std::result::Result<&'a [Value], String> {
     let value = row.value.get(key).unwrap_or(&Value::Null);
-    let list = value.as_array().ok_or_else(|| format!("{key:?}: expected a list of messages, found {}", kind(value)))?;
+    let list = value
+        .as_array()
+        .ok_or_else(|| format!("{key:?}: expected a list of messages, found {}", kind(value)))?;
     if list.is_empty() {
         return Err(format!("{key:?}: the list of messages is empty"));
     }
     for (i, message) in list.iter().enumerate() {
         if message.get("role").and_then(Value::as_str).is_none() {
-            return Err(format!("{key:?}[{i}]: expected an object with \"role\" and \"content\", found {}", kind(message)));
+            return Err(format!(
+                "{key:?}[{i}]: expected an object with \"role\" and \"content\", found {}",
+                kind(message)
+            ));
         }
     }
     Ok(list)

@@ -20,7 +20,9 @@ pub enum Error {
         problem: String,
     },
     /// A split that is needed has no rows to train or evaluate on.
-    #[error("{file}: {problem}; expected at least one row such as {{\"messages\": [...]}}, {{\"prompt\": ..., \"completion\": ...}} or {{\"text\": ...}}")]
+    #[error(
+        "{file}: {problem}; expected at least one row such as {{\"messages\": [...]}}, {{\"prompt\": ..., \"completion\": ...}} or {{\"text\": ...}}"
+    )]
     EmptySplit {
         /// The data file.
         file: PathBuf,
@@ -28,7 +30,9 @@ pub enum Error {
         problem: String,
     },
     /// There are fewer rows than one batch takes.
-    #[error("{file}: {rows} usable rows, but batch_size is {batch_size}: give more rows or a batch_size of at most {rows}")]
+    #[error(
+        "{file}: {rows} usable rows, but batch_size is {batch_size}: give more rows or a batch_size of at most {rows}"
+    )]
     BatchTooLarge {
         /// The data file.
         file: PathBuf,

@@ -10,10 +10,10 @@ use graft_adapters::{Dropout, FineTuneType, Kind, Route, Site, Table, row_factor
 use graft_model::Model;
 use graft_ops::{Array, Dtype, Exception, Rows, ffi};
 
+use crate::Result;
 use crate::batch::Batch;
 use crate::params::{OwnedRoute, Params};
 use crate::rng::mix;
-use crate::Result;
 
 /// Tag of the random streams of dropout.
 const DROPOUT: u64 = 0x6472_6f70;
@@ -67,7 +67,8 @@ struct BlockFn {
 
 impl BlockFn {
     fn call(&self, inputs: &[Array]) -> std::result::Result<Array, Exception> {
-        let (h, tensors) = inputs.split_first().ok_or_else(|| Exception::custom("a block needs its input"))?;
+        let (h, tensors) =
+            inputs.split_first().ok_or_else(|| Exception::custom("a block needs its input"))?;
         let route = if self.names.is_empty() {
             OwnedRoute::Table(table(&self.frames, tensors)?)
         } else {
@@ -117,7 +118,8 @@ impl Graph {
             tensors: (0..params.blocks.len()).filter(|i| params.blocks[*i] == index).collect(),
         };
         let all: Vec<BlockSpec> = (0..layers).map(of_block).collect();
-        let outer: Vec<usize> = (0..params.sites.len()).filter(|i| params.sites[*i].block.is_none()).collect();
+        let outer: Vec<usize> =
+            (0..params.sites.len()).filter(|i| params.sites[*i].block.is_none()).collect();
         let embedding = outer.iter().any(|i| params.sites[*i].kind == Kind::Embedding);
         let trained = |b: &BlockSpec| !b.sites.is_empty() || !b.tensors.is_empty();
         let first = if embedding { 0 } else { all.iter().position(trained).unwrap_or(layers) };
@@ -139,7 +141,8 @@ impl Graph {
     ) -> Result<(Array, Vec<Array>)> {
         let prefix = if self.embedding { None } else { Some(self.prefix(batch)?) };
         let argnums: Vec<i32> = (0..params.values.len() as i32).collect();
-        let f = |values: &[Array]| Ok(vec![self.loss(params, values, norms, batch, iter, prefix.as_ref())?]);
+        let f =
+            |values: &[Array]| Ok(vec![self.loss(params, values, norms, batch, iter, prefix.as_ref())?]);
         let (mut values, gradients) = ffi::value_and_grad(f, &params.values, &argnums)?;
         Ok((values.swap_remove(0), gradients))
     }
@@ -153,7 +156,13 @@ impl Graph {
         Ok(h)
     }
 
-    fn frame(&self, params: &Params, norms: &[Option<Array>], index: usize, iter: u64) -> std::result::Result<Frame, Exception> {
+    fn frame(
+        &self,
+        params: &Params,
+        norms: &[Option<Array>],
+        index: usize,
+        iter: u64,
+    ) -> std::result::Result<Frame, Exception> {
         let spec = &params.sites[index];
         let dropout = if self.dropout > 0.0 {
             let key = mlx_rs::random::key(mix(&[self.seed, DROPOUT, iter, index as u64]))?;
@@ -198,7 +207,11 @@ impl Graph {
                 index: spec.index,
                 rows: Rc::clone(&rows),
                 frames: frames(&spec.sites)?,
-                names: if full { spec.tensors.iter().map(|i| params.names[*i].clone()).collect() } else { vec![] },
+                names: if full {
+                    spec.tensors.iter().map(|i| params.names[*i].clone()).collect()
+                } else {
+                    vec![]
+                },
             };
             h = if self.checkpoint {
                 let again = ffi::checkpoint(move |inputs| Ok(vec![block.call(inputs)?]))?;

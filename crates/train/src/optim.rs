@@ -8,8 +8,8 @@ use graft_ops::Array;
 use mlx_rs::ops;
 use serde_json::{Map, Value};
 
-use crate::error::setting;
 use crate::Result;
+use crate::error::setting;
 
 /// One of MLX's optimizers with its settings (`optimizer_config` in mlx-lm).
 #[derive(Debug, Clone, PartialEq)]
@@ -91,7 +91,9 @@ impl Settings<'_> {
     fn number(&mut self, key: &str, default: f64) -> Result<f64> {
         match self.map.remove(key) {
             None => Ok(default),
-            Some(v) => v.as_f64().filter(|x| x.is_finite()).ok_or_else(|| setting(&self.field(key), "a number", v)),
+            Some(v) => {
+                v.as_f64().filter(|x| x.is_finite()).ok_or_else(|| setting(&self.field(key), "a number", v))
+            }
         }
     }
 
@@ -134,8 +136,7 @@ impl Optimizer {
                 }
                 let eps = s.number("eps", 1e-8)?;
                 let bias_correction = s.flag("bias_correction", false)?;
-                let weight_decay =
-                    if name == "adamw" { Some(s.number("weight_decay", 0.01)?) } else { None };
+                let weight_decay = if name == "adamw" { Some(s.number("weight_decay", 0.01)?) } else { None };
                 Self::Adam { betas, eps, bias_correction, weight_decay }
             }
             "sgd" => {
@@ -144,7 +145,11 @@ impl Optimizer {
                 let dampening = s.number("dampening", 0.0)?;
                 let nesterov = s.flag("nesterov", false)?;
                 if nesterov && (momentum <= 0.0 || dampening != 0.0) {
-                    return Err(setting(&s.field("nesterov"), "momentum above 0 and no dampening with it", nesterov));
+                    return Err(setting(
+                        &s.field("nesterov"),
+                        "momentum above 0 and no dampening with it",
+                        nesterov,
+                    ));
                 }
                 Self::Sgd { momentum, weight_decay, dampening, nesterov }
             }
@@ -240,7 +245,14 @@ impl Optimizer {
         Ok((updated, next))
     }
 
-    fn update_one(&self, rate: f64, t: u64, p: &Array, g: &Array, slot: &mut BTreeMap<String, Array>) -> Result<Array> {
+    fn update_one(
+        &self,
+        rate: f64,
+        t: u64,
+        p: &Array,
+        g: &Array,
+        slot: &mut BTreeMap<String, Array>,
+    ) -> Result<Array> {
         match *self {
             Self::Adam { betas: (b1, b2), eps, bias_correction, weight_decay } => {
                 let m = blend(slot.get("m"), g, b1, 1.0 - b1)?;
@@ -290,7 +302,14 @@ impl Optimizer {
         }
     }
 
-    fn adafactor(&self, rate: f64, t: u64, p: &Array, g: &Array, slot: &mut BTreeMap<String, Array>) -> Result<Array> {
+    fn adafactor(
+        &self,
+        rate: f64,
+        t: u64,
+        p: &Array,
+        g: &Array,
+        slot: &mut BTreeMap<String, Array>,
+    ) -> Result<Array> {
         let Self::Adafactor {
             eps,
             clip_threshold,

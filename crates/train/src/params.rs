@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use graft_adapters::{Adapter, AdapterConfig, AdapterSet, FineTuneType, Kind, LoraParameters, Route, Site, Table};
+use graft_adapters::{
+    Adapter, AdapterConfig, AdapterSet, FineTuneType, Kind, LoraParameters, Route, Site, Table,
+};
 use graft_model::Model;
 use graft_ops::{Array, Dtype};
 use graft_quant::{Tensor, Weight};
@@ -93,7 +95,11 @@ impl OwnedRoute {
 fn first_block(model: &Model, num_layers: i32) -> Result<usize> {
     let layers = model.config().layers;
     if num_layers > layers {
-        return Err(setting("num_layers", &format!("at most the model's {layers} blocks (-1 for all)"), num_layers));
+        return Err(setting(
+            "num_layers",
+            &format!("at most the model's {layers} blocks (-1 for all)"),
+            num_layers,
+        ));
     }
     Ok(if num_layers <= 0 { 0 } else { (layers - num_layers) as usize })
 }
@@ -123,17 +129,22 @@ impl Params {
             return Err(setting("lora_parameters.scale", "a finite number", lora.scale));
         }
         let fine_tune_type = if dora { FineTuneType::Dora } else { FineTuneType::Lora };
-        let mut params = Self { fine_tune_type, names: vec![], values: vec![], sites: vec![], blocks: vec![] };
+        let mut params =
+            Self { fine_tune_type, names: vec![], values: vec![], sites: vec![], blocks: vec![] };
         for (path, block, kind) in chosen(model, lora.keys.as_deref(), num_layers)? {
             let Some(target) = model.target(&path) else { continue };
             if dora && kind == Kind::Embedding {
-                return Err(setting("lora_parameters.keys", "linears only, since DoRA has no form for an embedding", path));
+                return Err(setting(
+                    "lora_parameters.keys",
+                    "linears only, since DoRA has no form for an embedding",
+                    path,
+                ));
             }
             let shape = (target.weight.out_features(), target.weight.in_features());
             let n0 = if dora { Some(target.weight.row_norms_squared()?) } else { None };
-            let name_hash = path.bytes().fold(0xCBF2_9CE4_8422_2325, |h: u64, b| {
-                (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01B3)
-            });
+            let name_hash = path
+                .bytes()
+                .fold(0xCBF2_9CE4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01B3));
             let key = mlx_rs::random::key(mix(&[seed, INIT, name_hash]))?;
             let adapter = Adapter::init(kind, shape, lora.rank, lora.scale, n0.as_ref(), &key)?;
             mlx_rs::transforms::eval(adapter.arrays().chain(&n0))?;
@@ -218,7 +229,9 @@ impl Params {
             values.push(value);
         }
         let known = |name: &String| self.names.contains(name);
-        problems.extend(tensors.keys().filter(|n| !known(n)).map(|n| format!("{n}: not trained with these settings")));
+        problems.extend(
+            tensors.keys().filter(|n| !known(n)).map(|n| format!("{n}: not trained with these settings")),
+        );
         if !problems.is_empty() {
             return Err(graft_adapters::Error::Mismatch { file: origin.to_path_buf(), problems }.into());
         }
@@ -327,11 +340,15 @@ fn chosen(
         }
     }
     if let Some(key) = unmatched.first() {
-        let inner: Vec<String> = model.block_linears(0).into_iter().flatten().map(|l| l.path.clone()).collect();
-        let known = inner.iter().filter_map(|p| p.strip_prefix("model.layers.0.")).collect::<Vec<_>>().join(", ");
+        let inner: Vec<String> =
+            model.block_linears(0).into_iter().flatten().map(|l| l.path.clone()).collect();
+        let known =
+            inner.iter().filter_map(|p| p.strip_prefix("model.layers.0.")).collect::<Vec<_>>().join(", ");
         return Err(setting(
             "lora_parameters.keys",
-            &format!("paths inside a block ({known}) or whole paths ({embedding}, lm_head if the model has one)"),
+            &format!(
+                "paths inside a block ({known}) or whole paths ({embedding}, lm_head if the model has one)"
+            ),
             key,
         ));
     }

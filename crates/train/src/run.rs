@@ -129,13 +129,18 @@ impl<'a> Run<'a> {
             None => Schedule::constant(config.learning_rate),
         };
         let mut walk = Walk::new(&data.train, config.batch_size, mix(&[config.seed, TRAIN_ORDER]))?;
-        let valid_groups =
-            fixed_groups(&data.valid, config.batch_size, config.val_batches, mix(&[config.seed, VALID_ORDER]));
+        let valid_groups = fixed_groups(
+            &data.valid,
+            config.batch_size,
+            config.val_batches,
+            mix(&[config.seed, VALID_ORDER]),
+        );
         for text in data.train.warnings.iter().chain(&data.valid.warnings) {
             on_event(Event::Warning { text: text.clone() });
         }
         if data.valid.examples.is_empty() && config.val_batches != 0 {
-            let text = format!("{}: no rows to validate on; training goes on without", data.valid.file.display());
+            let text =
+                format!("{}: no rows to validate on; training goes on without", data.valid.file.display());
             on_event(Event::Warning { text });
         }
         if optimizer.ignores_learning_rate() {
@@ -150,7 +155,8 @@ impl<'a> Run<'a> {
                 Params::low_rank(&model, &config.lora, config.num_layers, dora, config.seed)?
             }
         };
-        let adapter_config = params.adapter_config(&config.lora, config.num_layers, config.adapter_config.clone());
+        let adapter_config =
+            params.adapter_config(&config.lora, config.num_layers, config.adapter_config.clone());
         let settings = TrainerSettings {
             optimizer,
             schedule,
@@ -176,7 +182,10 @@ impl<'a> Run<'a> {
             (Some(dir), _) => states.restore(&dir, &mut trainer, &run)?,
             (None, None) if config.resume => {
                 let problem = "there is no saved state to resume: train without --resume, or give --resume-adapter-file";
-                return Err(Error::State { path: config.adapter_path.join("state"), problem: problem.into() });
+                return Err(Error::State {
+                    path: config.adapter_path.join("state"),
+                    problem: problem.into(),
+                });
             }
             (None, file) => {
                 if let Some(file) = file {
@@ -228,7 +237,8 @@ impl<'a> Run<'a> {
     }
 
     fn train(&mut self) -> Result<Summary> {
-        if self.progress.iter == 0 {
+        // Before the first step, and after a resume where a validation was due but broken off.
+        if self.progress.iter.is_multiple_of(self.config.steps_per_eval) {
             self.validate()?;
         }
         while self.progress.iter < self.config.iters && !self.stopped() {
@@ -385,10 +395,8 @@ fn fresh(walk: &Walk, run: RunKey) -> Progress {
 /// Numbers of the base: weights as if dense, biases and norms.
 fn total_parameters(model: &Model) -> u64 {
     let weight = |w: &graft_quant::Weight| w.out_features() as u64 * w.in_features() as u64;
-    let linears: u64 = model
-        .linears()
-        .map(|l| weight(&l.weight) + l.bias.as_ref().map_or(0, |b| b.size() as u64))
-        .sum();
+    let linears: u64 =
+        model.linears().map(|l| weight(&l.weight) + l.bias.as_ref().map_or(0, |b| b.size() as u64)).sum();
     let norms: u64 = (0..model.config().layers as usize)
         .flat_map(|i| model.block_norms(i))
         .map(|n| n.weight.size() as u64)

@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 
-use crate::error::setting;
 use crate::Result;
+use crate::error::setting;
 
 /// The learning rate of update t, t counting from 0.
 #[derive(Debug, Clone, PartialEq)]
@@ -92,17 +92,21 @@ impl Schedule {
     /// # Errors
     /// When the name is unknown, an argument is missing or of the wrong type, or a key is unknown.
     pub fn from_value(value: &Value) -> Result<Self> {
-        let map = value.as_object().ok_or_else(|| setting("lr_schedule", "a map with name and arguments", value))?;
-        if let Some(key) = map.keys().find(|k| !["name", "arguments", "warmup", "warmup_init"].contains(&k.as_str())) {
+        let map = value
+            .as_object()
+            .ok_or_else(|| setting("lr_schedule", "a map with name and arguments", value))?;
+        if let Some(key) =
+            map.keys().find(|k| !["name", "arguments", "warmup", "warmup_init"].contains(&k.as_str()))
+        {
             return Err(setting("lr_schedule", "the keys name, arguments, warmup and warmup_init", key));
         }
         let null = Value::Null;
         let get = |key: &str| map.get(key).unwrap_or(&null);
         let list = get("arguments");
-        let arguments: Vec<f64> = list
-            .as_array()
-            .and_then(|list| list.iter().map(Value::as_f64).collect())
-            .ok_or_else(|| setting("lr_schedule.arguments", "a list of numbers", list))?;
+        let arguments: Vec<f64> =
+            list.as_array()
+                .and_then(|list| list.iter().map(Value::as_f64).collect())
+                .ok_or_else(|| setting("lr_schedule.arguments", "a list of numbers", list))?;
         let steps = |x: f64| {
             if x >= 1.0 && x.fract() == 0.0 {
                 return Ok(x as u64);

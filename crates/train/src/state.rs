@@ -133,7 +133,8 @@ impl States {
         };
         let dir = self.dir.join(&name);
         if name.len() != 7 || !name.bytes().all(|b| b.is_ascii_digit()) || !dir.is_dir() {
-            let problem = format!("it names the state {name:?}, which is not there: train anew without --resume");
+            let problem =
+                format!("it names the state {name:?}, which is not there: train anew without --resume");
             return Err(Error::State { path: pointer, problem });
         }
         Ok(Some(dir))
@@ -178,8 +179,10 @@ impl States {
             write_tensors(&temporary.join(GRADIENT_FILE), &sums)?;
         }
         let file = temporary.join(STATE_FILE);
-        let json = serde_json::to_vec_pretty(progress)
-            .map_err(|e| Error::State { path: file.clone(), problem: format!("cannot be written as JSON: {e}") })?;
+        let json = serde_json::to_vec_pretty(progress).map_err(|e| Error::State {
+            path: file.clone(),
+            problem: format!("cannot be written as JSON: {e}"),
+        })?;
         write_atomic(&file, &json)?;
         sync_dir(&temporary)?;
 
@@ -218,8 +221,10 @@ impl States {
     pub fn restore(&mut self, dir: &Path, trainer: &mut Trainer, run: &RunKey) -> Result<Progress> {
         let file = dir.join(STATE_FILE);
         let bytes = std::fs::read(&file).map_err(io(&file))?;
-        let progress: Progress = serde_json::from_slice(&bytes)
-            .map_err(|e| Error::State { path: file.clone(), problem: format!("not a state of graft: {e}") })?;
+        let progress: Progress = serde_json::from_slice(&bytes).map_err(|e| Error::State {
+            path: file.clone(),
+            problem: format!("not a state of graft: {e}"),
+        })?;
         if progress.schema != 1 {
             let problem = format!("its schema is {}, this graft reads 1", progress.schema);
             return Err(Error::State { path: file, problem });

@@ -143,7 +143,8 @@ impl Trainer {
             means = clipped(&means, &norm, max_norm)?;
         }
         let rate = self.schedule.at(self.optimizer_state.step);
-        let (values, state) = self.optimizer.update(rate, &self.params.values, &means, &self.optimizer_state)?;
+        let (values, state) =
+            self.optimizer.update(rate, &self.params.values, &means, &self.optimizer_state)?;
         drop(means);
         let norms = self.params.norms(&values, &self.model)?;
         let slots = state.slots.iter().flat_map(|slot| slot.values());
@@ -159,7 +160,14 @@ impl Trainer {
         Ok(result)
     }
 
-    fn checked(&self, loss: &Array, norm: &Array, batch: &Batch, split: &Split, iter: u64) -> Result<StepResult> {
+    fn checked(
+        &self,
+        loss: &Array,
+        norm: &Array,
+        batch: &Batch,
+        split: &Split,
+        iter: u64,
+    ) -> Result<StepResult> {
         let loss_sum = number(loss)?;
         let grad_norm = number(norm)?;
         for (what, value) in [("loss", loss_sum), ("gradient", grad_norm)] {

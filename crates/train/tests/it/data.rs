@@ -49,7 +49,10 @@ fn load(train: &str, config: &DataConfig) -> Result<Split, String> {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("train.jsonl"), train).unwrap();
     let loaded = Data::load(dir.path(), &Bytes, config).map(|d| {
-        assert!(!d.valid.found && d.valid.require().unwrap_err().to_string().contains("valid.jsonl: there is no such file"));
+        assert!(
+            !d.valid.found
+                && d.valid.require().unwrap_err().to_string().contains("valid.jsonl: there is no such file")
+        );
         d.train
     });
     loaded.map_err(|e| e.to_string())
@@ -70,7 +73,10 @@ fn all_forms_become_the_tokens_that_mlx_lm_makes() {
     assert_eq!(text(&plain, 0), "<user>a.<assistant>bc.");
     assert_eq!(text(&plain, 1), "[2]<user>a.");
     assert_eq!(text(&plain, 2), "<user>p.<assistant>q.");
-    assert_eq!(plain.examples.iter().map(|e| (e.line, e.offset)).collect::<Vec<_>>(), [(1, 0), (3, 0), (4, 0)]);
+    assert_eq!(
+        plain.examples.iter().map(|e| (e.line, e.offset)).collect::<Vec<_>>(),
+        [(1, 0), (3, 0), (4, 0)]
+    );
 
     // The prompt is what comes before the last message, with the answer's opening if an assistant gives it.
     let masked = load(rows, &settings(true, 100)).unwrap();
@@ -80,9 +86,13 @@ fn all_forms_become_the_tokens_that_mlx_lm_makes() {
 
     let texts = load("{\"text\": \"hi\"}\n", &settings(false, 100)).unwrap();
     assert_eq!(texts.examples[0].tokens, [256, 104, 105, 257]);
-    let renamed = DataConfig { text_feature: "body".into(), prompt_feature: "q".into(), ..settings(false, 100) };
+    let renamed =
+        DataConfig { text_feature: "body".into(), prompt_feature: "q".into(), ..settings(false, 100) };
     assert_eq!(load("{\"body\": \"hi\"}", &renamed).unwrap().examples[0].tokens.len(), 4);
-    assert_eq!(text(&load("{\"q\": \"1\", \"completion\": \"2\"}", &renamed).unwrap(), 0), "<user>1.<assistant>2.");
+    assert_eq!(
+        text(&load("{\"q\": \"1\", \"completion\": \"2\"}", &renamed).unwrap(), 0),
+        "<user>1.<assistant>2."
+    );
 }
 
 #[test]
@@ -98,7 +108,8 @@ fn errors_name_file_line_keys_and_forms() {
     assert!(fails("{\"messages\": [{\"content\": \"x\"}]}", false).contains("\"messages\"[0]"));
     assert!(fails("{\"messages\": [{\"role\": \"user\"}]}", false).contains("a message without content"));
     assert!(fails("{\"text\": \"a\"}", true).contains("no prompt to mask"));
-    let missing = Data::load(Path::new("/nonexistent/data"), &Bytes, &settings(false, 9)).unwrap_err().to_string();
+    let missing =
+        Data::load(Path::new("/nonexistent/data"), &Bytes, &settings(false, 9)).unwrap_err().to_string();
     assert!(missing.contains("/nonexistent/data"));
     let empty = load("\n\n", &settings(false, 100)).unwrap();
     assert!(empty.require().unwrap_err().to_string().contains("train.jsonl: the file has no rows"));
@@ -106,13 +117,17 @@ fn errors_name_file_line_keys_and_forms() {
 
 #[test]
 fn long_rows_are_cut_and_rows_without_targets_skipped() {
-    let rows = "{\"prompt\": \"pppppppppppp\", \"completion\": \"q\"}\n{\"prompt\": \"p\", \"completion\": \"q\"}\n";
+    let rows =
+        "{\"prompt\": \"pppppppppppp\", \"completion\": \"q\"}\n{\"prompt\": \"p\", \"completion\": \"q\"}\n";
     // 32 and 21 tokens; the long prompt ends at 30.
     let cut = load(rows, &settings(true, 31)).unwrap();
     assert_eq!((cut.truncated, cut.examples[0].tokens.len(), cut.examples[0].targets()), (1, 31, 1));
     let skipped = load(rows, &settings(true, 30)).unwrap();
     assert_eq!((skipped.skipped.clone(), skipped.examples.len()), (vec![1], 1));
-    assert!(skipped.warnings[0].contains("1 of 2 rows are longer than max_seq_length 30 (the longest has 32 tokens)"));
+    assert!(
+        skipped.warnings[0]
+            .contains("1 of 2 rows are longer than max_seq_length 30 (the longest has 32 tokens)")
+    );
     assert!(skipped.warnings[1].contains("skipped 1 of 2 rows") && skipped.warnings[1].contains("lines 1"));
     let none = load(rows, &settings(true, 10)).unwrap();
     assert!(none.require().unwrap_err().to_string().contains("all 2 rows were skipped"));

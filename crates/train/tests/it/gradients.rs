@@ -135,8 +135,15 @@ fn every_tensor_has_moved_after_three_steps() {
                 for iter in 1..=3 {
                     trainer.step(&batch, &split, iter, true).unwrap();
                 }
-                for ((tensor, before), after) in start.names.iter().zip(&start.values).zip(&trainer.params.values) {
-                    assert_ne!(values(before), values(after), "{name}, {}: {tensor} did not move", kind.name());
+                for ((tensor, before), after) in
+                    start.names.iter().zip(&start.values).zip(&trainer.params.values)
+                {
+                    assert_ne!(
+                        values(before),
+                        values(after),
+                        "{name}, {}: {tensor} did not move",
+                        kind.name()
+                    );
                 }
             }
         }
@@ -189,7 +196,9 @@ fn checkpointing_changes_nothing() {
             let batch = Batch::new(&split, &[0, 1], graft_ops::form());
             let norms = params.norms(&params.values, &model).unwrap();
             let of = |checkpoint| {
-                graph(&model, &params, checkpoint, 0.2).loss_and_gradients(&params, &norms, &batch, 4).unwrap()
+                graph(&model, &params, checkpoint, 0.2)
+                    .loss_and_gradients(&params, &norms, &batch, 4)
+                    .unwrap()
             };
             compare(kind.name(), of(true), of(false), F32_DEEP);
         }
@@ -210,7 +219,8 @@ fn frozen_blocks_below_the_first_adapter_change_nothing() {
             graph(&model, params, false, 0.0).loss_and_gradients(params, &norms, &batch, 1).unwrap()
         };
         let (loss, gradients) = of(&all);
-        let top = all.names.iter().zip(gradients).filter(|(n, _)| some.names.contains(n)).map(|(_, g)| g).collect();
+        let top =
+            all.names.iter().zip(gradients).filter(|(n, _)| some.names.contains(n)).map(|(_, g)| g).collect();
         compare("prefix", of(&some), (loss, top), F32_DEEP);
     });
 }
@@ -254,6 +264,9 @@ fn settings_that_choose_nothing_are_refused() {
         };
         // A whole path is taken wherever it is, a path inside a block in the last blocks only.
         assert_eq!(one("model.layers.0.mlp.up_proj")[0], "model.layers.0.mlp.up_proj.lora_a");
-        assert_eq!(one("mlp.up_proj"), ["model.layers.1.mlp.up_proj.lora_a", "model.layers.1.mlp.up_proj.lora_b"]);
+        assert_eq!(
+            one("mlp.up_proj"),
+            ["model.layers.1.mlp.up_proj.lora_a", "model.layers.1.mlp.up_proj.lora_b"]
+        );
     });
 }

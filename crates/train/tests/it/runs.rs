@@ -33,8 +33,10 @@ fn timeless(dir: &Path) -> Vec<Value> {
 }
 
 fn names(dir: &Path) -> Vec<String> {
-    let mut all: Vec<String> =
-        std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
+    let mut all: Vec<String> = std::fs::read_dir(dir)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().to_string_lossy().into_owned())
+        .collect();
     all.sort();
     all
 }
@@ -46,33 +48,54 @@ fn the_loss_falls_and_files_are_those_of_mlx_lm() {
         let data = data(split(&[12, 14, 16, 18], 0, 1), split(&[12, 14, 16], 0, 1));
         for kind in [FineTuneType::Lora, FineTuneType::Dora] {
             let dir = tempfile::tempdir().unwrap();
-            let config = TrainConfig { fine_tune_type: kind, iters: 40, save_every: 16, ..config(dir.path()) };
+            let config = TrainConfig {
+                fine_tune_type: kind,
+                lora: lora(8, 0.0),
+                learning_rate: 3e-3,
+                iters: 100,
+                steps_per_report: 10,
+                steps_per_eval: 40,
+                save_every: 40,
+                ..config(dir.path())
+            };
             let mut events = Vec::new();
-            let summary = run(&config, Rc::clone(&model), &data, &AtomicBool::new(false), &mut |e| events.push(e)).unwrap();
-            assert_eq!((summary.outcome, summary.iter), (Outcome::Finished, 40));
-            let losses: Vec<f64> =
-                metrics(dir.path()).iter().filter(|l| l["kind"] == "train").map(|l| l["loss"].as_f64().unwrap()).collect();
-            assert_eq!(losses.len(), 8);
-            assert!(losses[7] < 0.5 * losses[0], "{losses:?}");
-            let valid: Vec<u64> =
-                metrics(dir.path()).iter().filter(|l| l["kind"] == "valid").map(|l| l["iter"].as_u64().unwrap()).collect();
-            assert_eq!(valid, [0, 6, 12, 18, 24, 30, 36, 40]);
+            let summary =
+                run(&config, Rc::clone(&model), &data, &AtomicBool::new(false), &mut |e| events.push(e))
+                    .unwrap();
+            assert_eq!((summary.outcome, summary.iter), (Outcome::Finished, 100));
+            let losses: Vec<f64> = metrics(dir.path())
+                .iter()
+                .filter(|l| l["kind"] == "train")
+                .map(|l| l["loss"].as_f64().unwrap())
+                .collect();
+            assert_eq!(losses.len(), 10);
+            assert!(losses[9] < 0.5 * losses[0], "{losses:?}");
+            let valid: Vec<u64> = metrics(dir.path())
+                .iter()
+                .filter(|l| l["kind"] == "valid")
+                .map(|l| l["iter"].as_u64().unwrap())
+                .collect();
+            assert_eq!(valid, [0, 40, 80, 100]);
             assert_eq!(metrics(dir.path())[1]["peak_memory_bytes"], 123);
-            assert_eq!(summary.tokens, 20 * (12 + 14 + 16 + 18 - 4));
+            assert_eq!(summary.tokens, 50 * (12 + 14 + 16 + 18 - 4));
             assert_eq!(
                 names(dir.path()),
                 [
-                    "0000016_adapters.safetensors",
-                    "0000032_adapters.safetensors",
                     "0000040_adapters.safetensors",
+                    "0000080_adapters.safetensors",
+                    "0000100_adapters.safetensors",
                     "adapter_config.json",
                     "adapters.safetensors",
                     "metrics.jsonl",
                     "state"
                 ]
             );
-            assert_eq!(names(&dir.path().join("state")), ["0000032", "0000040", "latest"]);
-            assert!(matches!(events[0], Event::Started { modules: 14, iters: 40, batches_per_pass: 2, .. }), "{:?}", events[0]);
+            assert_eq!(names(&dir.path().join("state")), ["0000080", "0000100", "latest"]);
+            assert!(
+                matches!(events[0], Event::Started { modules: 14, iters: 100, batches_per_pass: 2, .. }),
+                "{:?}",
+                events[0]
+            );
 
             // What was written is an adapter that does what the trained one did.
             let set = AdapterSet::load(dir.path()).unwrap();
@@ -90,7 +113,12 @@ fn the_loss_falls_and_files_are_those_of_mlx_lm() {
 #[test]
 fn a_resumed_run_is_the_uninterrupted_one_bit_for_bit() {
     arrays(|| {
-        for (kind, stop_at) in [(FineTuneType::Lora, 6), (FineTuneType::Dora, 5), (FineTuneType::Full, 7), (FineTuneType::Lora, 0)] {
+        for (kind, stop_at) in [
+            (FineTuneType::Lora, 6),
+            (FineTuneType::Dora, 5),
+            (FineTuneType::Full, 7),
+            (FineTuneType::Lora, 0),
+        ] {
             let packed = (kind != FineTuneType::Full).then_some((4, 32));
             let model = load(&Tiny { packed, ..Tiny::new(Family::Llama) });
             let data = data(split(&[12, 14, 16, 18, 20, 7, 9], 0, 1), split(&[12, 14, 16], 0, 2));
@@ -120,16 +148,26 @@ fn a_resumed_run_is_the_uninterrupted_one_bit_for_bit() {
             text.push_str("{\"kind\": \"train\", \"iter\": 99}\n{\"kin");
             std::fs::write(&file, text).unwrap();
 
-            let resumed = quietly(&TrainConfig { resume: true, ..settings(parts.path()) }, &model, &data).unwrap();
+            let resumed =
+                quietly(&TrainConfig { resume: true, ..settings(parts.path()) }, &model, &data).unwrap();
             assert_eq!((resumed.outcome, resumed.iter), (Outcome::Finished, 12));
             let read = |dir: &Path, name: &str| std::fs::read(dir.join(name)).unwrap();
-            for name in ["adapters.safetensors", "state/0000012/optimizer.safetensors", "state/0000012/adapters.safetensors"] {
-                assert!(read(whole.path(), name) == read(parts.path(), name), "{}, stop at {stop_at}: {name}", kind.name());
+            for name in [
+                "adapters.safetensors",
+                "state/0000012/optimizer.safetensors",
+                "state/0000012/adapters.safetensors",
+            ] {
+                assert!(
+                    read(whole.path(), name) == read(parts.path(), name),
+                    "{}, stop at {stop_at}: {name}",
+                    kind.name()
+                );
             }
             assert_eq!(timeless(whole.path()), timeless(parts.path()), "{}, stop at {stop_at}", kind.name());
 
             // Nothing is left to do, and nothing is done.
-            let again = quietly(&TrainConfig { resume: true, ..settings(parts.path()) }, &model, &data).unwrap();
+            let again =
+                quietly(&TrainConfig { resume: true, ..settings(parts.path()) }, &model, &data).unwrap();
             assert_eq!((again.outcome, again.iter), (Outcome::Finished, 12));
         }
     });
@@ -147,7 +185,8 @@ fn a_run_goes_on_only_as_the_same_run() {
         quietly(&TrainConfig { iters: 4, ..config(dir.path()) }, &model, &data1).unwrap();
 
         let other = data(split(&[12, 14, 16, 18], 0, 9), named(vec![], "valid.jsonl"));
-        let refused = |config: TrainConfig, data: &Data| quietly(&config, &model, data).unwrap_err().to_string();
+        let refused =
+            |config: TrainConfig, data: &Data| quietly(&config, &model, data).unwrap_err().to_string();
         let resume = TrainConfig { resume: true, ..config(dir.path()) };
         assert!(refused(resume.clone(), &other).contains("training data"));
         let e = refused(TrainConfig { batch_size: 1, seed: 8, ..resume.clone() }, &data1);
@@ -254,6 +293,9 @@ fn settings_are_checked_before_anything_is_written() {
             }
         })
         .unwrap();
-        assert!(warnings[0].contains("valid.jsonl: no rows") && warnings[1].contains("learning_rate has no effect"));
+        assert!(
+            warnings[0].contains("valid.jsonl: no rows")
+                && warnings[1].contains("learning_rate has no effect")
+        );
     });
 }

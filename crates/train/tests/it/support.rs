@@ -8,7 +8,9 @@ use graft_adapters::{FineTuneType, LoraParameters};
 use graft_model::Model;
 use graft_ops::{Array, Dtype};
 use graft_testkit::{Tiny, mlx, tiny_model, wanted_form_is_mlx};
-use graft_train::{Data, Example, Optimizer, Params, Rng, Schedule, Split, TrainConfig, Trainer, TrainerSettings};
+use graft_train::{
+    Data, Example, Optimizer, Params, Rng, Schedule, Split, TrainConfig, Trainer, TrainerSettings,
+};
 use serde_json::Map;
 
 /// Runs a body on the array thread, in the form that is asked for.
