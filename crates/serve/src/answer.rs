@@ -43,7 +43,7 @@ impl Start {
 
 /// What has to become token ids.
 enum Source {
-    Chat(ChatRequest),
+    Chat(Box<ChatRequest>),
     Prompts(Vec<Prompt>),
 }
 
@@ -60,7 +60,7 @@ pub(crate) async fn generate(
     let (common, source, count) = match kind {
         Kind::Chat => {
             let request = ChatRequest::parse(&body, defaults, info.vocab)?;
-            (request.common.clone(), Source::Chat(request), 1)
+            (request.common.clone(), Source::Chat(Box::new(request)), 1)
         }
         Kind::Completion => {
             let request = CompletionRequest::parse(&body, defaults, info.vocab)?;
@@ -85,7 +85,9 @@ pub(crate) async fn generate(
         let writer = Writer::new(reply, count, common.include_usage);
         hold(events, writer, state.config.ping_interval).await.map(Answer::Stream)
     } else {
-        collect(events, &reply, count, common.params.sampling.logprobs.is_some(), record).await.map(Answer::Whole)
+        collect(events, &reply, count, common.params.sampling.logprobs.is_some(), record)
+            .await
+            .map(Answer::Whole)
     }
 }
 
@@ -148,7 +150,10 @@ fn fitting(info: &Info, param: &str, mut ids: Vec<u32>) -> Result<Vec<u32>, ApiE
         match info.start {
             Some(id) => ids.push(id),
             None => {
-                return Err(ApiError::invalid(param, format!("`{param}` has no tokens; the model needs one")));
+                return Err(ApiError::invalid(
+                    param,
+                    format!("`{param}` has no tokens; the model needs one"),
+                ));
             }
         }
     }
@@ -212,8 +217,7 @@ async fn collect(
     logprobs: bool,
     record: &mut Record,
 ) -> Result<Value, ApiError> {
-    let empty =
-        Choice { text: String::new(), logprobs: logprobs.then(Vec::new), finish: Finish::Length };
+    let empty = Choice { text: String::new(), logprobs: logprobs.then(Vec::new), finish: Finish::Length };
     let mut choices = vec![empty; count];
     let (mut open, mut sum) = (count, Usage::ZERO);
     while open > 0 {

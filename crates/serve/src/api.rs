@@ -4,9 +4,9 @@
 use graft_model::Sampling;
 use serde_json::{Map, Value, json};
 
+use crate::ApiError;
 use crate::fields::{Fields, integer, wrong};
 use crate::messages::messages;
-use crate::ApiError;
 
 /// Stop strings per request, as OpenAI limits them.
 const MAX_STOPS: usize = 4;
@@ -175,7 +175,10 @@ fn params(
     let limit = fields.integer("max_completion_tokens", 1, i64::MAX)?.or(limit);
     let top_p = fields.number("top_p", 0.0, 1.0)?;
     if top_p == Some(0.0) {
-        return Err(ApiError::invalid("top_p", "`top_p` must be above 0; for the likeliest token set `temperature` to 0"));
+        return Err(ApiError::invalid(
+            "top_p",
+            "`top_p` must be above 0; for the likeliest token set `temperature` to 0",
+        ));
     }
     let base = &defaults.sampling;
     let context = |name: &str, default: usize| {
@@ -203,7 +206,11 @@ fn params(
         seed: fields.integer("seed", i64::MIN, i64::MAX)?.map(|n| n as u64),
         ..base.clone()
     };
-    Ok(Params { max_tokens: limit.map_or(defaults.max_tokens, |n| n as usize), sampling, stop: stops(fields)? })
+    Ok(Params {
+        max_tokens: limit.map_or(defaults.max_tokens, |n| n as usize),
+        sampling,
+        stop: stops(fields)?,
+    })
 }
 
 fn chat_logprobs(fields: Fields) -> Result<Option<usize>, ApiError> {
@@ -212,7 +219,9 @@ fn chat_logprobs(fields: Fields) -> Result<Option<usize>, ApiError> {
     match (wanted, top) {
         (true, top) => Ok(Some(top.unwrap_or(0) as usize)),
         (false, None | Some(0)) => Ok(None),
-        (false, Some(_)) => Err(ApiError::invalid("top_logprobs", "`top_logprobs` needs `logprobs` to be true")),
+        (false, Some(_)) => {
+            Err(ApiError::invalid("top_logprobs", "`top_logprobs` needs `logprobs` to be true"))
+        }
     }
 }
 
@@ -232,7 +241,8 @@ fn logit_bias(fields: Fields, vocab: usize) -> Result<Vec<(u32, f32)>, ApiError>
     let mut biases = Vec::new();
     for (key, value) in fields.object("logit_bias")?.into_iter().flatten() {
         let Some(id) = key.parse::<u32>().ok().filter(|id| (*id as usize) < vocab) else {
-            let why = format!("`logit_bias` must map token ids below {vocab} to numbers, found the key {key:?}");
+            let why =
+                format!("`logit_bias` must map token ids below {vocab} to numbers, found the key {key:?}");
             return Err(ApiError::invalid("logit_bias", why));
         };
         let Some(bias) = value.as_f64().filter(|b| (-100.0..=100.0).contains(b)) else {
@@ -277,7 +287,10 @@ fn prompts(fields: Fields, vocab: usize) -> Result<Vec<Prompt>, ApiError> {
     let prompts = match value {
         Value::String(text) => vec![Prompt::Text(text.clone())],
         Value::Array(items) if items.len() > MAX_PROMPTS && !items.iter().all(Value::is_number) => {
-            return Err(ApiError::invalid("prompt", format!("`prompt` may hold at most {MAX_PROMPTS} prompts")));
+            return Err(ApiError::invalid(
+                "prompt",
+                format!("`prompt` may hold at most {MAX_PROMPTS} prompts"),
+            ));
         }
         Value::Array(items) => match items.first() {
             None => return Err(ApiError::invalid("prompt", "`prompt` is an empty list")),

@@ -68,7 +68,8 @@ impl Catalog {
 
     /// The body of `/v1/models`.
     pub fn list(&self) -> Value {
-        let cards = std::iter::once(self.base_card()).chain(self.adapters.iter().map(|a| self.adapter_card(a)));
+        let cards =
+            std::iter::once(self.base_card()).chain(self.adapters.iter().map(|a| self.adapter_card(a)));
         json!({"object": "list", "data": cards.collect::<Value>()})
     }
 
@@ -117,7 +118,9 @@ mod tests {
         assert_eq!(with.resolve(None).unwrap(), (Some(0), "a".into()));
         assert_eq!(with.resolve(Some("default_model")).unwrap().0, Some(0));
         assert_eq!(with.resolve(Some("base")).unwrap().0, None);
-        for (names, default) in [(&["base"][..], None), (&["a", "a"], None), (&[""], None), (&["a"], Some("x"))] {
+        for (names, default) in
+            [(&["base"][..], None), (&["a", "a"], None), (&[""], None), (&["a"], Some("x"))]
+        {
             let names: Vec<String> = names.iter().map(|n| (*n).to_owned()).collect();
             assert!(Catalog::new("base", &names, default, 1).is_err(), "{names:?}");
         }

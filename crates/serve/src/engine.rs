@@ -213,12 +213,18 @@ fn template(config: &EngineConfig, tokenizer: &Tokenizer) -> Result<Option<ChatT
     };
     let token = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
     let named = [("bos_token", token(tokenizer.bos_id())), ("eos_token", token(tokenizer.eos_id()))];
-    let tokens = named.into_iter().filter_map(|(name, token)| Some((name.to_owned(), token?.into()))).collect();
+    let tokens =
+        named.into_iter().filter_map(|(name, token)| Some((name.to_owned(), token?.into()))).collect();
     let templates = [("default".to_owned(), text.clone())];
     Ok(Some(ChatTemplate::new(PathBuf::from("--chat-template"), &templates, tokens)?))
 }
 
-fn load(config: &EngineConfig) -> Result<(Model, Vec<Table>, Info)> {
+fn unfit(name: &str, source: graft_adapters::Error) -> Error {
+    Error::Adapter { name: name.to_owned(), source: Box::new(source) }
+}
+
+/// Reads everything; on the thread that will keep it.
+pub(crate) fn load(config: &EngineConfig) -> Result<(Model, Vec<Table>, Info)> {
     let dir = &config.model_dir;
     // The small files first: a mistake in them is found before the weights are read.
     let tokenizer = Tokenizer::load(dir)?;
@@ -226,13 +232,13 @@ fn load(config: &EngineConfig) -> Result<(Model, Vec<Table>, Info)> {
     let mut sets = Vec::with_capacity(config.adapters.len());
     for (name, path) in &config.adapters {
         let set = AdapterSet::load(path);
-        sets.push(set.map_err(|source| Error::Adapter { name: name.clone(), source })?);
+        sets.push(set.map_err(|e| unfit(name, e))?);
     }
     let model = Model::load(dir, config.dtype)?;
     let mut tables = Vec::with_capacity(sets.len());
     for (set, (name, path)) in sets.iter().zip(&config.adapters) {
         let table = set.table(path, |module| model.target(module));
-        tables.push(table.map_err(|source| Error::Adapter { name: name.clone(), source })?);
+        tables.push(table.map_err(|e| unfit(name, e))?);
     }
     let most = usize::try_from(model.config().max_positions).unwrap_or(0).max(1);
     let info = Info {

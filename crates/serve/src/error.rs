@@ -55,7 +55,7 @@ pub enum Error {
         /// The name it was to be served under.
         name: String,
         /// What is wrong.
-        source: graft_adapters::Error,
+        source: Box<graft_adapters::Error>,
     },
 }
 
@@ -93,13 +93,7 @@ impl ApiError {
 
     /// An error of the request as a whole.
     pub fn request(status: u16, code: &'static str, message: impl Into<String>) -> Self {
-        Self {
-            status,
-            kind: "invalid_request_error",
-            message: message.into(),
-            param: None,
-            code: Some(code),
-        }
+        Self { status, kind: "invalid_request_error", message: message.into(), param: None, code: Some(code) }
     }
 
     /// 404: no base and no adapter has this name; the base never answers in its place.
@@ -140,7 +134,13 @@ impl ApiError {
 
     /// 503: the server is on its way out, or its engine has ended.
     pub fn unavailable(code: &'static str, message: impl Into<String>) -> Self {
-        Self { status: 503, kind: "unavailable_error", message: message.into(), param: None, code: Some(code) }
+        Self {
+            status: 503,
+            kind: "unavailable_error",
+            message: message.into(),
+            param: None,
+            code: Some(code),
+        }
     }
 
     /// 500: the engine failed on this request. The cause is logged, not told.

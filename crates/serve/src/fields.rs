@@ -35,7 +35,8 @@ impl<'a> Fields<'a> {
     pub(crate) fn number(self, name: &str, low: f64, high: f64) -> Result<Option<f32>, ApiError> {
         let Some(value) = self.get(name) else { return Ok(None) };
         let expected = || format!("a number from {low} to {high}");
-        let number = value.as_f64().filter(|n| n.is_finite()).ok_or_else(|| wrong(name, &expected(), value))?;
+        let number =
+            value.as_f64().filter(|n| n.is_finite()).ok_or_else(|| wrong(name, &expected(), value))?;
         if (low..=high).contains(&number) {
             Ok(Some(number as f32))
         } else {

@@ -136,11 +136,16 @@ async fn read_object(request: Request<Incoming>, state: &State) -> Result<Map<St
     let config = &state.config;
     let (parts, body) = request.into_parts();
     let limit = config.max_body_bytes;
-    let too_large =
-        || ApiError::request(413, "request_body_too_large", format!("The body may have at most {limit} bytes."));
+    let too_large = || {
+        ApiError::request(413, "request_body_too_large", format!("The body may have at most {limit} bytes."))
+    };
     let length = parts.headers.get(header::CONTENT_LENGTH);
     if length.is_none() && !parts.headers.contains_key(header::TRANSFER_ENCODING) {
-        return Err(ApiError::request(411, "length_required", "The request needs a body and its Content-Length."));
+        return Err(ApiError::request(
+            411,
+            "length_required",
+            "The request needs a body and its Content-Length.",
+        ));
     }
     if body.size_hint().lower() > limit as u64 {
         return Err(too_large());
@@ -263,8 +268,14 @@ mod tests {
         for prefix in ["", "/v1"] {
             assert!(matches!(Route::of(&format!("{prefix}/health")), Some(Route::Health)));
             assert!(matches!(Route::of(&format!("{prefix}/models")), Some(Route::Models)));
-            assert!(matches!(Route::of(&format!("{prefix}/completions")), Some(Route::Generate(Kind::Completion))));
-            let Some(Route::Model(id)) = Route::of(&format!("{prefix}/models/org%2Fname%zz/%EA%B0%80")) else { panic!() };
+            assert!(matches!(
+                Route::of(&format!("{prefix}/completions")),
+                Some(Route::Generate(Kind::Completion))
+            ));
+            let Some(Route::Model(id)) = Route::of(&format!("{prefix}/models/org%2Fname%zz/%EA%B0%80"))
+            else {
+                panic!()
+            };
             assert_eq!(id, "org/name%zz/가");
         }
         for path in ["/", "/v1", "/v2/models", "/v1models", "/chat"] {

@@ -50,10 +50,16 @@ fn text_of(parts: &[Value], name: &str) -> Result<String, ApiError> {
         match (part.get("type").and_then(Value::as_str), part.get("text").and_then(Value::as_str)) {
             (Some("text"), Some(piece)) => text.push_str(piece),
             (Some("text") | None, _) => {
-                return Err(ApiError::invalid(&name, format!("`{name}` must be {{\"type\": \"text\", \"text\": ...}}")));
+                return Err(ApiError::invalid(
+                    &name,
+                    format!("`{name}` must be {{\"type\": \"text\", \"text\": ...}}"),
+                ));
             }
             (Some(_), _) => {
-                return Err(ApiError::unsupported(&name, format!("`{name}`: this model reads text parts only")));
+                return Err(ApiError::unsupported(
+                    &name,
+                    format!("`{name}`: this model reads text parts only"),
+                ));
             }
         }
     }
@@ -68,8 +74,9 @@ fn tool_calls(calls: &Value, name: &str) -> Result<Value, ApiError> {
         let function = call.get_mut("function").and_then(Value::as_object_mut).ok_or_else(expected)?;
         if let Some(Value::String(text)) = function.get("arguments") {
             let text = if text.trim().is_empty() { "{}" } else { text };
-            let arguments: Value = serde_json::from_str(text)
-                .map_err(|e| ApiError::invalid(name, format!("`{name}`: arguments that are not JSON: {e}")))?;
+            let arguments: Value = serde_json::from_str(text).map_err(|e| {
+                ApiError::invalid(name, format!("`{name}`: arguments that are not JSON: {e}"))
+            })?;
             function.insert("arguments".into(), arguments);
         }
     }

@@ -69,7 +69,7 @@ impl Reply {
     }
 
     /// A chunk with one choice. `usage` is there (as null) where a last chunk will bring it.
-    pub(crate) fn chunk(&self, choice: Value, with_usage: bool) -> Value {
+    pub(crate) fn chunk(&self, choice: &Value, with_usage: bool) -> Value {
         let mut map = self.frame(self.chunk_object(), json!([choice]));
         if with_usage {
             map.insert("usage".into(), Value::Null);
@@ -122,7 +122,9 @@ impl Reply {
         let finish = finish.as_str();
         match self.kind {
             Kind::Chat => json!({"index": index, "delta": {}, "logprobs": null, "finish_reason": finish}),
-            Kind::Completion => json!({"index": index, "text": "", "logprobs": null, "finish_reason": finish}),
+            Kind::Completion => {
+                json!({"index": index, "text": "", "logprobs": null, "finish_reason": finish})
+            }
         }
     }
 }

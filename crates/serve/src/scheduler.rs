@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
 use graft_adapters::{Route, Table};
-use graft_model::{KvCache, Model};
+use graft_model::{KvCache, Model, Sampler};
 use graft_ops::{Array, Dtype, Rows};
 use mlx_rs::ops::indexing::TryIndexOp as _;
 
@@ -36,7 +36,12 @@ pub(crate) struct Scheduler<'a> {
 }
 
 impl<'a> Scheduler<'a> {
-    pub(crate) fn new(model: &'a Model, tables: &'a [Table], info: &'a Info, config: &'a EngineConfig) -> Self {
+    pub(crate) fn new(
+        model: &'a Model,
+        tables: &'a [Table],
+        info: &'a Info,
+        config: &'a EngineConfig,
+    ) -> Self {
         Self {
             model,
             tables,
@@ -108,9 +113,9 @@ impl<'a> Scheduler<'a> {
                 refuse(&job, ApiError::server("the request cannot be run"));
                 continue;
             }
-            match Sequence::new(self.model, self.info, job) {
-                Ok(sequence) => self.active.push(sequence),
-                Err((job, message)) => refuse(&job, ApiError::request(400, "invalid_value", message)),
+            match Sampler::new(&job.params.sampling) {
+                Ok(sampler) => self.active.push(Sequence::new(self.model, self.info, job, sampler)),
+                Err(e) => refuse(&job, ApiError::request(400, "invalid_value", e.to_string())),
             }
         }
     }
@@ -124,7 +129,8 @@ impl<'a> Scheduler<'a> {
         }
         let any = !groups.is_empty();
         for ((adapter, _), mut group) in groups {
-            let tokens: Vec<i32> = group.iter().filter_map(|s| s.history.last()).map(|id| *id as i32).collect();
+            let tokens: Vec<i32> =
+                group.iter().filter_map(|s| s.history.last()).map(|id| *id as i32).collect();
             let lengths = vec![1; group.len()];
             let (model, route) = (self.model, route(self.tables, adapter));
             let result = caught(|| {
@@ -211,12 +217,7 @@ fn settle(
 }
 
 /// Logits (M, V) of hidden states (M, E) as f32 on the host; keys and values are computed with them.
-fn logits(
-    model: &Model,
-    hidden: &Array,
-    route: &Route,
-    caches: &[&mut KvCache],
-) -> Result<Vec<f32>, String> {
+fn logits(model: &Model, hidden: &Array, route: &Route, caches: &[&mut KvCache]) -> Result<Vec<f32>, String> {
     let logits = model.logits(hidden, route).map_err(words)?.as_dtype(Dtype::Float32).map_err(words)?;
     let logits = logits.contiguous().map_err(words)?;
     let arrays = caches.iter().flat_map(|cache| cache.arrays());
@@ -244,5 +245,86 @@ fn caught<T>(part: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
 
 fn panic_message(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without a message".into())
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "a panic without a message".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use graft_model::Sampling;
+    use graft_testkit::{Family, Tiny, mlx, tiny_model};
+    use tokio::sync::{Semaphore, mpsc};
+
+    use super::*;
+    use crate::Params;
+    use crate::engine::load;
+
+    /// Runs three sequences side by side; before turn `failing` the shared pass "fails". Their texts and how they ended.
+    fn texts(dir: &Path, failing: Option<usize>) -> BTreeMap<usize, (String, bool)> {
+        let config = EngineConfig {
+            model_dir: dir.to_path_buf(),
+            dtype: Dtype::Float32,
+            adapters: Vec::new(),
+            chat_template: None,
+            max_context: None,
+            max_concurrent: 8,
+            max_queue: 0,
+            stall_timeout: Duration::from_secs(1),
+            log: Arc::new(|_| {}),
+        };
+        let (model, tables, info) = load(&config).unwrap();
+        let mut scheduler = Scheduler::new(&model, &tables, &info, &config);
+        let places = Arc::new(Semaphore::new(3));
+        let (sender, mut events) = mpsc::channel(256);
+        for index in 0..3 {
+            let prompt = vec![5 + index as u32; 3 + 2 * index];
+            let sampling = Sampling { seed: Some(1), temperature: 1.0, ..Sampling::greedy() };
+            let params = Params { max_tokens: 20, sampling, stop: Vec::new() };
+            let (permit, events) = (places.clone().try_acquire_owned().unwrap(), sender.clone());
+            scheduler.waiting.push_back(Job { prompt, params, adapter: None, index, events, permit });
+        }
+        for turn in 0..60 {
+            let now = Instant::now();
+            scheduler.active.retain_mut(|s| s.keep(now, config.stall_timeout));
+            scheduler.start();
+            if failing == Some(turn) {
+                let mut group: Vec<_> = scheduler.active.iter_mut().collect();
+                assert_eq!(group.len(), 3);
+                settle(&model, &info, &config.log, &mut group, Err("injected".into()), info.vocab);
+            }
+            scheduler.decode();
+            scheduler.read();
+        }
+        assert!(scheduler.active.is_empty());
+        assert_eq!(places.available_permits(), 3, "every place is given back");
+        let mut texts = BTreeMap::new();
+        while let Ok((index, event)) = events.try_recv() {
+            let (text, done) = texts.entry(index).or_insert((String::new(), false));
+            match event {
+                Event::Accepted => {}
+                Event::Piece { text: piece, .. } => text.push_str(&piece),
+                Event::Done { .. } => *done = true,
+                Event::Failed(error) => panic!("{error:?}"),
+            }
+        }
+        texts
+    }
+
+    #[test]
+    fn sequences_that_shared_a_failed_pass_go_on_alone_where_they_were() {
+        let dir = tiny_model(&Tiny { packed: Some((4, 32)), ..Tiny::new(Family::Qwen3) });
+        let undisturbed = mlx(|| texts(dir.path(), None));
+        assert!(undisturbed.len() == 3 && undisturbed.values().all(|(_, done)| *done));
+        assert_eq!(mlx(|| texts(dir.path(), Some(8))), undisturbed);
+    }
+
+    #[test]
+    fn a_panic_is_a_failure_of_its_part() {
+        assert_eq!(caught::<()>(|| panic!("at {}", 3)), Err("at 3".into()));
+        assert_eq!(caught(|| Ok(3)), Ok(3));
+    }
 }

@@ -38,12 +38,8 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     /// Starts `job`; nothing is computed yet.
-    pub(crate) fn new(model: &Model, info: &Info, job: Job) -> Result<Self, (Job, String)> {
-        let sampler = match Sampler::new(&job.params.sampling) {
-            Ok(sampler) => sampler,
-            Err(e) => return Err((job, e.to_string())),
-        };
-        Ok(Self {
+    pub(crate) fn new(model: &Model, info: &Info, job: Job, sampler: Sampler) -> Self {
+        Self {
             cache: KvCache::new(model),
             history: job.prompt.clone(),
             alone: false,
@@ -59,7 +55,7 @@ impl Sequence {
             stalled: None,
             ended: false,
             job,
-        })
+        }
     }
 
     /// Tokens that are in the history and not in the cache.
@@ -106,7 +102,7 @@ impl Sequence {
         let (id, logprob) = self.sampler.sample(logits, &self.history).map_err(|e| e.to_string())?;
         self.history.push(id);
         if info.tokenizer.eos_ids().contains(&id) {
-            return self.finish(Finish::Stop);
+            return self.finish(String::new(), Finish::Stop);
         }
         let piece = self.text.push(id).map_err(|e| e.to_string())?;
         self.said += piece.len();
@@ -121,7 +117,7 @@ impl Sequence {
             return Ok(());
         }
         if self.history.len() - self.prompt >= self.job.params.max_tokens {
-            return self.finish(Finish::Length);
+            return self.finish(matched.text, Finish::Length);
         }
         if !matched.text.is_empty() {
             self.emit(matched.text, false);
@@ -129,16 +125,16 @@ impl Sequence {
         Ok(())
     }
 
-    /// The answer is over: what was held back is said.
-    fn finish(&mut self, finish: Finish) -> Result<(), String> {
+    /// The answer is over: `text`, and what was held back after it, is said.
+    fn finish(&mut self, text: String, finish: Finish) -> Result<(), String> {
         let rest = self.text.finish().map_err(|e| e.to_string())?;
         self.said += rest.len();
         let matched = self.stop.push(&rest);
         if matched.stopped {
-            self.stopped(matched.text);
+            self.stopped(text + &matched.text);
             return Ok(());
         }
-        let text = matched.text + &self.stop.finish();
+        let text = text + &matched.text + &self.stop.finish();
         self.emit(text, true);
         self.done(finish);
         Ok(())

@@ -43,7 +43,7 @@ impl Writer {
     /// What comes before any text.
     pub(crate) fn opening(&self, out: &mut VecDeque<Bytes>) {
         if self.reply.kind == Kind::Chat {
-            out.extend((0..self.offsets.len()).map(|i| self.chunk(Reply::opening(i))));
+            out.extend((0..self.offsets.len()).map(|i| self.chunk(&Reply::opening(i))));
         }
     }
 
@@ -54,10 +54,10 @@ impl Writer {
             Event::Piece { text, logprobs } => {
                 let Some(offset) = self.offsets.get_mut(index) else { return false };
                 let choice = self.reply.piece(index, text, logprobs, offset);
-                out.push_back(self.chunk(choice));
+                out.push_back(self.chunk(&choice));
             }
             Event::Done { finish, usage } => {
-                out.push_back(self.chunk(self.reply.closing(index, *finish)));
+                out.push_back(self.chunk(&self.reply.closing(index, *finish)));
                 self.usage.add(*usage);
                 self.open -= 1;
                 if self.open == 0 {
@@ -82,7 +82,7 @@ impl Writer {
         out.push_back(Bytes::from_static(DONE));
     }
 
-    fn chunk(&self, choice: Value) -> Bytes {
+    fn chunk(&self, choice: &Value) -> Bytes {
         event(&self.reply.chunk(choice, self.include_usage))
     }
 }
@@ -165,10 +165,7 @@ impl Body for Reader {
     type Data = Bytes;
     type Error = Infallible;
 
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context,
-    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let bytes = match self.get_mut() {
             Self::Whole(bytes) => Poll::Ready(bytes.take()),
             Self::Stream(stream) => stream.poll(cx),
@@ -241,7 +238,9 @@ mod tests {
         for event in &events[..2] {
             assert!(event.ends_with(",\"usage\":null}"), "{event}");
         }
-        assert!(events[2].contains("\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2,\"total_tokens\":5,"));
+        assert!(events[2].contains(
+            "\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2,\"total_tokens\":5,"
+        ));
         assert_eq!(events[3], "data: [DONE]");
     }
 

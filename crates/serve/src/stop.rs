@@ -90,7 +90,8 @@ mod tests {
     #[test]
     fn every_split_gives_the_whole_texts_answer() {
         let text = "끝까지 «stop»말고 끝 aaab 👋🏽 끝.";
-        for stops in [&["끝."][..], &["aab", "👋🏽"], &["»말", "없음"], &["👋🏼"], &["top»", "stop", "«stop»말"]] {
+        for stops in [&["끝."][..], &["aab", "👋🏽"], &["»말", "없음"], &["👋🏼"], &["top»", "stop", "«stop»말"]]
+        {
             let whole = run(stops, &[text]);
             let chars: Vec<String> = text.chars().map(String::from).collect();
             let pieces: Vec<&str> = chars.iter().map(String::as_str).collect();

@@ -31,7 +31,9 @@ impl TokenTexts {
             None => byte_fallback(&token),
         };
         match bytes {
-            Some(bytes) => TokenText { text: String::from_utf8_lossy(&bytes).into_owned(), bytes: Some(bytes) },
+            Some(bytes) => {
+                TokenText { text: String::from_utf8_lossy(&bytes).into_owned(), bytes: Some(bytes) }
+            }
             None => {
                 let text = if self.bytes.is_some() { token } else { token.replace('\u{2581}', " ") };
                 TokenText { bytes: Some(text.clone().into_bytes()), text }

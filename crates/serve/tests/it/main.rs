@@ -1,0 +1,9 @@
+//! The server from outside: bytes on loopback in, bytes out, compared with what the model says without a server.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a panic is a test's report")]
+
+mod answers;
+mod client;
+mod life;
+mod refusals;
+mod server;
