@@ -90,7 +90,7 @@ pub struct Walk {
 }
 
 /// Where a walk is: enough to continue it.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Position {
     /// The generator before it permuted this pass.
     pub rng: [u64; 4],

@@ -5,7 +5,11 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use crate::error::io;
+use crate::rng::mix;
 use crate::{Error, Result};
+
+/// A result whose error is a sentence about a row; file and line are added to it.
+pub type RowResult<T> = std::result::Result<T, String>;
 
 /// What turns text and messages into tokens.
 pub trait Encoder {
@@ -13,7 +17,7 @@ pub trait Encoder {
     ///
     /// # Errors
     /// A sentence that says why the text cannot be encoded.
-    fn encode(&self, text: &str, special: bool) -> std::result::Result<Vec<u32>, String>;
+    fn encode(&self, text: &str, special: bool) -> RowResult<Vec<u32>>;
 
     /// The text that the chat template makes of messages.
     ///
@@ -24,7 +28,7 @@ pub trait Encoder {
         messages: &[Value],
         tools: Option<&Value>,
         add_generation_prompt: bool,
-    ) -> std::result::Result<String, String>;
+    ) -> RowResult<String>;
 
     /// The token that ends a text.
     fn eos(&self) -> Option<u32>;
@@ -150,18 +154,8 @@ impl Split {
     /// # Errors
     /// When it cannot be read or a row is not what it should be.
     pub fn load(file: &Path, encoder: &dyn Encoder, config: &DataConfig) -> Result<Self> {
-        if !file.exists() {
-            let file = file.to_path_buf();
-            return Ok(Self {
-                file,
-                examples: vec![],
-                skipped: vec![],
-                truncated: 0,
-                warnings: vec![],
-                found: false,
-            });
-        }
-        Self::from_rows(file, &read_rows(file)?, encoder, config)
+        let rows = if file.exists() { read_rows(file)? } else { vec![] };
+        Ok(Self { found: file.exists(), ..Self::from_rows(file, &rows, encoder, config)? })
     }
 
     /// Makes a split of rows that were read already; `file` names them in messages.
@@ -233,11 +227,11 @@ impl Split {
 
     /// A number that changes with any token, for noticing that a run continues on other data.
     pub fn digest(&self) -> u64 {
-        let words = self.examples.iter().flat_map(|e| {
-            [e.tokens.len() as u64, e.offset as u64].into_iter().chain(e.tokens.iter().map(|t| u64::from(*t)))
-        });
-        // FNV-1a over words.
-        words.fold(0xCBF2_9CE4_8422_2325, |h, w| (h ^ w).wrapping_mul(0x0100_0000_01B3))
+        self.examples.iter().fold(0, |h, e| {
+            let tokens = e.tokens.iter().map(|t| u64::from(*t));
+            let words: Vec<u64> = [h, e.offset as u64].into_iter().chain(tokens).collect();
+            mix(&words)
+        })
     }
 
     /// `file:lines` of some examples.
@@ -257,7 +251,7 @@ fn lines(all: &[usize]) -> String {
 }
 
 /// Tokenizes one row.
-fn example(row: &Row, encoder: &dyn Encoder, config: &DataConfig) -> std::result::Result<Example, String> {
+fn example(row: &Row, encoder: &dyn Encoder, config: &DataConfig) -> RowResult<Example> {
     let has = |key: &String| row.value.contains_key(key);
     let tools = row.value.get("tools").filter(|v| !v.is_null());
     let (mut tokens, offset) = if has(&config.prompt_feature) && has(&config.completion_feature) {
@@ -299,12 +293,12 @@ fn example(row: &Row, encoder: &dyn Encoder, config: &DataConfig) -> std::result
     Ok(Example { line: row.line, tokens, offset, full_length })
 }
 
-fn text<'a>(row: &'a Row, key: &str) -> std::result::Result<&'a str, String> {
+fn text<'a>(row: &'a Row, key: &str) -> RowResult<&'a str> {
     let value = row.value.get(key).unwrap_or(&Value::Null);
     value.as_str().ok_or_else(|| format!("{key:?}: expected a string, found {}", kind(value)))
 }
 
-fn messages<'a>(row: &'a Row, key: &str) -> std::result::Result<&'a [Value], String> {
+fn messages<'a>(row: &'a Row, key: &str) -> RowResult<&'a [Value]> {
     let value = row.value.get(key).unwrap_or(&Value::Null);
     let list = value
         .as_array()
@@ -340,7 +334,7 @@ fn chat(
     tools: Option<&Value>,
     encoder: &dyn Encoder,
     mask: bool,
-) -> std::result::Result<(Vec<u32>, usize), String> {
+) -> RowResult<(Vec<u32>, usize)> {
     let encode = |messages: &[Value], prompt: bool| {
         // The template writes the special tokens itself.
         encoder.encode(&encoder.render(messages, tools, prompt)?, false)

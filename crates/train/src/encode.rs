@@ -3,7 +3,7 @@
 use graft_model::{ChatTemplate, Tokenizer};
 use serde_json::{Map, Value};
 
-use crate::data::Encoder;
+use crate::data::{Encoder, RowResult};
 
 /// The tokenizer and chat template of a model directory.
 pub struct ModelEncoder<'a> {
@@ -18,7 +18,7 @@ pub struct ModelEncoder<'a> {
 }
 
 impl Encoder for ModelEncoder<'_> {
-    fn encode(&self, text: &str, special: bool) -> std::result::Result<Vec<u32>, String> {
+    fn encode(&self, text: &str, special: bool) -> RowResult<Vec<u32>> {
         self.tokenizer.encode(text, special).map_err(|e| e.to_string())
     }
 
@@ -27,7 +27,7 @@ impl Encoder for ModelEncoder<'_> {
         messages: &[Value],
         tools: Option<&Value>,
         add_generation_prompt: bool,
-    ) -> std::result::Result<String, String> {
+    ) -> RowResult<String> {
         let template = self.template.ok_or(
             "the model has no chat template, which rows of messages or completions need: use {\"text\": ...} rows",
         )?;

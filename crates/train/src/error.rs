@@ -95,7 +95,7 @@ pub enum Error {
 }
 
 /// A setting with the wrong value.
-pub(crate) fn setting(field: &str, expected: &str, found: impl ToString) -> Error {
+pub(crate) fn setting(field: &str, expected: &str, found: impl std::fmt::Display) -> Error {
     Error::Setting { field: field.to_owned(), expected: expected.to_owned(), found: found.to_string() }
 }
 

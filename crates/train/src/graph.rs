@@ -6,13 +6,13 @@
 use std::collections::HashMap;
 use std::rc::Rc;
 
-use graft_adapters::{Dropout, FineTuneType, Kind, Route, Site, Table, row_factor};
+use graft_adapters::{Dropout, Kind, Route};
 use graft_model::Model;
 use graft_ops::{Array, Dtype, Exception, Rows, ffi};
 
 use crate::Result;
 use crate::batch::Batch;
-use crate::params::{OwnedRoute, Params};
+use crate::params::{Frame, OwnedRoute, Params, table};
 use crate::rng::mix;
 
 /// Tag of the random streams of dropout.
@@ -46,16 +46,6 @@ struct BlockSpec {
     tensors: Vec<usize>,
 }
 
-/// A site without its trained tensors.
-#[derive(Debug, Clone)]
-struct Frame {
-    path: String,
-    scale: f32,
-    norm: Option<Array>,
-    dropout: Option<Dropout>,
-    tensors: usize,
-}
-
 /// One block's function: its first input is h (N, E), the others its trained tensors.
 struct BlockFn {
     model: Rc<Model>,
@@ -66,7 +56,7 @@ struct BlockFn {
 }
 
 impl BlockFn {
-    fn call(&self, inputs: &[Array]) -> std::result::Result<Array, Exception> {
+    fn call(&self, inputs: &[Array]) -> graft_ops::Result<Array> {
         let (h, tensors) =
             inputs.split_first().ok_or_else(|| Exception::custom("a block needs its input"))?;
         let route = if self.names.is_empty() {
@@ -88,24 +78,6 @@ fn exception(error: graft_model::Error) -> Exception {
         graft_model::Error::Array(e) => e,
         other => Exception::custom(other.to_string()),
     }
-}
-
-/// The table of some sites: `tensors` holds A, B and perhaps m of each, one site after another.
-fn table(frames: &[Frame], mut tensors: &[Array]) -> std::result::Result<Table, Exception> {
-    let mut sites = HashMap::new();
-    for frame in frames {
-        let Some((own, rest)) = tensors.split_at_checked(frame.tensors) else {
-            return Err(Exception::custom(format!("{}: tensors are missing", frame.path)));
-        };
-        tensors = rest;
-        let factor = match (own.get(2), &frame.norm) {
-            (Some(m), Some(n)) => Some(row_factor(m, n)?),
-            _ => None,
-        };
-        let (a, b, dropout) = (own[0].clone(), own[1].clone(), frame.dropout.clone());
-        sites.insert(frame.path.clone(), Site { a, b, scale: frame.scale, factor, dropout });
-    }
-    Ok(Table { sites })
 }
 
 impl Graph {
@@ -142,7 +114,7 @@ impl Graph {
         let prefix = if self.embedding { None } else { Some(self.prefix(batch)?) };
         let argnums: Vec<i32> = (0..params.values.len() as i32).collect();
         let f =
-            |values: &[Array]| Ok(vec![self.loss(params, values, norms, batch, iter, prefix.as_ref())?]);
+            |values: &[Array]| Ok(vec![self.loss((params, norms), values, batch, iter, prefix.as_ref())?]);
         let (mut values, gradients) = ffi::value_and_grad(f, &params.values, &argnums)?;
         Ok((values.swap_remove(0), gradients))
     }
@@ -156,36 +128,20 @@ impl Graph {
         Ok(h)
     }
 
-    fn frame(
-        &self,
-        params: &Params,
-        norms: &[Option<Array>],
-        index: usize,
-        iter: u64,
-    ) -> std::result::Result<Frame, Exception> {
-        let spec = &params.sites[index];
-        let dropout = if self.dropout > 0.0 {
-            let key = mlx_rs::random::key(mix(&[self.seed, DROPOUT, iter, index as u64]))?;
-            Some(Dropout { rate: self.dropout, key })
-        } else {
-            None
-        };
-        let norm = norms.get(index).cloned().flatten();
-        Ok(Frame { path: spec.path.clone(), scale: spec.scale, norm, dropout, tensors: spec.tensors() })
-    }
-
     fn loss(
         &self,
-        params: &Params,
+        (params, norms): (&Params, &[Option<Array>]),
         values: &[Array],
-        norms: &[Option<Array>],
         batch: &Batch,
         iter: u64,
         prefix: Option<&Array>,
-    ) -> std::result::Result<Array, Exception> {
-        let full = params.fine_tune_type == FineTuneType::Full;
-        let frames = |sites: &[usize]| -> std::result::Result<Vec<Frame>, Exception> {
-            sites.iter().map(|i| self.frame(params, norms, *i, iter)).collect()
+    ) -> graft_ops::Result<Array> {
+        let dropout = |site: usize| -> graft_ops::Result<Option<Dropout>> {
+            let key = mlx_rs::random::key(mix(&[self.seed, DROPOUT, iter, site as u64]))?;
+            Ok((self.dropout > 0.0).then_some(Dropout { rate: self.dropout, key }))
+        };
+        let frames = |sites: &[usize]| -> graft_ops::Result<Vec<Frame>> {
+            sites.iter().map(|i| Ok(params.frame(*i, norms, dropout(*i)?))).collect()
         };
         let tensors = |sites: &[usize]| -> Vec<Array> {
             let specs = sites.iter().map(|i| &params.sites[*i]);
@@ -207,11 +163,7 @@ impl Graph {
                 index: spec.index,
                 rows: Rc::clone(&rows),
                 frames: frames(&spec.sites)?,
-                names: if full {
-                    spec.tensors.iter().map(|i| params.names[*i].clone()).collect()
-                } else {
-                    vec![]
-                },
+                names: spec.tensors.iter().map(|i| params.names[*i].clone()).collect(),
             };
             h = if self.checkpoint {
                 let again = ffi::checkpoint(move |inputs| Ok(vec![block.call(inputs)?]))?;

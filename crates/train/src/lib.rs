@@ -25,13 +25,13 @@ mod step;
 
 pub use batch::{Batch, Position, Walk, fixed_groups, groups};
 pub use config::TrainConfig;
-pub use data::{Data, DataConfig, Encoder, Example, Row, Split, read_rows};
+pub use data::{Data, DataConfig, Encoder, Example, Row, RowResult, Split, read_rows};
 pub use encode::ModelEncoder;
 pub use error::{Error, Result};
 pub use event::{Event, TrainReport};
 pub use graph::Graph;
 pub use loss::{Evaluation, batch_loss, evaluate, test};
-pub use optim::{Optimizer, OptimizerState, clipped, global_norm};
+pub use optim::{Adafactor, Optimizer, OptimizerState, Slot, clipped, global_norm};
 pub use params::{OwnedRoute, Params, SiteSpec};
 pub use rng::{Rng, mix};
 pub use run::{Outcome, Summary, run};

@@ -4,11 +4,17 @@ use std::fs::{File, OpenOptions};
 use std::io::{Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 
-use serde_json::json;
-
 use crate::Result;
 use crate::error::io;
 use crate::event::TrainReport;
+
+/// What a line says.
+#[derive(serde::Serialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub(crate) enum Line<'a> {
+    Train(&'a TrainReport),
+    Valid { iter: u64, loss: f64, tokens: u64, seconds: f64 },
+}
 
 /// The open file.
 #[derive(Debug)]
@@ -33,37 +39,14 @@ impl Metrics {
         Ok(Self { path, file, length })
     }
 
-    /// Writes a training report.
+    /// Appends one line.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub(crate) fn train(&mut self, r: &TrainReport) -> Result<()> {
-        self.line(&json!({
-            "kind": "train",
-            "iter": r.iter,
-            "loss": r.loss,
-            "learning_rate": r.learning_rate,
-            "grad_norm": r.grad_norm,
-            "tokens": r.tokens,
-            "tokens_per_second": r.tokens_per_second,
-            "step_seconds": r.step_seconds,
-            "peak_memory_bytes": r.peak_memory_bytes,
-            "mlx_peak_bytes": r.mlx_peak_bytes,
-        }))
-    }
-
-    /// Writes a validation.
-    ///
-    /// # Errors
-    /// When the file cannot be written.
-    pub(crate) fn valid(&mut self, iter: u64, loss: f64, tokens: u64, seconds: f64) -> Result<()> {
-        self.line(&json!({"kind": "valid", "iter": iter, "loss": loss, "tokens": tokens, "seconds": seconds}))
-    }
-
-    fn line(&mut self, value: &serde_json::Value) -> Result<()> {
-        let line = format!("{value}\n");
-        self.file.write_all(line.as_bytes()).map_err(io(&self.path))?;
-        self.length += line.len() as u64;
+    pub(crate) fn write(&mut self, line: &Line) -> Result<()> {
+        let json = serde_json::to_string(line).map_err(|e| io(&self.path)(e.into()))?;
+        self.file.write_all(format!("{json}\n").as_bytes()).map_err(io(&self.path))?;
+        self.length += json.len() as u64 + 1;
         Ok(())
     }
 

@@ -48,33 +48,40 @@ pub enum Optimizer {
         ns_steps: u64,
     },
     /// Factored second moments; the learning rate is ignored while `relative_step` (MLX's default).
-    Adafactor {
-        /// Added to g^2, and the least scale of a parameter.
-        eps: (f64, f64),
-        /// Greatest root mean square of an update.
-        clip_threshold: f64,
-        /// c of `b2 = 1 - t^c`.
-        decay_rate: f64,
-        /// Momentum of the update.
-        beta_1: Option<f64>,
-        /// Decoupled weight decay.
-        weight_decay: f64,
-        /// Whether the rate is multiplied by the parameter's root mean square.
-        scale_parameter: bool,
-        /// Whether the rate is `min(1e-2, 1 / sqrt(t))` whatever the learning rate is.
-        relative_step: bool,
-        /// Whether that first number is `1e-6 t`.
-        warmup_init: bool,
-    },
+    Adafactor(Adafactor),
 }
+
+/// Settings of [`Optimizer::Adafactor`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Adafactor {
+    /// Added to g^2, and the least scale of a parameter.
+    pub eps: (f64, f64),
+    /// Greatest root mean square of an update.
+    pub clip_threshold: f64,
+    /// c of `b2 = 1 - t^c`.
+    pub decay_rate: f64,
+    /// Momentum of the update.
+    pub beta_1: Option<f64>,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Whether the rate is multiplied by the parameter's root mean square.
+    pub scale_parameter: bool,
+    /// Whether the rate is `min(1e-2, 1 / sqrt(t))` whatever the learning rate is.
+    pub relative_step: bool,
+    /// Whether that first number is `1e-6 t`.
+    pub warmup_init: bool,
+}
+
+/// What an optimizer remembers of one parameter: named f32 arrays (`m`, `v`, ...).
+pub type Slot = BTreeMap<String, Array>;
 
 /// What an optimizer remembers.
 #[derive(Debug, Clone)]
 pub struct OptimizerState {
     /// Updates done.
     pub step: u64,
-    /// By parameter: named f32 arrays (`m`, `v`, ...).
-    pub slots: Vec<BTreeMap<String, Array>>,
+    /// By parameter.
+    pub slots: Vec<Slot>,
 }
 
 /// Reads settings by name and notices those that nobody asked for.
@@ -145,11 +152,7 @@ impl Optimizer {
                 let dampening = s.number("dampening", 0.0)?;
                 let nesterov = s.flag("nesterov", false)?;
                 if nesterov && (momentum <= 0.0 || dampening != 0.0) {
-                    return Err(setting(
-                        &s.field("nesterov"),
-                        "momentum above 0 and no dampening with it",
-                        nesterov,
-                    ));
+                    return Err(setting(&s.field("nesterov"), "momentum above 0 and no dampening", nesterov));
                 }
                 Self::Sgd { momentum, weight_decay, dampening, nesterov }
             }
@@ -164,7 +167,7 @@ impl Optimizer {
                     None | Some(Value::Null) => None,
                     Some(v) => Some(v.as_f64().ok_or_else(|| setting(&s.field("beta_1"), "a number", v))?),
                 };
-                Self::Adafactor {
+                Self::Adafactor(Adafactor {
                     eps: s.pair("eps", (1e-30, 1e-3))?,
                     clip_threshold: s.number("clip_threshold", 1.0)?,
                     decay_rate: s.number("decay_rate", -0.8)?,
@@ -173,7 +176,7 @@ impl Optimizer {
                     scale_parameter: s.flag("scale_parameter", true)?,
                     relative_step: s.flag("relative_step", true)?,
                     warmup_init: s.flag("warmup_init", false)?,
-                }
+                })
             }
             _ => return Err(setting("optimizer", "adam, adamw, sgd, muon or adafactor", name)),
         };
@@ -183,7 +186,7 @@ impl Optimizer {
 
     /// Whether the learning rate has no effect.
     pub fn ignores_learning_rate(&self) -> bool {
-        matches!(self, Self::Adafactor { relative_step: true, .. })
+        matches!(self, Self::Adafactor(settings) if settings.relative_step)
     }
 
     /// The state before the first update: zeros.
@@ -193,30 +196,21 @@ impl Optimizer {
     pub fn start(&self, params: &[Array]) -> Result<OptimizerState> {
         let mut slots = Vec::with_capacity(params.len());
         for p in params {
-            let mut slot = BTreeMap::new();
-            let mut add = |name: &str, shape: &[i32]| -> Result<()> {
-                slot.insert(name.to_owned(), ops::zeros::<f32>(shape)?);
-                Ok(())
+            let whole = p.shape();
+            let names = match self {
+                Self::Adam { .. } => vec![("m", whole), ("v", whole)],
+                Self::Sgd { momentum, .. } if *momentum <= 0.0 => vec![],
+                Self::Sgd { .. } | Self::Muon { .. } => vec![("v", whole)],
+                Self::Adafactor(settings) => {
+                    let factored = vec![("exp_avg_sq_row", &whole[..1]), ("exp_avg_sq_col", &whole[1..])];
+                    let mut names = if whole.len() == 2 { factored } else { vec![("exp_avg_sq", whole)] };
+                    names.extend(settings.beta_1.map(|_| ("exp_avg", whole)));
+                    names
+                }
             };
-            match self {
-                Self::Adam { .. } => {
-                    add("m", p.shape())?;
-                    add("v", p.shape())?;
-                }
-                Self::Sgd { momentum, .. } if *momentum <= 0.0 => {}
-                Self::Sgd { .. } | Self::Muon { .. } => add("v", p.shape())?,
-                Self::Adafactor { beta_1, .. } => {
-                    match p.shape() {
-                        &[rows, cols] => {
-                            add("exp_avg_sq_row", &[rows])?;
-                            add("exp_avg_sq_col", &[cols])?;
-                        }
-                        shape => add("exp_avg_sq", shape)?,
-                    }
-                    if beta_1.is_some() {
-                        add("exp_avg", p.shape())?;
-                    }
-                }
+            let mut slot = Slot::new();
+            for (name, shape) in names {
+                slot.insert(name.to_owned(), ops::zeros::<f32>(shape)?);
             }
             slots.push(slot);
         }
@@ -245,15 +239,9 @@ impl Optimizer {
         Ok((updated, next))
     }
 
-    fn update_one(
-        &self,
-        rate: f64,
-        t: u64,
-        p: &Array,
-        g: &Array,
-        slot: &mut BTreeMap<String, Array>,
-    ) -> Result<Array> {
+    fn update_one(&self, rate: f64, t: u64, p: &Array, g: &Array, slot: &mut Slot) -> Result<Array> {
         match *self {
+            Self::Adafactor(ref settings) => settings.update(rate, t, p, g, slot),
             Self::Adam { betas: (b1, b2), eps, bias_correction, weight_decay } => {
                 let m = blend(slot.get("m"), g, b1, 1.0 - b1)?;
                 let v = blend(slot.get("v"), &g.square()?, b2, 1.0 - b2)?;
@@ -298,44 +286,25 @@ impl Optimizer {
                 }
                 Ok(p.subtract(step.multiply(scalar(rate))?)?)
             }
-            Self::Adafactor { .. } => self.adafactor(rate, t, p, g, slot),
         }
     }
+}
 
-    fn adafactor(
-        &self,
-        rate: f64,
-        t: u64,
-        p: &Array,
-        g: &Array,
-        slot: &mut BTreeMap<String, Array>,
-    ) -> Result<Array> {
-        let Self::Adafactor {
-            eps,
-            clip_threshold,
-            decay_rate,
-            beta_1,
-            weight_decay,
-            scale_parameter,
-            relative_step,
-            warmup_init,
-        } = *self
-        else {
-            return Ok(p.clone());
-        };
+impl Adafactor {
+    fn update(&self, rate: f64, t: u64, p: &Array, g: &Array, slot: &mut Slot) -> Result<Array> {
         let t = t as f64;
-        let rate = if relative_step {
-            (if warmup_init { 1e-6 * t } else { 1e-2 }).min(1.0 / t.sqrt())
+        let rate = if self.relative_step {
+            (if self.warmup_init { 1e-6 * t } else { 1e-2 }).min(1.0 / t.sqrt())
         } else {
             rate
         };
-        let rate = if scale_parameter {
-            ops::maximum(scalar(eps.1), root_mean_square(p)?)?.multiply(scalar(rate))?
+        let rate = if self.scale_parameter {
+            ops::maximum(scalar(self.eps.1), root_mean_square(p)?)?.multiply(scalar(rate))?
         } else {
             scalar(rate)
         };
-        let b2 = 1.0 - t.powf(decay_rate);
-        let squared = g.square()?.add(scalar(eps.0))?;
+        let b2 = 1.0 - t.powf(self.decay_rate);
+        let squared = g.square()?.add(scalar(self.eps.0))?;
         let mut step = if p.ndim() == 2 {
             let row = blend(slot.get("exp_avg_sq_row"), &squared.mean_axis(1, false)?, b2, 1.0 - b2)?;
             let col = blend(slot.get("exp_avg_sq_col"), &squared.mean_axis(0, false)?, b2, 1.0 - b2)?;
@@ -350,15 +319,15 @@ impl Optimizer {
             slot.insert("exp_avg_sq".into(), all);
             step
         };
-        let excess = root_mean_square(&step)?.divide(scalar(clip_threshold))?;
+        let excess = root_mean_square(&step)?.divide(scalar(self.clip_threshold))?;
         step = step.divide(ops::maximum(scalar(1.0), excess)?)?.multiply(&rate)?;
-        if let Some(b1) = beta_1 {
+        if let Some(b1) = self.beta_1 {
             step = blend(slot.get("exp_avg"), &step, b1, 1.0 - b1)?;
             slot.insert("exp_avg".into(), step.clone());
         }
         let mut p = p.clone();
-        if weight_decay != 0.0 {
-            p = p.add(p.multiply(rate.multiply(scalar(-weight_decay))?)?)?;
+        if self.weight_decay != 0.0 {
+            p = p.add(p.multiply(rate.multiply(scalar(-self.weight_decay))?)?)?;
         }
         Ok(p.subtract(step)?)
     }

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use graft_adapters::{
-    Adapter, AdapterConfig, AdapterSet, FineTuneType, Kind, LoraParameters, Route, Site, Table,
+    Adapter, AdapterSet, Dropout, FineTuneType, Kind, LoraParameters, Route, Site, Table, row_factor,
 };
 use graft_model::Model;
-use graft_ops::{Array, Dtype};
+use graft_ops::{Array, Dtype, Exception};
 use graft_quant::{Tensor, Weight};
 
 use crate::error::setting;
@@ -56,6 +56,34 @@ pub struct Params {
     pub blocks: Vec<usize>,
 }
 
+/// A site without its trained tensors.
+#[derive(Debug, Clone)]
+pub(crate) struct Frame {
+    path: String,
+    scale: f32,
+    norm: Option<Array>,
+    dropout: Option<Dropout>,
+    tensors: usize,
+}
+
+/// The table of some sites: `tensors` holds A, B and perhaps m of each, one site after another.
+pub(crate) fn table(frames: &[Frame], mut tensors: &[Array]) -> graft_ops::Result<Table> {
+    let mut sites = HashMap::new();
+    for frame in frames {
+        let Some((own, rest)) = tensors.split_at_checked(frame.tensors) else {
+            return Err(Exception::custom(format!("{}: tensors are missing", frame.path)));
+        };
+        tensors = rest;
+        let factor = match (own.get(2), &frame.norm) {
+            (Some(m), Some(n)) => Some(row_factor(m, n)?),
+            _ => None,
+        };
+        let (a, b, dropout) = (own[0].clone(), own[1].clone(), frame.dropout.clone());
+        sites.insert(frame.path.clone(), Site { a, b, scale: frame.scale, factor, dropout });
+    }
+    Ok(Table { sites })
+}
+
 /// A route that owns what it refers to.
 #[derive(Debug)]
 pub enum OwnedRoute {
@@ -87,7 +115,7 @@ impl OwnedRoute {
         }
         let mut params = Params::full(model, set.config.num_layers)?;
         params.assign(origin, &set.weights)?;
-        Ok(params.route(&[], model.dtype())?)
+        params.route(&[], model.dtype())
     }
 }
 
@@ -128,9 +156,7 @@ impl Params {
         if !lora.scale.is_finite() {
             return Err(setting("lora_parameters.scale", "a finite number", lora.scale));
         }
-        let fine_tune_type = if dora { FineTuneType::Dora } else { FineTuneType::Lora };
-        let mut params =
-            Self { fine_tune_type, names: vec![], values: vec![], sites: vec![], blocks: vec![] };
+        let mut params = Self::none(if dora { FineTuneType::Dora } else { FineTuneType::Lora });
         for (path, block, kind) in chosen(model, lora.keys.as_deref(), num_layers)? {
             let Some(target) = model.target(&path) else { continue };
             if dora && kind == Kind::Embedding {
@@ -142,10 +168,9 @@ impl Params {
             }
             let shape = (target.weight.out_features(), target.weight.in_features());
             let n0 = if dora { Some(target.weight.row_norms_squared()?) } else { None };
-            let name_hash = path
-                .bytes()
-                .fold(0xCBF2_9CE4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01B3));
-            let key = mlx_rs::random::key(mix(&[seed, INIT, name_hash]))?;
+            // Each module has a stream of its own, so its start does not depend on which others are trained.
+            let name: Vec<u64> = [seed, INIT].into_iter().chain(path.bytes().map(u64::from)).collect();
+            let key = mlx_rs::random::key(mix(&name))?;
             let adapter = Adapter::init(kind, shape, lora.rank, lora.scale, n0.as_ref(), &key)?;
             mlx_rs::transforms::eval(adapter.arrays().chain(&n0))?;
             let first = params.values.len();
@@ -166,13 +191,7 @@ impl Params {
     /// # Errors
     /// When a weight is packed, which has no gradient.
     pub fn full(model: &Model, num_layers: i32) -> Result<Self> {
-        let mut params = Self {
-            fine_tune_type: FineTuneType::Full,
-            names: vec![],
-            values: vec![],
-            sites: vec![],
-            blocks: vec![],
-        };
+        let mut params = Self::none(FineTuneType::Full);
         for block in first_block(model, num_layers)?..model.config().layers as usize {
             for linear in model.block_linears(block).into_iter().flatten() {
                 let Weight::Dense(w) = &linear.weight else {
@@ -194,6 +213,10 @@ impl Params {
         }
         mlx_rs::transforms::eval(&params.values)?;
         Ok(params)
+    }
+
+    fn none(fine_tune_type: FineTuneType) -> Self {
+        Self { fine_tune_type, names: vec![], values: vec![], sites: vec![], blocks: vec![] }
     }
 
     fn push(&mut self, name: String, value: &Array, block: usize) -> Result<()> {
@@ -256,18 +279,6 @@ impl Params {
         Ok(tensors)
     }
 
-    /// The adapter's config under these tensors.
-    pub fn adapter_config(
-        &self,
-        lora: &LoraParameters,
-        num_layers: i32,
-        raw: serde_json::Map<String, serde_json::Value>,
-    ) -> AdapterConfig {
-        let parameters = (self.fine_tune_type != FineTuneType::Full).then(|| lora.clone());
-        let fine_tune_type = self.fine_tune_type;
-        AdapterConfig { fine_tune_type, num_layers, parameters, scales: BTreeMap::new(), raw }
-    }
-
     /// DoRA's n of each site under the present A and B, not evaluated; none for LoRA.
     ///
     /// # Errors
@@ -293,17 +304,15 @@ impl Params {
             }
             return Ok(OwnedRoute::Weights(weights));
         }
-        let mut sites = HashMap::new();
-        for (i, spec) in self.sites.iter().enumerate() {
-            let tensors = &self.values[spec.first..spec.first + spec.tensors()];
-            let factor = match (tensors.get(2), norms.get(i)) {
-                (Some(m), Some(Some(n))) => Some(graft_adapters::row_factor(m, n)?),
-                _ => None,
-            };
-            let (a, b) = (tensors[0].clone(), tensors[1].clone());
-            sites.insert(spec.path.clone(), Site { a, b, scale: spec.scale, factor, dropout: None });
-        }
-        Ok(OwnedRoute::Table(Table { sites }))
+        let frames: Vec<Frame> = (0..self.sites.len()).map(|i| self.frame(i, norms, None)).collect();
+        Ok(OwnedRoute::Table(table(&frames, &self.values)?))
+    }
+
+    /// A site without its trained tensors; `norms` as in [`Params::route`].
+    pub(crate) fn frame(&self, index: usize, norms: &[Option<Array>], dropout: Option<Dropout>) -> Frame {
+        let spec = &self.sites[index];
+        let norm = norms.get(index).cloned().flatten();
+        Frame { path: spec.path.clone(), scale: spec.scale, norm, dropout, tensors: spec.tensors() }
     }
 }
 
@@ -340,15 +349,12 @@ fn chosen(
         }
     }
     if let Some(key) = unmatched.first() {
-        let inner: Vec<String> =
-            model.block_linears(0).into_iter().flatten().map(|l| l.path.clone()).collect();
-        let known =
-            inner.iter().filter_map(|p| p.strip_prefix("model.layers.0.")).collect::<Vec<_>>().join(", ");
+        let inner = model.block_linears(0).into_iter().flatten();
+        let inner: Vec<&str> = inner.filter_map(|l| l.path.strip_prefix("model.layers.0.")).collect();
+        let known = inner.join(", ");
         return Err(setting(
             "lora_parameters.keys",
-            &format!(
-                "paths inside a block ({known}) or whole paths ({embedding}, lm_head if the model has one)"
-            ),
+            &format!("paths inside a block ({known}) or whole ones ({embedding}, lm_head if there is one)"),
             key,
         ));
     }

@@ -16,18 +16,18 @@ use crate::data::Data;
 use crate::error::{io, setting};
 use crate::event::{Event, TrainReport};
 use crate::loss::{Evaluation, evaluate};
-use crate::metrics::Metrics;
+use crate::metrics::{Line, Metrics};
 use crate::optim::Optimizer;
 use crate::params::Params;
 use crate::rng::mix;
 use crate::schedule::Schedule;
-use crate::state::{Progress, RunKey, States, Window};
+use crate::state::{Progress, RunKey, States};
 use crate::step::{Trainer, TrainerSettings};
 use crate::{Error, Result};
 
 /// Tags of independent random streams.
-const TRAIN_ORDER: u64 = 0x7472_6169_6e;
-const VALID_ORDER: u64 = 0x7661_6c69_64;
+const TRAIN_ORDER: u64 = 0x0074_7261_696e;
+const VALID_ORDER: u64 = 0x0076_616c_6964;
 
 /// How a run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -155,8 +155,13 @@ impl<'a> Run<'a> {
                 Params::low_rank(&model, &config.lora, config.num_layers, dora, config.seed)?
             }
         };
-        let adapter_config =
-            params.adapter_config(&config.lora, config.num_layers, config.adapter_config.clone());
+        let adapter_config = AdapterConfig {
+            fine_tune_type: config.fine_tune_type,
+            num_layers: config.num_layers,
+            parameters: (config.fine_tune_type != FineTuneType::Full).then(|| config.lora.clone()),
+            scales: Default::default(),
+            raw: config.adapter_config.clone(),
+        };
         let settings = TrainerSettings {
             optimizer,
             schedule,
@@ -174,7 +179,7 @@ impl<'a> Run<'a> {
             batch_size: config.batch_size,
             grad_accumulation_steps: config.grad_accumulation_steps,
             seed: config.seed,
-            data: data.train.digest(),
+            training_data: data.train.digest(),
         };
         let mut states = States::new(&config.adapter_path);
         let found = if config.resume { states.latest()? } else { None };
@@ -192,7 +197,7 @@ impl<'a> Run<'a> {
                     trainer.params.assign(file, &read_safetensors(file)?.0)?;
                     trainer.refresh()?;
                 }
-                fresh(&walk, run)
+                Progress { schema: 1, position: walk.position().clone(), run, ..Progress::default() }
             }
         };
         walk = walk.resume(progress.position.clone());
@@ -312,7 +317,7 @@ impl<'a> Run<'a> {
             mlx_peak_bytes: memory::peak_memory()? as u64,
         };
         self.train_loss = Some(report.loss);
-        self.metrics.train(&report)?;
+        self.metrics.write(&Line::Train(&report))?;
         (self.on_event)(Event::Train(report));
         Ok(())
     }
@@ -336,9 +341,10 @@ impl<'a> Run<'a> {
         let Some(found) = found else { return Ok(()) };
         let seconds = began.elapsed().as_secs_f64();
         self.progress.last_valid = Some(iter);
-        self.metrics.valid(iter, found.loss, found.tokens, seconds)?;
+        let Evaluation { loss, tokens, .. } = found;
+        self.metrics.write(&Line::Valid { iter, loss, tokens, seconds })?;
         self.valid = Some(found);
-        (self.on_event)(Event::Valid { iter, loss: found.loss, tokens: found.tokens, seconds });
+        (self.on_event)(Event::Valid { iter, loss, tokens, seconds });
         Ok(())
     }
 
@@ -372,23 +378,6 @@ impl<'a> Run<'a> {
         self.saved = Some(iter);
         (self.on_event)(Event::Saved { iter, file });
         Ok(())
-    }
-}
-
-fn fresh(walk: &Walk, run: RunKey) -> Progress {
-    Progress {
-        schema: 1,
-        iter: 0,
-        updates: 0,
-        position: walk.position().clone(),
-        accumulated_tokens: 0,
-        tokens: 0,
-        window: Window::default(),
-        learning_rate: 0.0,
-        grad_norm: 0.0,
-        last_valid: None,
-        metrics_bytes: 0,
-        run,
     }
 }
 

@@ -25,7 +25,7 @@ const POINTER: &str = "latest";
 const KEPT: usize = 2;
 
 /// The numbers of a state.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     /// Version of this form.
     pub schema: u32,
@@ -67,7 +67,7 @@ pub struct Window {
 }
 
 /// What a run cannot change when it goes on.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunKey {
     /// lora, dora or full.
     pub fine_tune_type: String,
@@ -80,28 +80,18 @@ pub struct RunKey {
     /// The seed.
     pub seed: u64,
     /// [`crate::Split::digest`] of the training data.
-    pub data: u64,
+    pub training_data: u64,
 }
 
 impl RunKey {
-    /// The fields in which two runs differ, as `name: saved, now`.
+    /// The fields in which two runs differ, each a phrase.
     fn differences(&self, now: &Self) -> Vec<String> {
-        let pairs = [
-            ("fine_tune_type", self.fine_tune_type.clone(), now.fine_tune_type.clone()),
-            ("optimizer", self.optimizer.clone(), now.optimizer.clone()),
-            ("batch_size", self.batch_size.to_string(), now.batch_size.to_string()),
-            (
-                "grad_accumulation_steps",
-                self.grad_accumulation_steps.to_string(),
-                now.grad_accumulation_steps.to_string(),
-            ),
-            ("seed", self.seed.to_string(), now.seed.to_string()),
-            ("training data (digest)", format!("{:016x}", self.data), format!("{:016x}", now.data)),
-        ];
+        let fields = |key: &Self| serde_json::to_value(key).unwrap_or_default();
+        let (saved, now) = (fields(self), fields(now));
+        let pairs = saved.as_object().into_iter().flatten();
         pairs
-            .into_iter()
-            .filter(|(_, saved, now)| saved != now)
-            .map(|(name, saved, now)| format!("{name} was {saved}, is {now}"))
+            .filter(|(name, value)| now[*name] != **value)
+            .map(|(name, value)| format!("{name} was {value}, is {}", now[name]))
             .collect()
     }
 }

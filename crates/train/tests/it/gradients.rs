@@ -150,7 +150,7 @@ fn every_tensor_has_moved_after_three_steps() {
     });
 }
 
-fn compare(name: &str, a: (Array, Vec<Array>), b: (Array, Vec<Array>), tolerance: Tolerance) {
+fn compare(name: &str, a: &(Array, Vec<Array>), b: &(Array, Vec<Array>), tolerance: Tolerance) {
     assert_close(&a.0, &b.0, tolerance);
     for (x, y) in a.1.iter().zip(&b.1) {
         if let Err(e) = graft_testkit::close(x, y, tolerance) {
@@ -179,7 +179,7 @@ fn padding_changes_neither_loss_nor_gradient() {
                     }
                     graph.loss_and_gradients(&params, &norms, &batch, 1).unwrap()
                 };
-                compare(name, of(Form::Cpu), of(Form::Mlx), F32_DEEP);
+                compare(name, &of(Form::Cpu), &of(Form::Mlx), F32_DEEP);
             }
         }
     });
@@ -200,7 +200,7 @@ fn checkpointing_changes_nothing() {
                     .loss_and_gradients(&params, &norms, &batch, 4)
                     .unwrap()
             };
-            compare(kind.name(), of(true), of(false), F32_DEEP);
+            compare(kind.name(), &of(true), &of(false), F32_DEEP);
         }
     });
 }
@@ -221,7 +221,7 @@ fn frozen_blocks_below_the_first_adapter_change_nothing() {
         let (loss, gradients) = of(&all);
         let top =
             all.names.iter().zip(gradients).filter(|(n, _)| some.names.contains(n)).map(|(_, g)| g).collect();
-        compare("prefix", of(&some), (loss, top), F32_DEEP);
+        compare("prefix", &of(&some), &(loss, top), F32_DEEP);
     });
 }
 

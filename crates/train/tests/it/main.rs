@@ -1,5 +1,5 @@
 //! Training against independent references: finite differences, MLX's own optimizers, and itself by another way.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests: a panic is the report")]
+#![allow(clippy::unwrap_used, clippy::excessive_precision, reason = "tests: a panic is the report")]
 
 mod data;
 mod gradients;

@@ -188,7 +188,7 @@ fn a_run_goes_on_only_as_the_same_run() {
         let refused =
             |config: TrainConfig, data: &Data| quietly(&config, &model, data).unwrap_err().to_string();
         let resume = TrainConfig { resume: true, ..config(dir.path()) };
-        assert!(refused(resume.clone(), &other).contains("training data"));
+        assert!(refused(resume.clone(), &other).contains("training_data"));
         let e = refused(TrainConfig { batch_size: 1, seed: 8, ..resume.clone() }, &data1);
         assert!(e.contains("batch_size was 2, is 1") && e.contains("seed was 7, is 8"), "{e}");
         let e = refused(TrainConfig { lora: lora(8, 0.0), ..resume.clone() }, &data1);
