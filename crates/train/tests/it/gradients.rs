@@ -270,3 +270,25 @@ fn settings_that_choose_nothing_are_refused() {
         );
     });
 }
+
+#[test]
+fn checkpointing_and_frozen_blocks_save_memory() {
+    arrays(|| {
+        use graft_ops::ffi::memory;
+        let model = load(&Tiny { layers: 6, packed: Some((4, 32)), ..Tiny::new(Family::Llama) });
+        let split = split(&[400, 400], 0, 2);
+        let batch = Batch::new(&split, &[0, 1], graft_ops::form());
+        let peak = |checkpoint: bool, layers: i32| {
+            let params = Params::low_rank(&model, &lora(4, 0.0), layers, false, 5).unwrap();
+            let found =
+                graph(&model, &params, checkpoint, 0.0).loss_and_gradients(&params, &[], &batch, 1).unwrap();
+            let before = memory::active_memory().unwrap();
+            memory::reset_peak_memory().unwrap();
+            mlx_rs::transforms::eval([&found.0].into_iter().chain(&found.1)).unwrap();
+            memory::peak_memory().unwrap() - before
+        };
+        let (whole, again, last) = (peak(false, -1), peak(true, -1), peak(false, 1));
+        assert!(again < whole * 6 / 10, "checkpointed {again}, all kept {whole}");
+        assert!(last < whole * 6 / 10, "last block {last}, all blocks {whole}");
+    });
+}
