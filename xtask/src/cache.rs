@@ -19,7 +19,9 @@ pub(crate) struct Wheel {
 pub(crate) fn root() -> Result<PathBuf> {
     let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")));
-    Ok(base.context("neither XDG_CACHE_HOME nor HOME is set, so there is no place for a cache")?.join("graft"))
+    Ok(base
+        .context("neither XDG_CACHE_HOME nor HOME is set, so there is no place for a cache")?
+        .join("graft"))
 }
 
 /// The directory `name` in the cache, made by `fill` if it is not there. It is filled under another name and renamed,
@@ -71,7 +73,15 @@ pub(crate) fn wheel(wheel: &Wheel, finish: impl FnOnce(&Path) -> Result<()>) -> 
         let download = temporary.join("download");
         sh::output(
             Command::new(&python)
-                .args(["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes"])
+                .args([
+                    "-m",
+                    "pip",
+                    "download",
+                    "--quiet",
+                    "--no-deps",
+                    "--only-binary=:all:",
+                    "--require-hashes",
+                ])
                 .arg("--dest")
                 .arg(&download)
                 .arg("--requirement")

@@ -36,6 +36,7 @@ pub(crate) fn remove_soname(file: &mut [u8]) -> Result<()> {
 
 fn word(file: &[u8], at: u64, bytes: usize) -> Result<u64> {
     let at = usize::try_from(at)?;
-    let slice = at.checked_add(bytes).and_then(|end| file.get(at..end)).context("the ELF file is cut short")?;
+    let slice =
+        at.checked_add(bytes).and_then(|end| file.get(at..end)).context("the ELF file is cut short")?;
     Ok(slice.iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte)))
 }

@@ -17,9 +17,8 @@ use anyhow::{Result, bail};
 /// A task: its name, what `--help` says of it, and the function that gets the remaining arguments.
 type Task = (&'static str, &'static str, fn(&[String]) -> Result<()>);
 
-const TASKS: &[Task] = &[
-    ("setup", "get MLX onto this machine, so that plain cargo build and test work", setup::task),
-];
+const TASKS: &[Task] =
+    &[("setup", "get MLX onto this machine, so that plain cargo build and test work", setup::task)];
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();

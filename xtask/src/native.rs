@@ -91,7 +91,8 @@ struct MlxSys {
 fn mlx_sys() -> Result<MlxSys> {
     let metadata = sh::metadata()?;
     let mut packages = metadata["packages"].as_array().into_iter().flatten();
-    let package = packages.find(|package| package["name"] == "mlx-sys").context("no crate depends on mlx-sys")?;
+    let package =
+        packages.find(|package| package["name"] == "mlx-sys").context("no crate depends on mlx-sys")?;
     let manifest = package["manifest_path"].as_str().context("mlx-sys has no manifest path")?;
     Ok(MlxSys {
         dir: Path::new(manifest).parent().context("mlx-sys has no directory")?.to_path_buf(),
@@ -127,7 +128,8 @@ fn compile(cxx: &str, include: &[PathBuf; 2], mlx_c: &Path, out: &Path) -> Resul
     let queue = Mutex::new(sources.into_iter().zip(&objects).collect::<VecDeque<_>>());
     let work = || -> Result<()> {
         loop {
-            let Some((source, object)) = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front() else {
+            let Some((source, object)) = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+            else {
                 return Ok(());
             };
             let mut command = Command::new(cxx);
@@ -136,7 +138,8 @@ fn compile(cxx: &str, include: &[PathBuf; 2], mlx_c: &Path, out: &Path) -> Resul
                 command.arg("-I").arg(dir);
             }
             command.arg("-include").arg(out.join("prelude.h")).arg(source).arg("-o").arg(out.join(object));
-            let made = sh::output(&mut command).context("mlx-c does not compile (it needs C++20: gcc 11, clang 14)");
+            let made =
+                sh::output(&mut command).context("mlx-c does not compile (it needs C++20: gcc 11, clang 14)");
             if made.is_err() {
                 queue.lock().unwrap_or_else(PoisonError::into_inner).clear();
                 return made.map(drop);

@@ -33,7 +33,12 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
     let out = command.stdin(Stdio::null()).output();
     let out = out.with_context(|| format!("cannot start {}", line(command)))?;
     if !out.status.success() {
-        bail!("{} failed with {}\n{}", line(command), out.status, String::from_utf8_lossy(&out.stderr).trim());
+        bail!(
+            "{} failed with {}\n{}",
+            line(command),
+            out.status,
+            String::from_utf8_lossy(&out.stderr).trim()
+        );
     }
     Ok(String::from_utf8_lossy(&out.stdout).into_owned())
 }

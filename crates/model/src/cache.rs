@@ -62,7 +62,9 @@ impl KvCache {
         let dtype = self.dtype;
         let grown = |old: Option<Array>| -> Result<Array> {
             let capacity = old.as_ref().map_or(0, |a| a.dim(1));
-            if end <= capacity && let Some(old) = old {
+            if end <= capacity
+                && let Some(old) = old
+            {
                 return Ok(old);
             }
             let target = (end + STEP - 1) / STEP * STEP;

@@ -19,6 +19,10 @@ use crate::{Error, Result};
 const DEFAULT: &str = "default";
 /// Name of the template that is used where tools are given and the model has a separate one for them.
 const TOOL_USE: &str = "tool_use";
+/// Templates come with models, so from anywhere: what one may compute and how wide it may indent has an end. A long
+/// conversation takes about a hundred instructions a message.
+const FUEL: u64 = 50_000_000;
+const MAX_INDENT: usize = 64;
 /// Names under which reasoning is passed; templates read the first.
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
@@ -176,6 +180,7 @@ fn environment() -> Environment<'static> {
     environment.set_syntax(
         SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().unwrap_or_default(),
     );
+    environment.set_fuel(Some(FUEL));
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.add_function(
@@ -279,7 +284,10 @@ fn tojson(
     let indent = match indent.kind() {
         ValueKind::None | ValueKind::Undefined => None,
         ValueKind::String => Some(indent.to_string()),
-        _ => Some(" ".repeat(usize::try_from(indent)?)),
+        _ => match usize::try_from(indent)? {
+            width @ 0..=MAX_INDENT => Some(" ".repeat(width)),
+            width => return Err(invalid(format!("tojson: an indent of {width} is more than {MAX_INDENT}"))),
+        },
     };
     let (mut item, mut key) = (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned());
     if !separators.is_none() {
@@ -401,7 +409,7 @@ fn write_string(out: &mut String, text: &str, ascii: bool) {
             '\t' => out.push_str("\\t"),
             '\u{8}' => out.push_str("\\b"),
             '\u{c}' => out.push_str("\\f"),
-            c if (c as u32) < 0x20 || (ascii && !c.is_ascii()) => {
+            c if (c as u32) < 0x20 || (ascii && !(' '..='~').contains(&c)) => {
                 for unit in c.encode_utf16(&mut [0; 2]) {
                     let _ = write!(out, "\\u{unit:04x}");
                 }

@@ -179,7 +179,10 @@ impl Model {
     pub fn nbytes(&self) -> usize {
         let norms = self.blocks.iter().flat_map(Block::norms).chain([&self.norm]);
         self.embed.weight.nbytes()
-            + self.linears().map(|l| l.weight.nbytes() + l.bias.as_ref().map_or(0, Array::nbytes)).sum::<usize>()
+            + self
+                .linears()
+                .map(|l| l.weight.nbytes() + l.bias.as_ref().map_or(0, Array::nbytes))
+                .sum::<usize>()
             + norms.map(|n| n.weight.nbytes()).sum::<usize>()
     }
 

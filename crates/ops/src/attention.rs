@@ -65,7 +65,7 @@ pub fn attention(q: &Array, k: &Array, v: &Array, rows: &Rows, scale: f32) -> Re
                     outputs.push(unfold(&mlx_causal(&fold(q)?, &fold(k)?, &fold(v)?, scale)?)?);
                 }
             }
-            if outputs.is_empty() { Ok(q.clone()) } else { ops::concatenate_axis(&outputs, 0) }
+            if outputs.is_empty() { Ok(q.clone()) } else { ops::concatenate(&outputs, 0) }
         }
     }
 }
@@ -113,7 +113,7 @@ pub fn attention_cached(q: &Array, cache: &[CachedRow], rows: &Rows, scale: f32)
         let folded = q.transpose_axes(&[1, 0, 2])?.expand_dims(0)?;
         outputs.push(unfold(&mlx_causal(&folded, &valid(row.k)?, &valid(row.v)?, scale)?)?);
     }
-    if outputs.is_empty() { Ok(q.clone()) } else { ops::concatenate_axis(&outputs, 0) }
+    if outputs.is_empty() { Ok(q.clone()) } else { ops::concatenate(&outputs, 0) }
 }
 
 /// (B, H, L, D) against (B, K, S, D): the last query sees every key.

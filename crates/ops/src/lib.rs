@@ -9,6 +9,10 @@
 #![allow(unsafe_code, reason = "this is the crate that talks to MLX and to the processor")]
 
 mod attention;
+#[cfg(graft_cpu)]
+mod blas;
+#[cfg(graft_cpu)]
+mod cpu;
 pub mod ffi;
 mod form;
 pub mod info;
@@ -20,6 +24,8 @@ mod rope;
 mod rows;
 
 pub use attention::{CachedRow, attention, attention_cached};
+#[cfg(graft_cpu)]
+pub use cpu::level::{Level, best_cpu_level, cpu_level, set_cpu_level};
 pub use form::{Form, form, set_form};
 pub use loss::{HeadRef, cross_entropy, linear_cross_entropy};
 pub use mlx_rs::error::Exception;

@@ -152,7 +152,7 @@ fn mlx_linear(h: &Array, head: HeadRef, targets: &Array, chunk: i32) -> Result<A
         before.extend(gradient);
         losses.push(loss);
     }
-    ops::concatenate_axis(&losses, 0)
+    ops::concatenate(&losses, 0)
 }
 
 /// The losses of some rows and the gradient of each loss with respect to its own row of h.

@@ -48,7 +48,9 @@ impl PackedRef<'_> {
             ));
         }
         let inputs = groups * self.group_size;
-        if scale_rows != out || biases != scales || i64::from(words) * 32 != i64::from(inputs) * i64::from(self.bits)
+        if scale_rows != out
+            || biases != scales
+            || i64::from(words) * 32 != i64::from(inputs) * i64::from(self.bits)
         {
             return wrong(format!(
                 "codes {codes:?}, scales {scales:?} and biases {biases:?} do not fit {} bits in groups of {}",

@@ -1,42 +1,250 @@
-//! The one thread pool of the process. MLX runs a CPU stream on one thread; our operations spread each call over this pool.
+//! The one pool of threads. MLX runs a CPU stream on one thread; our operations spread each call over this pool.
+//!
+//! A decoded token is some hundred calls of a few microseconds, so the calling thread works too, and the others look
+//! for the next call for a moment before they go to sleep. Who does which task is left to chance; what a task
+//! computes never depends on it.
 
-use std::sync::{Arc, OnceLock, RwLock};
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock};
+use std::thread::JoinHandle;
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
+/// How often a thread looks before it sleeps: some ten microseconds.
+const LOOKS: u32 = 2000;
 
-static POOL: OnceLock<RwLock<Option<Arc<ThreadPool>>>> = OnceLock::new();
+static POOL: OnceLock<RwLock<Arc<Pool>>> = OnceLock::new();
+
+struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    /// Held by the call that uses the workers; another call at the same time works alone.
+    turn: Mutex<()>,
+}
+
+struct Shared {
+    /// Counts the calls; a change is what workers look for.
+    calls: AtomicU64,
+    current: Mutex<Option<Call>>,
+    /// Workers inside the current call.
+    inside: AtomicUsize,
+    asleep: Mutex<usize>,
+    wake: Condvar,
+    stop: AtomicBool,
+}
+
+/// One call: a function for each task number, and the next number to be done.
+#[derive(Clone, Copy)]
+struct Call {
+    work: *const Work<'static>,
+}
+
+struct Work<'a> {
+    run: &'a (dyn Fn(usize) + Sync),
+    tasks: usize,
+    next: AtomicUsize,
+    panic: Mutex<Option<Box<dyn std::any::Any + Send>>>,
+}
+
+// SAFETY: the pointer is only followed between `enter` and the matching decrement of `inside`, which the caller,
+// who owns the target, waits for.
+unsafe impl Send for Call {}
+
+impl Work<'_> {
+    fn work(&self) {
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            loop {
+                let task = self.next.fetch_add(1, Ordering::Relaxed);
+                if task >= self.tasks {
+                    return;
+                }
+                (self.run)(task);
+            }
+        }));
+        if let Err(panic) = outcome {
+            self.next.store(self.tasks, Ordering::Relaxed);
+            *lock(&self.panic) = Some(panic);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    fn worker(&self) {
+        let mut seen = 0;
+        loop {
+            let mut looks = 0;
+            loop {
+                let calls = self.calls.load(Ordering::Acquire);
+                if calls != seen {
+                    seen = calls;
+                    break;
+                }
+                looks += 1;
+                if looks < LOOKS {
+                    std::hint::spin_loop();
+                    continue;
+                }
+                let mut asleep = lock(&self.asleep);
+                while self.calls.load(Ordering::SeqCst) == seen {
+                    *asleep += 1;
+                    asleep = self.wake.wait(asleep).unwrap_or_else(PoisonError::into_inner);
+                    *asleep -= 1;
+                }
+            }
+            if self.stop.load(Ordering::Acquire) {
+                return;
+            }
+            let call = {
+                let current = lock(&self.current);
+                if current.is_some() {
+                    self.inside.fetch_add(1, Ordering::Relaxed);
+                }
+                *current
+            };
+            if let Some(call) = call {
+                // SAFETY: the caller withdraws the call and then waits until nobody is inside before its work ends.
+                unsafe { (*call.work).work() };
+                self.inside.fetch_sub(1, Ordering::Release);
+            }
+        }
+    }
+
+    fn announce(&self) {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        // A thread that goes to sleep checks the count again under this lock, so none misses the change.
+        let asleep = lock(&self.asleep);
+        if *asleep > 0 {
+            self.wake.notify_all();
+        }
+    }
+}
+
+impl Pool {
+    fn new(threads: usize) -> Pool {
+        let shared = Arc::new(Shared {
+            calls: AtomicU64::new(0),
+            current: Mutex::new(None),
+            inside: AtomicUsize::new(0),
+            asleep: Mutex::new(0),
+            wake: Condvar::new(),
+            stop: AtomicBool::new(false),
+        });
+        let mut workers = Vec::new();
+        for i in 1..threads {
+            let shared = Arc::clone(&shared);
+            let builder = std::thread::Builder::new().name(format!("graft-ops-{i}"));
+            // A system that gives us fewer threads only makes us slower.
+            if let Ok(worker) = builder.spawn(move || shared.worker()) {
+                workers.push(worker);
+            }
+        }
+        Pool { shared, workers, turn: Mutex::new(()) }
+    }
+
+    fn run(&self, tasks: usize, run: &(dyn Fn(usize) + Sync)) {
+        let work = Work { run, tasks, next: AtomicUsize::new(0), panic: Mutex::new(None) };
+        let turn = if tasks > 1 && !self.workers.is_empty() { self.turn.try_lock().ok() } else { None };
+        if turn.is_none() {
+            work.work();
+        } else {
+            *lock(&self.shared.current) = Some(Call { work: (&raw const work).cast() });
+            self.shared.announce();
+            work.work();
+            *lock(&self.shared.current) = None;
+            let mut looks = 0;
+            while self.shared.inside.load(Ordering::Acquire) != 0 {
+                looks += 1;
+                if looks < LOOKS { std::hint::spin_loop() } else { std::thread::yield_now() }
+            }
+        }
+        drop(turn);
+        if let Some(panic) = work.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            resume_unwind(panic);
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.announce();
+        for worker in self.workers.drain(..) {
+            // A worker's panics are caught with its work.
+            let _ = worker.join();
+        }
+    }
+}
 
 fn cores() -> usize {
     // Counts the cores this process may use: affinity and cgroup quota included.
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-fn build(threads: usize) -> Option<Arc<ThreadPool>> {
-    let builder = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("graft-ops-{i}"));
-    builder.build().ok().map(Arc::new)
+fn slot() -> &'static RwLock<Arc<Pool>> {
+    POOL.get_or_init(|| RwLock::new(Arc::new(Pool::new(cores()))))
 }
 
-fn slot() -> &'static RwLock<Option<Arc<ThreadPool>>> {
-    POOL.get_or_init(|| RwLock::new(build(cores())))
+fn pool() -> Arc<Pool> {
+    Arc::clone(&slot().read().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// The pool, or `None` if the system gave us no threads, in which case callers work alone.
-pub(crate) fn pool() -> Option<Arc<ThreadPool>> {
-    slot().read().ok().and_then(|pool| pool.clone())
+/// Calls `run` once with each number below `tasks`, on all threads, and returns when all calls have.
+#[cfg_attr(not(graft_cpu), allow(dead_code, reason = "only our CPU operations have work to share"))]
+pub(crate) fn run(tasks: usize, run: impl Fn(usize) + Sync) {
+    match tasks {
+        0 => {}
+        1 => run(0),
+        _ => pool().run(tasks, &run),
+    }
 }
 
 /// Sets how many threads our operations use; the default is the number of cores the process may use.
 /// Results do not depend on it.
 pub fn set_threads(n: usize) {
-    if n.max(1) == threads() {
+    let n = n.max(1);
+    if n == threads() {
         return;
     }
-    if let Ok(mut pool) = slot().write() {
-        *pool = build(n.max(1));
-    }
+    *slot().write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Pool::new(n));
 }
 
 /// How many threads our operations use.
 pub fn threads() -> usize {
-    pool().map_or(1, |pool| pool.current_num_threads())
+    pool().workers.len() + 1
+}
+
+/// A mutable slice whose parts different tasks write.
+#[cfg_attr(not(graft_cpu), allow(dead_code, reason = "only our CPU operations have work to share"))]
+pub(crate) struct Shares<'a, T>(&'a [UnsafeCell<T>]);
+
+// SAFETY: `part` is unsafe and asks for disjoint parts, which makes sharing the same as splitting the slice.
+unsafe impl<T: Send> Sync for Shares<'_, T> {}
+
+#[cfg_attr(not(graft_cpu), allow(dead_code, reason = "only our CPU operations have work to share"))]
+impl<'a, T> Shares<'a, T> {
+    pub(crate) fn new(slice: &'a mut [T]) -> Shares<'a, T> {
+        let pointer = slice.as_mut_ptr().cast::<UnsafeCell<T>>();
+        // SAFETY: UnsafeCell<T> has T's layout, and the exclusive borrow is ours for 'a.
+        Shares(unsafe { std::slice::from_raw_parts(pointer, slice.len()) })
+    }
+
+    /// A part of the slice.
+    ///
+    /// # Safety
+    /// No two parts that live at the same time may overlap.
+    #[allow(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
+    pub(crate) unsafe fn part(&self, from: usize, len: usize) -> &mut [T] {
+        let cells = &self.0[from..from + len];
+        // SAFETY: within bounds by the indexing above; exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(cells.as_ptr().cast_mut().cast::<T>(), len) }
+    }
+
+    /// Where the slice begins, for writers with strides of their own; the same promise holds.
+    pub(crate) fn pointer(&self) -> *mut T {
+        self.0.as_ptr().cast_mut().cast::<T>()
+    }
 }

@@ -72,7 +72,8 @@ fn mlx_ragged(x: &Array, rows: &Rows, table: &RopeTable) -> Result<Array> {
     for (&length, &start) in rows.lengths.iter().zip(&rows.starts) {
         positions.extend((start..start + length).map(|p| p as f32));
     }
-    let angles = Array::from_slice(&positions, &[tokens, 1, 1]).multiply(table.inv_freq.reshape(&[1, 1, half])?)?;
+    let angles =
+        Array::from_slice(&positions, &[tokens, 1, 1]).multiply(table.inv_freq.reshape(&[1, 1, half])?)?;
     let (cos, sin) = (angles.cos()?, angles.sin()?);
 
     let parts = ops::split_at_indices(x, &[dims], 2)?;
@@ -87,10 +88,10 @@ fn mlx_ragged(x: &Array, rows: &Rows, table: &RopeTable) -> Result<Array> {
     let new_first = first.multiply(&cos)?.subtract(second.multiply(&sin)?)?;
     let new_second = first.multiply(&sin)?.add(second.multiply(&cos)?)?;
     let y = if table.traditional {
-        ops::stack_axis(&[new_first, new_second], 3)?.reshape(&[tokens, heads, dims])?
+        ops::stack(&[new_first, new_second], 3)?.reshape(&[tokens, heads, dims])?
     } else {
-        ops::concatenate_axis(&[new_first, new_second], 2)?
+        ops::concatenate(&[new_first, new_second], 2)?
     };
     let y = y.as_dtype(x.dtype())?;
-    if dims == head_dim { Ok(y) } else { ops::concatenate_axis(&[y, parts[1].clone()], 2) }
+    if dims == head_dim { Ok(y) } else { ops::concatenate(&[y, parts[1].clone()], 2) }
 }

@@ -43,9 +43,7 @@ impl Rows {
         }
         let total: i64 = self.lengths.iter().map(|&n| i64::from(n)).sum();
         if total != i64::from(tokens) {
-            return Err(Exception::custom(format!(
-                "the rows hold {total} tokens, the array has {tokens}"
-            )));
+            return Err(Exception::custom(format!("the rows hold {total} tokens, the array has {tokens}")));
         }
         Ok(())
     }

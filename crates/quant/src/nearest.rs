@@ -47,7 +47,10 @@ pub fn round_nearest(w: &Array, grid: Grid, candidates: &[Levels]) -> Result<Pac
         return Err(Error::Request(format!("expected a matrix to pack, found shape {:?}", w.shape())));
     };
     if !grid.fits(input as usize) {
-        return Err(Error::Request(format!("rows of {input} weights cannot be packed in groups of {}", grid.group_size)));
+        return Err(Error::Request(format!(
+            "rows of {input} weights cannot be packed in groups of {}",
+            grid.group_size
+        )));
     }
     let grouped = w.as_dtype(Dtype::Float32)?.reshape(&[out, input / grid.group_size, grid.group_size])?;
     let top = Array::from_f32(2_f32.powi(grid.bits) - 1.0);

@@ -33,7 +33,9 @@ fn values_on_a_grid_keep_their_codes_at_every_width() {
                 // The finer grid holds each value too.
                 let eight = Grid { bits: 8, ..grid };
                 let finer = round_nearest(&w, eight, &[Levels::finer(&old, 8).unwrap()]).unwrap();
-                assert!(error(&w, &finer) <= 1e-9 * w.square().unwrap().sum(false).unwrap().item_cast::<f32>());
+                assert!(
+                    error(&w, &finer) <= 1e-9 * w.square().unwrap().sum(false).unwrap().item_cast::<f32>()
+                );
             }
         }
     });

@@ -16,7 +16,10 @@ fn main() {
                 let model = tiny_model(&tiny);
                 copy(model.path(), &case.join("model"));
                 if adapter != "none" {
-                    copy(tiny_adapter(model.path(), &tiny, adapter == "dora", 4, 9).path(), &case.join("adapter"));
+                    copy(
+                        tiny_adapter(model.path(), &tiny, adapter == "dora", 4, 9).path(),
+                        &case.join("adapter"),
+                    );
                 }
                 let facts = format!(
                     "{{\"family\": \"{}\", \"bits\": {bits}, \"tied\": {tied}, \"adapter\": \"{adapter}\"}}",

@@ -168,7 +168,8 @@ impl Fields<'_> {
                 self.wrong(&format!("rope_scaling.{key}"), "a number", &format!("{:?}", map.get(key)))
             })
         };
-        let kind = map.get("rope_type").or_else(|| map.get("type")).and_then(Value::as_str).unwrap_or("default");
+        let kind =
+            map.get("rope_type").or_else(|| map.get("type")).and_then(Value::as_str).unwrap_or("default");
         match kind {
             "default" => Ok(RopeScaling::Default),
             "linear" => Ok(RopeScaling::Linear { factor: number("factor")? }),

@@ -79,4 +79,3 @@ pub fn depends(arrays: &[Array], after: &[Array]) -> Result<Vec<Array>> {
     check(|| unsafe { mlx_sys::mlx_depends(out.raw_mut(), arrays.raw(), after.raw()) })?;
     out.to_vec()
 }
-

@@ -1,0 +1,50 @@
+//! What can stand in the way of a fuse: one enum, each message names the file, tensor or module and what to do.
+
+use std::path::PathBuf;
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An adapter that cannot be fused into a base.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The adapter belongs to another base.
+    #[error("{model}: the adapter does not belong to this base: {why}")]
+    Foreign {
+        /// The base that was given.
+        model: PathBuf,
+        /// What differs.
+        why: String,
+    },
+    /// Weights are missing or misshapen: all of them, one a line.
+    #[error("{model}: the adapter does not fit:\n  {}", problems.join("\n  "))]
+    Mismatch {
+        /// The base that was given.
+        model: PathBuf,
+        /// One sentence each.
+        problems: Vec<String>,
+    },
+    /// A fused weight is not finite.
+    #[error(
+        "{path}: the fused weight holds values that are not finite; check the adapter and its scale ({scale})"
+    )]
+    NotFinite {
+        /// The module.
+        path: String,
+        /// s of the adapter.
+        scale: f32,
+    },
+    /// The report could not be written.
+    #[error("cannot write the report: {0}")]
+    Report(serde_json::Error),
+    /// The base could not be read or the result not be written.
+    #[error(transparent)]
+    Quant(#[from] graft_quant::Error),
+    /// The adapter could not be used.
+    #[error(transparent)]
+    Adapter(#[from] graft_adapters::Error),
+    /// An array operation failed.
+    #[error("array operation failed: {0}")]
+    Array(#[from] graft_ops::Exception),
+}

@@ -1,0 +1,186 @@
+//! The few vector operations that all kernels are written in, once for every level of instructions.
+//!
+//! A value of a type that implements [`Simd`] proves that the processor has its instructions. Kernels are generic over
+//! it and inlined into one function for each level, so that the vectors stay in registers.
+
+use std::ops::Index;
+
+/// Vectors of f32 and of 32-bit integers.
+pub(crate) trait Simd: Copy + Send + Sync + 'static {
+    /// A vector of f32.
+    type V: Copy;
+    /// A vector of u32 with as many lanes.
+    type I: Copy;
+    /// 32 f32.
+    type Block: Copy + Index<usize, Output = Self::V>;
+    /// f32 in a vector: 8 or 16.
+    const LANES: usize;
+
+    fn splat(self, x: f32) -> Self::V;
+    /// # Safety
+    /// `p` must be valid for reading LANES f32.
+    unsafe fn load(self, p: *const f32) -> Self::V;
+    /// # Safety
+    /// `p` must be valid for writing LANES f32.
+    unsafe fn store(self, p: *mut f32, v: Self::V);
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The larger; b where one is NaN.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller; b where one is NaN.
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a * b + c, rounded once where the level can.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    fn round(self, a: Self::V) -> Self::V;
+    /// a * 2^n for whole n from -126 to 127.
+    fn times_power_of_two(self, a: Self::V, n: Self::V) -> Self::V;
+    /// `value` where x >= limit or x is NaN, zero elsewhere.
+    fn where_at_least(self, x: Self::V, limit: Self::V, value: Self::V) -> Self::V;
+    /// The sum of the lanes, halves first.
+    fn sum(self, a: Self::V) -> f32;
+    /// The largest lane.
+    fn largest(self, a: Self::V) -> f32;
+
+    fn splat_int(self, x: u32) -> Self::I;
+    /// LANES words, `stride` words apart.
+    /// # Safety
+    /// `p` must be valid for reading all of them, and (LANES - 1) * stride must fit an i32.
+    unsafe fn gather(self, p: *const u32, stride: usize) -> Self::I;
+    fn shift_right(self, a: Self::I, by: u32) -> Self::I;
+    fn shift_left(self, a: Self::I, by: u32) -> Self::I;
+    fn and(self, a: Self::I, b: Self::I) -> Self::I;
+    fn or(self, a: Self::I, b: Self::I) -> Self::I;
+    fn to_float(self, a: Self::I) -> Self::V;
+    /// LANES 4-bit codes in their order.
+    /// # Safety
+    /// `p` must be valid for reading LANES / 2 bytes.
+    unsafe fn codes4(self, p: *const u8) -> Self::I;
+    /// LANES 8-bit codes in their order.
+    /// # Safety
+    /// `p` must be valid for reading LANES bytes.
+    unsafe fn codes8(self, p: *const u8) -> Self::I;
+
+    /// 32 weights s * code + b of 32 4-bit codes: those at even places first, then those at odd places.
+    /// # Safety
+    /// `p` must be valid for reading 16 bytes.
+    unsafe fn block4(self, p: *const u8, s: f32, b: f32) -> Self::Block;
+    /// 32 weights of 32 8-bit codes.
+    /// # Safety
+    /// `p` must be valid for reading 32 bytes.
+    unsafe fn block8(self, p: *const u8, s: f32, b: f32) -> Self::Block;
+    /// 32 f32.
+    /// # Safety
+    /// `p` must be valid for reading 32 f32.
+    unsafe fn block32(self, p: *const f32) -> Self::Block;
+
+    /// f16 bits as f32.
+    fn widen_f16(self, from: &[u16], to: &mut [f32]);
+
+    /// One tile of the large products, see [`super::gemm`].
+    /// # Safety
+    /// As [`tile`].
+    unsafe fn large_tile(self, t: Tile);
+    /// The same with one vector instead of two, for narrow C.
+    /// # Safety
+    /// As [`tile`].
+    unsafe fn narrow_tile(self, t: Tile);
+    /// Rows of `large_tile`.
+    const LARGE_ROWS: usize;
+    /// One tile of attention's products: SMALL_ROWS x 2 vectors.
+    /// # Safety
+    /// As [`tile`].
+    unsafe fn small_tile(self, t: Tile);
+    /// Rows of `small_tile`.
+    const SMALL_ROWS: usize;
+}
+
+/// A computation that can run at every level.
+pub(crate) trait Kernel {
+    type Output;
+    /// Implementations are `#[inline(always)]`, or they would not be compiled for the level.
+    fn run<S: Simd>(self, s: S) -> Self::Output;
+}
+
+/// C (+)= A B for a small tile of C: A (rows, k) by its strides, B (k, columns) and C (rows, columns) with rows apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Tile {
+    pub(crate) k: usize,
+    pub(crate) a: *const f32,
+    pub(crate) a_row: usize,
+    pub(crate) a_k: usize,
+    pub(crate) b: *const f32,
+    pub(crate) b_k: usize,
+    pub(crate) c: *mut f32,
+    pub(crate) c_row: usize,
+    /// Add to C instead of replacing it.
+    pub(crate) add: bool,
+}
+
+/// The tile of R rows and N vectors. Each element of C is one chain of multiply-adds in the order of k, whatever the
+/// tile's size, which is why results do not depend on how a matrix is cut.
+///
+/// # Safety
+/// All elements named by `t` for R rows and N * LANES columns must be valid, and C must not overlap A or B.
+#[inline(always)]
+pub(crate) unsafe fn tile<S: Simd, const R: usize, const N: usize>(s: S, t: Tile) {
+    let mut sums = [[s.splat(0.0); N]; R];
+    let (mut a, mut b) = (t.a, t.b);
+    for _ in 0..t.k {
+        // SAFETY: within A and B by the caller's promise.
+        unsafe {
+            let mut row = [s.splat(0.0); N];
+            for (j, v) in row.iter_mut().enumerate() {
+                *v = s.load(b.add(j * S::LANES));
+            }
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let x = s.splat(*a.add(i * t.a_row));
+                for (sum, &v) in sums.iter_mut().zip(&row) {
+                    *sum = s.fma(x, v, *sum);
+                }
+            }
+            a = a.add(t.a_k);
+            b = b.add(t.b_k);
+        }
+    }
+    for (i, sums) in sums.iter().enumerate() {
+        for (j, &sum) in sums.iter().enumerate() {
+            // SAFETY: within C by the caller's promise.
+            unsafe {
+                let c = t.c.add(i * t.c_row + j * S::LANES);
+                s.store(c, if t.add { s.add(s.load(c), sum) } else { sum });
+            }
+        }
+    }
+}
+
+/// e^x to about one unit in the last place; zero below -87.3, and the largest value at 88.3 stays finite.
+#[inline(always)]
+pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
+    let lowest = s.splat(-87.3);
+    // The order of the operands lets NaN through.
+    let y = s.min(s.splat(88.3), s.max(lowest, x));
+    let n = s.round(s.mul(y, s.splat(std::f32::consts::LOG2_E)));
+    // ln 2 in two parts, the first with few bits, so that n times it is exact.
+    let r = s.fma(n, s.splat(-0.693_359_375), y);
+    let r = s.fma(n, s.splat(2.121_944_4e-4), r);
+    // The Taylor series to the seventh power: |r| <= 0.347, so what is left out is below 6e-9.
+    let mut p = s.splat(1.0 / 5040.0);
+    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = s.fma(p, r, s.splat(c));
+    }
+    s.where_at_least(x, lowest, s.times_power_of_two(p, n))
+}
+
+/// Calls `f` with the offset of each whole vector of `len` elements, then returns where the rest begins.
+#[inline(always)]
+pub(crate) fn vectors<S: Simd>(_: S, len: usize, mut f: impl FnMut(usize)) -> usize {
+    let whole = len / S::LANES * S::LANES;
+    let mut at = 0;
+    while at < whole {
+        f(at);
+        at += S::LANES;
+    }
+    whole
+}
