@@ -65,7 +65,7 @@ fn run(arguments: Vec<String>) -> Result<()> {
     match cli.command {
         Command::Lora(args) => commands::lora(&args, settings::Defaults::MlxLm),
         Command::Train(args) => commands::lora(&args, settings::Defaults::Recipe),
-        Command::Fuse(_) => Ok(()),
+        Command::Fuse(args) => commands::fuse(&args),
         Command::Generate(args) => commands::generate(&args),
         Command::Chat(args) => commands::chat(&args),
         Command::Server(args) => commands::server(&args),
