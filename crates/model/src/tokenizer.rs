@@ -155,7 +155,7 @@ fn missing(dir: &Path, file: PathBuf) -> Error {
             "missing; {name} alone cannot be read: convert it once with Hugging Face transformers \
              (AutoTokenizer.from_pretrained(dir).save_pretrained(dir))"
         ),
-        None => "missing: is this a model directory".to_owned(),
+        None => "missing; a model directory needs it: get it from where the weights are from".to_owned(),
     };
     Error::Tokenizer { file, message }
 }

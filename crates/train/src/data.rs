@@ -220,7 +220,9 @@ impl Split {
         let problem = match (self.found, self.skipped.len()) {
             (false, _) => "there is no such file".to_owned(),
             (true, 0) => "the file has no rows".to_owned(),
-            (true, n) => format!("all {n} rows were skipped, since none has anything to train on"),
+            (true, n) => {
+                format!("all {n} rows were skipped, since none has a target within max_seq_length: raise it")
+            }
         };
         Err(Error::EmptySplit { file: self.file.clone(), problem })
     }

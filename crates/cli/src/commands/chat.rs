@@ -48,7 +48,7 @@ pub(crate) fn chat(args: &ChatArgs) -> Result<()> {
                     }
                     None => loaded.tokenizer.encode(query, true)?,
                 };
-                let answer = answer(&loaded, route.route(), &ids, options.clone(), true)?;
+                let answer = answer(&loaded, route.route(), &ids, options.clone(), "")?;
                 ui::out("");
                 if shown {
                     ui::note(&format!("{} tokens, {:.1} tokens-per-sec", answer.tokens, answer.speed()));

@@ -5,7 +5,7 @@ use crate::errors::Usage;
 use crate::{hub, ui};
 use anyhow::{Result, bail};
 use graft_quant::convert::{ConvertOptions, Event, Packing, Report};
-use graft_quant::{Grid, Recipe, gguf::Gguf};
+use graft_quant::{Grid, Recipe};
 use std::path::{Path, PathBuf};
 
 /// Converts, then says what the result holds. `quantize` is `-q` or the command's name.
@@ -29,10 +29,10 @@ pub(crate) fn convert(args: &ConvertArgs, quantize: bool) -> Result<()> {
         Event::Warning(text) => progress.line(&format!("warning: {text}")),
     };
     let report = match gguf_file(source)? {
-        Some(file) => {
-            let _gguf = Gguf::open(&file)?;
-            bail!("GGUF");
-        }
+        Some(file) => bail!(
+            "{}: graft does not convert GGUF files; give the model's safetensors directory or Hugging Face id",
+            file.display()
+        ),
         None => {
             let dir = hub::resolve(source, hub::What::Model)?;
             graft_quant::convert::convert(&dir, target, &options, &mut on_event)

@@ -4,7 +4,7 @@ use crate::args::FuseArgs;
 use crate::errors::{Interrupted, Usage};
 use crate::hub::{self, What};
 use crate::{host, ui};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use graft_adapters::AdapterSet;
 use graft_merge::{Error, Event, FuseOptions, FuseReport, Policy, REPORT_FILE};
 use std::collections::BTreeMap;
@@ -37,7 +37,10 @@ pub(crate) fn fuse(args: &FuseArgs) -> Result<()> {
     match result {
         Ok(report) => say(&report, out),
         Err(error @ Error::Stopped) => bail!(Interrupted(format!("Interrupted: {error}"))),
-        Err(error) => return Err(error.into()),
+        Err(error) => {
+            let (adapter, base) = (&args.adapter_path, &args.model);
+            return Err(error).with_context(|| format!("cannot fuse {adapter} into {base}"));
+        }
     }
     Ok(())
 }

@@ -41,10 +41,8 @@ pub(crate) fn generate(args: &GenerateArgs) -> Result<()> {
             ..sampling(&args.sampling, &loaded, args.seed)?
         },
     };
-    if verbose {
-        ui::out("==========");
-    }
-    let answer = answer(&loaded, route.route(), &ids, options, true)?;
+    let opening = if verbose { "==========\n" } else { "" };
+    let answer = answer(&loaded, route.route(), &ids, options, opening)?;
     ui::out("");
     if !verbose {
         return Ok(());

@@ -1,9 +1,8 @@
 //! `graft inspect`: what a model or adapter directory holds, without loading its weights into a network.
 
 use crate::args::InspectArgs;
-use crate::errors::Usage;
 use crate::{hub, ui};
-use anyhow::{Result, anyhow};
+use anyhow::{Result, bail};
 use graft_adapters::{AdapterSet, CONFIG_FILE};
 use graft_quant::Checkpoint;
 use serde_json::{Map, Value, json};
@@ -22,10 +21,7 @@ pub(crate) fn inspect(args: &InspectArgs) -> Result<()> {
     } else if dir.join("config.json").is_file() {
         model_report(&dir)?
     } else {
-        return Err(anyhow!(Usage(format!(
-            "{} holds neither config.json (a model) nor {CONFIG_FILE} (an adapter)",
-            dir.display()
-        ))));
+        bail!("{} holds neither config.json (a model) nor {CONFIG_FILE} (an adapter)", dir.display());
     };
     if args.json {
         ui::out(&serde_json::to_string_pretty(&report)?);

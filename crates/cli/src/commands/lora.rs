@@ -7,7 +7,7 @@ use crate::settings::{Defaults, Settings};
 use crate::{host, ui};
 use anyhow::{Result, bail};
 use graft_adapters::{FineTuneType, LoraParameters};
-use graft_train::{Data, Event, Outcome, Summary, TrainConfig, TrainReport};
+use graft_train::{Data, Event, Outcome, TrainConfig, TrainReport};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -41,7 +41,7 @@ fn train(settings: &Settings, loaded: &Loaded, data: &Data, stop: &AtomicBool) -
         graft_train::run(&config, loaded.model.clone(), data, stop, &mut |event| report.event(&event));
     report.progress.done();
     let summary = result?;
-    report.close(&summary);
+    report.curve();
     if let Outcome::Interrupted { step } = summary.outcome {
         bail!(Interrupted(format!(
             "Interrupted after {step} of {} iterations; all of it is saved. Continue with: {}",
@@ -49,6 +49,7 @@ fn train(settings: &Settings, loaded: &Loaded, data: &Data, stop: &AtomicBool) -
             resume_command()
         )));
     }
+    ui::out(&format!("Saved final weights to {}.", summary.adapter_file.display()));
     Ok(())
 }
 
@@ -197,10 +198,9 @@ impl Report {
         ));
     }
 
-    fn close(&self, summary: &Summary) {
+    fn curve(&self) {
         if self.losses.len() > 1 {
             ui::note(&format!("loss {}", ui::sparkline(&self.losses, CURVE)));
         }
-        ui::out(&format!("Saved final weights to {}.", summary.adapter_file.display()));
     }
 }

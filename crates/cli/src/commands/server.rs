@@ -35,7 +35,7 @@ pub(crate) fn server(args: &ServerArgs) -> Result<()> {
         min_p: args.min_p,
         ..Sampling::greedy()
     };
-    sampling.check().map_err(|e| Usage(e.to_string()))?;
+    sampling.check()?;
     let addr = address(&args.host, args.port)?;
     let (adapters, default_adapter) = adapters(args)?;
     let dir = hub::resolve(model, What::Model)?;
