@@ -11,7 +11,7 @@ mod hub;
 mod settings;
 mod ui;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail};
 use args::Command;
 use graft_ops::Form;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -84,18 +84,14 @@ fn choose_form(threads: Option<usize>) -> Result<()> {
         Ok("" | "cpu") | Err(_) => {}
         Ok(other) => bail!(errors::Usage(format!("GRAFT_OPS must be `mlx` or `cpu`, not `{other}`"))),
     }
-    let from_env = match std::env::var("GRAFT_THREADS") {
-        Ok(text) if !text.is_empty() => {
-            let parsed = text.parse::<usize>();
-            Some(
-                parsed
-                    .map_err(|e| errors::Usage(e.to_string()))
-                    .with_context(|| format!("GRAFT_THREADS must be a whole number, not `{text}`"))?,
-            )
-        }
-        _ => None,
+    let threads = match (threads, std::env::var("GRAFT_THREADS")) {
+        (None, Ok(text)) if !text.is_empty() => match text.parse() {
+            Ok(n) => Some(n),
+            Err(_) => bail!(errors::Usage(format!("GRAFT_THREADS must be a whole number, not `{text}`"))),
+        },
+        (given, _) => given,
     };
-    match threads.or(from_env) {
+    match threads {
         Some(0) => bail!(errors::Usage("--threads must be at least 1".into())),
         Some(n) => graft_ops::set_threads(n),
         None => {}

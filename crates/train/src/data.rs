@@ -51,6 +51,15 @@ pub struct DataConfig {
     pub text_feature: String,
 }
 
+impl DataConfig {
+    /// With mlx-lm's names of the keys.
+    pub fn new(mask_prompt: bool, max_seq_length: usize) -> Self {
+        let [prompt_feature, completion_feature, chat_feature, text_feature] =
+            ["prompt", "completion", "messages", "text"].map(str::to_owned);
+        Self { mask_prompt, max_seq_length, prompt_feature, completion_feature, chat_feature, text_feature }
+    }
+}
+
 /// One row as read.
 #[derive(Debug, Clone)]
 pub struct Row {
@@ -86,7 +95,7 @@ impl Example {
 }
 
 /// The rows of one file that can be trained or evaluated on.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Split {
     /// The file.
     pub file: PathBuf,

@@ -82,11 +82,12 @@ fn render(args: &GenerateArgs, loaded: &Loaded, prompt: &str, extra: Map<String,
 
 /// The JSON object that a flag holds.
 pub(crate) fn json_object(flag: &str, text: &str) -> Result<Map<String, Value>> {
+    let wrong = |why: String| {
+        Usage(format!("{flag} must be a JSON object such as {{\"enable_thinking\": false}}{why}"))
+    };
     match serde_json::from_str(text) {
         Ok(Value::Object(map)) => Ok(map),
-        Ok(_) => bail!(Usage(format!("{flag} must be a JSON object such as {{\"enable_thinking\": false}}"))),
-        Err(e) => {
-            bail!(Usage(format!("{flag} must be a JSON object such as {{\"enable_thinking\": false}}: {e}")))
-        }
+        Ok(_) => bail!(wrong(String::new())),
+        Err(error) => bail!(wrong(format!(": {error}"))),
     }
 }

@@ -11,9 +11,6 @@ use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-/// Where adapter_config.json keeps the base's fingerprint, in graft's own part.
-pub(crate) const BASE: &str = "base";
-
 /// A model directory, open.
 pub(crate) struct Loaded {
     pub(crate) dir: PathBuf,
@@ -84,12 +81,7 @@ pub(crate) fn compute_dtype(checkpoint: &Checkpoint) -> Dtype {
 
 /// Refuses an adapter that says it was trained on another base.
 pub(crate) fn check_base(set: &AdapterSet, dir: &Path, base: &Fingerprint) -> Result<()> {
-    let Some(own) =
-        set.config.extra(BASE).and_then(|v| serde_json::from_value::<Fingerprint>(v.clone()).ok())
-    else {
-        return Ok(());
-    };
-    if let Some(why) = own.foreign_to(base) {
+    if let Some(why) = Fingerprint::read(&set.config).and_then(|own| own.foreign_to(base)) {
         bail!(
             "the adapter {} is for another base than {}: {why}; give the model it was trained on",
             dir.display(),

@@ -115,12 +115,41 @@ fn a_settings_file_holds_what_flags_do_and_more() {
         ("iters: soon\n", &["run2.yaml: `iters` must be a whole number, found the text `soon`"][..]),
         ("report_to: wandb\n", &["report_to: wandb is not supported", "metrics.jsonl"][..]),
         ("- a\n- b\n", &["run2.yaml must hold `key: value` settings, found a list"][..]),
+        ("hf_dataset: {pth: data}\n", &["unknown key `hf_dataset.pth`; did you mean `hf_dataset.path`?"][..]),
+        ("hf_dataset: [{path: 5}]\n", &["`hf_dataset.path` must be a text, found the number 5"][..]),
         ("iters: [\n", &["run2.yaml is not a YAML file of settings"][..]),
     ] {
         folder.write("run2.yaml", text);
         folder.fails(2, "lora --train --model model --data data -c run2.yaml", parts);
     }
     folder.fails(1, "lora --train -c gone.yaml", &["cannot read the settings file gone.yaml: No such file"]);
+}
+
+#[test]
+fn the_recipe_trains_on_answers_and_on_whole_texts_and_data_sets_may_be_slices() {
+    let folder = Folder::with_model();
+    let targets = |adapter: &str| timeless(&folder, adapter)[0]["tokens"].as_u64().unwrap();
+    let train = "train --model model --iters 1 --batch-size 1 --val-batches 0 --rank 2";
+    folder.rows("data/train.jsonl", &[row("hello", "the user")]);
+    folder.ok(&format!("{train} --data data --adapter-path masked"));
+    folder.write("whole.yaml", "mask_prompt: false\n");
+    folder.ok(&format!("{train} --data data --adapter-path whole -c whole.yaml"));
+    assert!(targets("masked") < targets("whole"), "{} {}", targets("masked"), targets("whole"));
+    folder.write("texts/train.jsonl", "{\"text\": \"the user\"}\n");
+    folder.ok(&format!("{train} --data texts --adapter-path texts-adapter"));
+    // Two slices of one set: the second half of it, and a half with keys of its own.
+    folder.rows("set/train.jsonl", &[json!({"q": "a", "a": "b"}), json!({"q": "c", "a": "d"})]);
+    folder.write(
+        "sets.yaml",
+        "hf_dataset:\n- {path: set, prompt_feature: q, completion_feature: a, train_split: 'train[50%:]'}\n\
+         - {path: data, train_split: train, mask_prompt: false}\n",
+    );
+    let run = folder.ok(&format!("{train} -c sets.yaml --adapter-path sets"));
+    assert!(run.err.contains("2 batches per pass"), "{run:?}");
+    folder.write("sets.yaml", "hf_dataset: {train_split: train}\n");
+    folder.fails(2, &format!("{train} -c sets.yaml"), &["hf_dataset: `path` is required"]);
+    folder.write("sets.yaml", "hf_dataset: {path: set, train_split: 'train[x]'}\n");
+    folder.fails(2, &format!("{train} -c sets.yaml"), &["the split `train[x]` is not of the form"]);
 }
 
 #[test]

@@ -159,7 +159,7 @@ impl Running {
 
     /// Waits for the end; what was not read of the output yet comes with it.
     pub(crate) fn end(mut self) -> Run {
-        let mut text = |pipe: Option<&mut dyn std::io::Read>| {
+        let text = |pipe: Option<&mut dyn std::io::Read>| {
             let mut text = String::new();
             pipe.map(|pipe| pipe.read_to_string(&mut text)).transpose().unwrap();
             text

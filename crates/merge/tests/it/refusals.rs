@@ -98,7 +98,7 @@ fn the_adapter_of_another_base_is_foreign() {
         let mut set = load(&tiny_adapter(base.path(), &tiny, false, 4, 9));
         let mut trained_on = |dir: &TempDir| {
             let fingerprint = Fingerprint::of(&Checkpoint::open(dir.path()).unwrap(), "their/model");
-            fingerprint.write(&mut set.config);
+            set.config.set_extra(Fingerprint::KEY, serde_json::to_value(fingerprint).unwrap());
             fused_with(base.path(), &set, &options(Policy::Raise))
         };
         let text = |result: Result<_>| result.map(|_| ()).unwrap_err().to_string();
