@@ -10,7 +10,8 @@ use std::path::Path;
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
     Bool,
-    Int,
+    /// A whole number; at the top level at least this.
+    Int(i64),
     Float,
     Text,
     /// A mapping with these keys.
@@ -40,24 +41,24 @@ const KEYS: &[(&str, Kind, &str)] = &[
         r#"{"adam": {}, "adamw": {}, "muon": {}, "sgd": {}, "adafactor": {}}"#,
     ),
     ("data", Kind::Text, r#""mlx-community/WikiSQL""#),
-    ("seed", Kind::Int, "0"),
-    ("num_layers", Kind::Int, "16"),
-    ("batch_size", Kind::Int, "4"),
-    ("iters", Kind::Int, "1000"),
-    ("val_batches", Kind::Int, "25"),
+    ("seed", Kind::Int(ANY), "0"),
+    ("num_layers", Kind::Int(-1), "16"),
+    ("batch_size", Kind::Int(1), "4"),
+    ("iters", Kind::Int(0), "1000"),
+    ("val_batches", Kind::Int(-1), "25"),
     ("learning_rate", Kind::Float, "1e-5"),
-    ("steps_per_report", Kind::Int, "10"),
-    ("steps_per_eval", Kind::Int, "200"),
+    ("steps_per_report", Kind::Int(1), "10"),
+    ("steps_per_eval", Kind::Int(1), "200"),
     ("resume_adapter_file", Kind::Text, "null"),
     ("adapter_path", Kind::Text, r#""adapters""#),
-    ("save_every", Kind::Int, "100"),
+    ("save_every", Kind::Int(1), "100"),
     ("test", Kind::Bool, "false"),
-    ("test_batches", Kind::Int, "500"),
-    ("max_seq_length", Kind::Int, "2048"),
+    ("test_batches", Kind::Int(-1), "500"),
+    ("max_seq_length", Kind::Int(2), "2048"),
     ("config", Kind::Text, "null"),
     ("grad_checkpoint", Kind::Bool, "false"),
-    ("grad_accumulation_steps", Kind::Int, "1"),
-    ("clear_cache_threshold", Kind::Int, "0"),
+    ("grad_accumulation_steps", Kind::Int(1), "1"),
+    ("clear_cache_threshold", Kind::Int(0), "0"),
     ("lr_schedule", Kind::Map(SCHEDULE_KEYS), "null"),
     ("lora_parameters", Kind::Map(LORA_KEYS), r#"{"rank": 8, "dropout": 0.0, "scale": 20.0}"#),
     ("mask_prompt", Kind::Bool, "false"),
@@ -75,9 +76,11 @@ const KEYS: &[(&str, Kind, &str)] = &[
 
 /// The default of a key that mlx_lm does not have at all.
 const UNSET: &str = "";
+/// No bound here.
+const ANY: i64 = i64::MIN;
 
 const LORA_KEYS: Keys = &[
-    ("rank", Kind::Int),
+    ("rank", Kind::Int(ANY)),
     ("scale", Kind::Float),
     ("alpha", Kind::Float),
     ("dropout", Kind::Float),
@@ -86,7 +89,7 @@ const LORA_KEYS: Keys = &[
 const SCHEDULE_KEYS: Keys = &[
     ("name", Kind::Text),
     ("arguments", Kind::Numbers),
-    ("warmup", Kind::Int),
+    ("warmup", Kind::Int(ANY)),
     ("warmup_init", Kind::Float),
 ];
 const OPTIMIZERS: Keys = &[
@@ -202,21 +205,11 @@ impl Settings {
                 return Err(usage(format!("{key} must be one of {}, not `{value}`", allowed.join(", "))));
             }
         }
-        let least = [
-            ("batch_size", 1),
-            ("iters", 0),
-            ("steps_per_report", 1),
-            ("steps_per_eval", 1),
-            ("save_every", 1),
-            ("grad_accumulation_steps", 1),
-            ("max_seq_length", 2),
-            ("num_layers", -1),
-            ("val_batches", -1),
-            ("test_batches", -1),
-        ];
-        for (key, least) in least {
+        for (key, kind, _) in KEYS {
             let value = self.int(key);
-            if value < least {
+            if let Kind::Int(least) = kind
+                && value < *least
+            {
                 return Err(usage(format!("{} must be at least {least}, not {value}", flag_name(key))));
             }
         }
@@ -362,7 +355,7 @@ fn typed(origin: &str, name: &str, value: Value, kind: Kind) -> Result<Value> {
             },
         ),
         (Kind::Bool, value) => ("true or false", Some(value).filter(Value::is_boolean)),
-        (Kind::Int, value) => ("a whole number", Some(value).filter(Value::is_i64)),
+        (Kind::Int(_), value) => ("a whole number", Some(value).filter(Value::is_i64)),
         (Kind::Float, value) => ("a number", float(&value).map(Value::from)),
         (Kind::Text, value) => ("a text", Some(value).filter(Value::is_string)),
         (Kind::AnyMap, value) => ("a mapping", Some(value).filter(Value::is_object)),

@@ -43,7 +43,8 @@ pub(crate) fn chat(args: &ChatArgs) -> Result<()> {
                 messages.push(json!({"role": "user", "content": query}));
                 let ids = match &loaded.template {
                     Some(template) => {
-                        let text = template.render(&messages, None, true, &loaded.template_extra())?;
+                        let text =
+                            template.render(&messages, None, true, &loaded.tokenizer.template_variables())?;
                         loaded.tokenizer.encode(&text, false)?
                     }
                     None => loaded.tokenizer.encode(query, true)?,

@@ -66,7 +66,7 @@ fn render(args: &GenerateArgs, loaded: &Loaded, prompt: &str, extra: Map<String,
         messages.push(json!({"role": "system", "content": system}));
     }
     messages.push(json!({"role": "user", "content": prompt}));
-    let mut variables = loaded.template_extra();
+    let mut variables = loaded.tokenizer.template_variables();
     variables.extend(extra);
     let Some(prefill) = &args.prefill_response else {
         return Ok(template.render(&messages, None, true, &variables)?);

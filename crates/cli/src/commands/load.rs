@@ -7,7 +7,6 @@ use graft_model::{ChatTemplate, Model, Tokenizer};
 use graft_ops::Dtype;
 use graft_quant::Checkpoint;
 use graft_train::{ModelEncoder, OwnedRoute};
-use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -43,24 +42,12 @@ impl Loaded {
         })
     }
 
-    /// Variables that mlx-lm gives every template: `enable_thinking`, true where the vocabulary has thinking tokens.
-    pub(crate) fn template_extra(&self) -> Map<String, Value> {
-        let thinks = [
-            ("<think>", "</think>"),
-            ("<longcat_think>", "</longcat_think>"),
-            ("<|think:start|>", "<|think:end|>"),
-        ];
-        let has = |token: &str| self.tokenizer.token_to_id(token).is_some();
-        let thinks = thinks.iter().any(|(open, close)| has(open) && has(close));
-        Map::from_iter([("enable_thinking".to_string(), thinks.into())])
-    }
-
     /// What turns rows of data into tokens.
     pub(crate) fn encoder(&self) -> ModelEncoder<'_> {
         ModelEncoder {
             tokenizer: &self.tokenizer,
             template: self.template.as_ref(),
-            extra: self.template_extra(),
+            extra: self.tokenizer.template_variables(),
             eos: self.tokenizer.eos_id(),
         }
     }

@@ -35,6 +35,20 @@ fn it_serves_a_base_and_its_adapters_by_name_until_it_is_interrupted() {
 }
 
 #[test]
+fn messages_are_read_as_generate_reads_them() {
+    let folder = Folder::with_model();
+    let mut config = folder.json("model/tokenizer_config.json");
+    config["chat_template"] =
+        "{% if enable_thinking is defined %}{{ 'thinks ' ~ enable_thinking }}{% endif %}{{ messages[0].content }}".into();
+    folder.write("model/tokenizer_config.json", &config.to_string());
+    let said = folder.ok("generate --model model --prompt hello --max-tokens 1").out;
+    let (_server, address) = serve(&folder, "server --model model --port 0");
+    let body = json!({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1});
+    let tokens = json(&address, "/v1/chat/completions", Some(&body))["usage"]["prompt_tokens"].clone();
+    assert!(said.contains(&format!("Prompt: {tokens} tokens")), "{tokens}, {said}");
+}
+
+#[test]
 fn what_stops_it_is_said_at_once() {
     let folder = Folder::with_model();
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
