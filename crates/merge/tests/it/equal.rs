@@ -5,9 +5,12 @@ use graft_merge::Policy;
 use graft_testkit::tolerance::F32_DEEP;
 use graft_testkit::{Family, Tiny, assert_close, tiny_adapter, tiny_model};
 
+use graft_quant::{Tensor, read_safetensors};
+use serde_json::json;
+
 use crate::support::{
-    Tensors, adapter_dir, arrays, every_model, fused, fused_with, gap, load, logits, options, read_json,
-    tensors, unfused_logits, wave,
+    Tensors, adapter_dir, arrays, every_model, floats, fused, fused_with, gap, load, logits, options,
+    read_json, tensors, unfused_logits, wave, write_tensors,
 };
 
 /// The error of the logits over their change by the adapter, in units of the reported error of the weights. The tiny
@@ -163,6 +166,44 @@ fn whole_weights_take_the_place_of_the_bases() {
             }
         }
     });
+}
+
+#[test]
+fn pefts_form_of_an_adapter_fuses_to_the_same_bytes() {
+    arrays(|| {
+        let tiny = Tiny { packed: Some((4, 32)), ..Tiny::new(Family::Mistral) };
+        let base = tiny_model(&tiny);
+        for dora in [false, true] {
+            let ours = tiny_adapter(base.path(), &tiny, dora, 4, 9);
+            let theirs = tempfile::tempdir().unwrap();
+            let mut renamed = Tensors::new();
+            for (name, tensor) in read_safetensors(&ours.path().join("adapters.safetensors")).unwrap().0 {
+                let (path, part) = name.rsplit_once('.').unwrap();
+                let part = match part {
+                    "lora_a" => "lora_A.weight",
+                    "lora_b" => "lora_B.weight",
+                    _ => "lora_magnitude_vector",
+                };
+                renamed.insert(format!("base_model.model.{path}.{part}"), transposed(&tensor));
+            }
+            write_tensors(&theirs.path().join("adapter_model.safetensors"), &renamed);
+            // The testkit's s is 2.
+            let config =
+                json!({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "use_dora": dora});
+            std::fs::write(theirs.path().join("adapter_config.json"), config.to_string()).unwrap();
+            let of =
+                |adapter: &tempfile::TempDir| tensors(&fused(base.path(), adapter.path(), Policy::Raise).dir);
+            assert!(of(&ours) == of(&theirs), "dora {dora}");
+        }
+    });
+}
+
+/// A matrix of f32 turned; a vector as it is.
+fn transposed(tensor: &Tensor) -> Tensor {
+    let &[rows, columns] = &tensor.shape[..] else { return tensor.clone() };
+    let values = tensor.to_f32().unwrap();
+    let turned = (0..columns).flat_map(|c| (0..rows).map(move |r| r * columns + c)).map(|at| values[at]);
+    floats(&turned.collect::<Vec<_>>(), &[columns, rows])
 }
 
 #[test]
