@@ -1,20 +1,69 @@
 //! Causal attention over rows of different length, with grouped key/value heads.
 
+#[cfg(graft_cpu)]
+use std::sync::Arc;
+
 use mlx_rs::fast::{self, ScaledDotProductAttentionMask as Mask};
 use mlx_rs::ops;
+use mlx_rs::ops::indexing::TryIndexMutOp as _;
 
+#[cfg(graft_cpu)]
+use crate::Dtype;
+#[cfg(graft_cpu)]
+use crate::cpu::{
+    attention::{Cached, CachedSpan, Causal, Heads, KEYS},
+    primitive::apply,
+};
+#[cfg(graft_cpu)]
+use crate::form::on_cpu;
 use crate::{Array, Exception, Result, Rows};
 
-/// The keys and values of one sequence as a cache holds them.
-#[derive(Clone, Copy)]
-pub struct CachedRow<'a> {
-    /// (K, capacity, D).
-    pub k: &'a Array,
-    /// (K, capacity, D).
-    pub v: &'a Array,
-    /// How many of the capacity's positions are valid, the new tokens' included.
-    pub len: i32,
+/// The keys and values of one sequence in one block. How they are laid out is the business of [`attention_cached`].
+#[derive(Debug, Default)]
+pub struct KeyValues {
+    kv: Option<(Array, Array)>,
 }
+
+impl KeyValues {
+    /// The buffers, for evaluation.
+    pub fn arrays(&self) -> impl Iterator<Item = &Array> {
+        self.kv.iter().flat_map(|(k, v)| [k, v])
+    }
+
+    /// Bytes that the buffers take.
+    pub fn nbytes(&self) -> usize {
+        self.arrays().map(Array::nbytes).sum()
+    }
+
+    /// MLX's form: appends k and v (n, K, D) behind the first `len` tokens of buffers (K, capacity, D).
+    fn mlx_append(&mut self, k: &Array, v: &Array, len: i32) -> Result<()> {
+        let &[new, heads, dim] = k.shape() else { return Err(Exception::custom("keys must be (N, K, D)")) };
+        let end = len + new;
+        let grown = |old: Option<Array>| -> Result<Array> {
+            let capacity = old.as_ref().map_or(0, |a| a.dim(1));
+            if end <= capacity
+                && let Some(old) = old
+            {
+                return Ok(old);
+            }
+            let target = (end + STEP - 1) / STEP * STEP;
+            let more = ops::zeros_dtype(&[heads, target - capacity, dim], k.dtype())?;
+            match old {
+                Some(old) => ops::concatenate(&[old, more], 1),
+                None => Ok(more),
+            }
+        };
+        let (old_k, old_v) = self.kv.take().unzip();
+        let (mut keys, mut values) = (grown(old_k)?, grown(old_v)?);
+        keys.try_index_mut((.., len..end, ..), k.swap_axes(0, 1)?)?;
+        values.try_index_mut((.., len..end, ..), v.swap_axes(0, 1)?)?;
+        self.kv = Some((keys, values));
+        Ok(())
+    }
+}
+
+/// Tokens by which a buffer grows, so that most steps write in place.
+const STEP: i32 = 256;
 
 fn heads_of(name: &str, q: &Array, kv_heads: i32, kv_dim: i32) -> Result<(i32, i32, i32)> {
     let &[tokens, heads, dim] = q.shape() else {
@@ -47,6 +96,16 @@ pub fn attention(q: &Array, k: &Array, v: &Array, rows: &Rows, scale: f32) -> Re
     if rows.starts.iter().any(|&start| start != 0) {
         return Err(Exception::custom("attention: rows with cached tokens need attention_cached"));
     }
+    #[cfg(graft_cpu)]
+    if on_cpu(&[q, k, v]) {
+        let starts = rows.lengths.iter().scan(0, |at, &length| {
+            let start = *at;
+            *at += length as usize;
+            Some((start, length as usize))
+        });
+        let heads = cpu_heads(heads, kv_heads, dim, scale);
+        return Causal { heads, rows: Arc::new(starts.collect()) }.apply(q, k, v);
+    }
     match rows.equal_length() {
         Some(length) if length > 0 => {
             let batch = rows.lengths.len() as i32;
@@ -70,50 +129,101 @@ pub fn attention(q: &Array, k: &Array, v: &Array, rows: &Rows, scale: f32) -> Re
     }
 }
 
-/// The same for tokens that follow `starts` cached ones: q (N, H, D) of all rows, one cache per row, whose last
-/// positions are the row's new tokens. (N, H, D) in the type of q. Has no gradient.
-pub fn attention_cached(q: &Array, cache: &[CachedRow], rows: &Rows, scale: f32) -> Result<Array> {
-    rows.check(q.shape().first().copied().unwrap_or(0))?;
-    if cache.len() != rows.lengths.len() {
+/// The same for new tokens that follow `starts` cached ones: q (N, H, D), k and v (N, K, D) of all rows and one cache
+/// per row, to which k and v are appended. (N, H, D) in the type of q. Has no gradient.
+pub fn attention_cached(
+    q: &Array,
+    k: &Array,
+    v: &Array,
+    caches: &mut [&mut KeyValues],
+    rows: &Rows,
+    scale: f32,
+) -> Result<Array> {
+    let &[kv_tokens, kv_heads, kv_dim] = k.shape() else {
+        return Err(Exception::custom(format!("attention: keys must be (N, K, D), found {:?}", k.shape())));
+    };
+    let (tokens, heads, dim) = heads_of("attention", q, kv_heads, kv_dim)?;
+    rows.check(tokens)?;
+    if kv_tokens != tokens || v.shape() != k.shape() || caches.len() != rows.lengths.len() {
         return Err(Exception::custom(format!(
-            "attention: {} rows, but {} caches",
+            "attention: queries {:?}, keys {:?}, values {:?}, {} rows and {} caches do not fit together",
+            q.shape(),
+            k.shape(),
+            v.shape(),
             rows.lengths.len(),
-            cache.len()
+            caches.len()
         )));
     }
-    for (i, row) in cache.iter().enumerate() {
-        let &[kv_heads, capacity, kv_dim] = row.k.shape() else {
-            return Err(Exception::custom(format!(
-                "attention: cached keys must be (K, capacity, D), found {:?}",
-                row.k.shape()
-            )));
-        };
-        heads_of("attention", q, kv_heads, kv_dim)?;
-        if row.v.shape() != row.k.shape() || row.k.shape()[0] != cache[0].k.shape()[0] {
-            return Err(Exception::custom(format!(
-                "attention: cached values {:?} do not fit the keys {:?}",
-                row.v.shape(),
-                row.k.shape()
-            )));
-        }
-        if row.len > capacity || row.len != rows.starts[i] + rows.lengths[i] {
-            return Err(Exception::custom(format!(
-                "attention: row {i} has {} cached and {} new tokens, but {} valid keys of {capacity}",
-                rows.starts[i], rows.lengths[i], row.len
-            )));
-        }
+    #[cfg(graft_cpu)]
+    if on_cpu(&[q, k, v]) {
+        return cpu_cached((q, k, v), caches, rows, cpu_heads(heads, kv_heads, dim, scale));
     }
-    let qs = ops::split_at_indices(q, &rows.borders(), 0)?;
+    let borders = rows.borders();
+    let split = |x: &Array| ops::split_at_indices(x, &borders, 0);
+    let (qs, ks, vs) = (split(q)?, split(k)?, split(v)?);
     let mut outputs = Vec::with_capacity(qs.len());
-    for (q, row) in qs.iter().zip(cache) {
-        if q.dim(0) == 0 {
+    for (i, cache) in caches.iter_mut().enumerate() {
+        let (q, len) = (&qs[i], rows.starts[i] + rows.lengths[i]);
+        if rows.lengths[i] == 0 {
             continue;
         }
-        let valid = |x: &Array| ops::split_at_indices(x, &[row.len], 1)?[0].expand_dims(0);
+        cache.mlx_append(&ks[i], &vs[i], rows.starts[i])?;
+        let Some((keys, values)) = &cache.kv else { continue };
+        let valid = |x: &Array| ops::split_at_indices(x, &[len], 1)?[0].expand_dims(0);
         let folded = q.transpose_axes(&[1, 0, 2])?.expand_dims(0)?;
-        outputs.push(unfold(&mlx_causal(&folded, &valid(row.k)?, &valid(row.v)?, scale)?)?);
+        outputs.push(unfold(&mlx_causal(&folded, &valid(keys)?, &valid(values)?, scale)?)?);
     }
     if outputs.is_empty() { Ok(q.clone()) } else { ops::concatenate(&outputs, 0) }
+}
+
+#[cfg(graft_cpu)]
+fn cpu_heads(heads: i32, kv_heads: i32, dim: i32, scale: f32) -> Heads {
+    Heads { heads: heads as usize, kv_heads: kv_heads as usize, dim: dim as usize, scale }
+}
+
+#[cfg(graft_cpu)]
+fn cpu_cached(
+    (q, k, v): (&Array, &Array, &Array),
+    caches: &mut [&mut KeyValues],
+    rows: &Rows,
+    heads: Heads,
+) -> Result<Array> {
+    let block = KEYS * heads.width();
+    let mut spans = Vec::with_capacity(caches.len());
+    let mut old = Vec::with_capacity(2 * caches.len());
+    let mut start = 0;
+    for (cache, (&length, &before)) in caches.iter_mut().zip(rows.lengths.iter().zip(&rows.starts)) {
+        let (length, before) = (length as usize, before as usize);
+        let (keys, values) = match cache.kv.take() {
+            Some(kv) => kv,
+            None => {
+                let empty = ops::zeros_dtype(&[heads.kv_heads as i32, 0], Dtype::Float32)?;
+                (empty.clone(), empty)
+            }
+        };
+        let old_blocks = keys.dim(1) as usize / block;
+        if old_blocks * KEYS < before {
+            return Err(Exception::custom(format!(
+                "attention: {before} tokens are not in a cache of {old_blocks} blocks"
+            )));
+        }
+        let needed = (before + length).div_ceil(KEYS);
+        let blocks =
+            if needed <= old_blocks { old_blocks } else { needed.next_multiple_of(STEP as usize / KEYS) };
+        spans.push(CachedSpan { start, length, before, old_blocks, blocks });
+        old.extend([keys, values]);
+        start += length;
+    }
+    let shapes: Vec<[i32; 2]> = spans.iter().map(|span| Cached::cache_shape(heads, span.blocks)).collect();
+    let mut outputs = vec![(q.shape(), Dtype::Float32)];
+    outputs.extend(shapes.iter().flat_map(|shape| [(&shape[..], Dtype::Float32); 2]));
+    let inputs: Vec<&Array> = [q, k, v].into_iter().chain(&old).collect();
+    let mut made = apply(Cached { heads, rows: spans }, &inputs, &outputs)?.into_iter();
+    let o = made.next();
+    for cache in caches.iter_mut() {
+        cache.kv = made.next().zip(made.next());
+    }
+    o.ok_or_else(|| Exception::custom("attention has no output"))
 }
 
 /// (B, H, L, D) against (B, K, S, D): the last query sees every key.

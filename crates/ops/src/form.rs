@@ -35,3 +35,9 @@ pub fn set_form(form: Form) {
     };
     FORM.store(value, Ordering::Relaxed);
 }
+
+/// Whether an operation on these floats takes our CPU form, which knows f32 alone.
+#[cfg(graft_cpu)]
+pub(crate) fn on_cpu(arrays: &[&crate::Array]) -> bool {
+    form() == Form::Cpu && arrays.iter().all(|array| array.dtype() == crate::Dtype::Float32)
+}

@@ -23,7 +23,7 @@ mod pool;
 mod rope;
 mod rows;
 
-pub use attention::{CachedRow, attention, attention_cached};
+pub use attention::{KeyValues, attention, attention_cached};
 #[cfg(graft_cpu)]
 pub use cpu::level::{Level, best_cpu_level, cpu_level, set_cpu_level};
 pub use form::{Form, form, set_form};
@@ -31,7 +31,7 @@ pub use loss::{HeadRef, cross_entropy, linear_cross_entropy};
 pub use mlx_rs::error::Exception;
 pub use mlx_rs::{Array, Dtype};
 pub use norm::{rms_norm, swiglu};
-pub use packed::{PackedRef, packed_matmul, packed_matmul_t, packed_rows};
+pub use packed::{PackedRef, dense_matmul, dense_matmul_t, packed_matmul, packed_matmul_t, packed_rows};
 pub use pool::{set_threads, threads};
 pub use rope::{RopeTable, rope};
 pub use rows::Rows;

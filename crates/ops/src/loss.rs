@@ -2,6 +2,10 @@
 
 use mlx_rs::ops;
 
+#[cfg(graft_cpu)]
+use crate::cpu::loss::HeadLoss;
+#[cfg(graft_cpu)]
+use crate::form::on_cpu;
 use crate::{Array, Dtype, Exception, PackedRef, Result, ffi, packed_matmul, packed_matmul_t};
 
 /// The weights of the output head, W (V, E).
@@ -121,6 +125,11 @@ pub fn linear_cross_entropy(h: &Array, head: HeadRef, targets: &Array, chunk: i3
     check_targets(rows, targets)?;
     if rows == 0 {
         return ops::zeros_dtype(&[0], Dtype::Float32);
+    }
+    #[cfg(graft_cpu)]
+    if on_cpu(&[h]) && !matches!(head, HeadRef::Dense(w) if w.dtype() != Dtype::Float32) {
+        let targets = targets.as_dtype(Dtype::Int32)?;
+        return HeadLoss::apply(h, head, &targets, ffi::differentiating());
     }
     mlx_linear(h, head, targets, chunk.max(1))
 }

@@ -108,7 +108,7 @@ impl Weight {
     /// When shapes do not fit.
     pub fn matmul(&self, x: &Array) -> Result<Array> {
         match self {
-            Self::Dense(w) => x.matmul(w.transpose()?),
+            Self::Dense(w) => graft_ops::dense_matmul(x, w),
             Self::Packed(w) => graft_ops::packed_matmul(x, w.as_ref()),
         }
     }
@@ -119,7 +119,7 @@ impl Weight {
     /// When shapes do not fit.
     pub fn matmul_t(&self, x: &Array) -> Result<Array> {
         match self {
-            Self::Dense(w) => x.matmul(w),
+            Self::Dense(w) => graft_ops::dense_matmul_t(x, w),
             Self::Packed(w) => graft_ops::packed_matmul_t(x, w.as_ref()),
         }
     }

@@ -9,7 +9,7 @@ use super::simd::{Kernel, Simd, Tile};
 use crate::pool::{self, Shares};
 
 /// The depth of a panel of B at most: with 32 columns, most of a first-level cache.
-const DEPTH: usize = 256;
+pub(crate) const DEPTH: usize = 256;
 /// Depth blocks for which A is in panels at a time.
 const BLOCKS: usize = 8;
 /// Rows for which A is in panels at a time; a multiple of every level's tile.
@@ -146,7 +146,7 @@ pub(crate) unsafe fn gemm(
     }
 }
 
-fn share(worth_it: bool, tasks: usize, run: impl Fn(usize) + Sync) {
+pub(crate) fn share(worth_it: bool, tasks: usize, run: impl Fn(usize) + Sync) {
     if worth_it {
         pool::run(tasks, run);
     } else {

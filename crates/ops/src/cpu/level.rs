@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::simd::{Kernel, Simd};
+use super::simd::Kernel;
 use super::simd_portable::Portable;
 
 /// Instructions that the kernels are compiled for.
@@ -69,16 +69,4 @@ pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
         Level::Avx2 => unsafe { super::simd_x86::run_avx2(kernel) },
         _ => kernel.run(Portable::new()),
     }
-}
-
-/// Where `dispatch` ends up, to be named in reports.
-pub(crate) fn lanes() -> usize {
-    struct Lanes;
-    impl Kernel for Lanes {
-        type Output = usize;
-        fn run<S: Simd>(self, _: S) -> usize {
-            S::LANES
-        }
-    }
-    dispatch(Lanes)
 }

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 const LINE: usize = 16;
 
 /// What is larger than this (in floats) is given back after its use.
-const KEEP: usize = 8 << 20;
+const KEEP: usize = 4 << 20;
 
 #[derive(Default)]
 pub(crate) struct Scratch(RefCell<Vec<f32>>);
@@ -37,4 +37,6 @@ thread_local! {
     pub(crate) static LEFT: Scratch = const { Scratch::new() };
     /// A panel of the right side, or what else a task needs.
     pub(crate) static PANEL: Scratch = const { Scratch::new() };
+    /// Logits of some rows.
+    pub(crate) static LOGITS: Scratch = const { Scratch::new() };
 }

@@ -49,18 +49,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `p` must be valid for reading all of them, and (LANES - 1) * stride must fit an i32.
     unsafe fn gather(self, p: *const u32, stride: usize) -> Self::I;
     fn shift_right(self, a: Self::I, by: u32) -> Self::I;
-    fn shift_left(self, a: Self::I, by: u32) -> Self::I;
     fn and(self, a: Self::I, b: Self::I) -> Self::I;
-    fn or(self, a: Self::I, b: Self::I) -> Self::I;
     fn to_float(self, a: Self::I) -> Self::V;
-    /// LANES 4-bit codes in their order.
+    /// LANES codes of `bits` bits in their order, from the first bit of `p` on.
     /// # Safety
-    /// `p` must be valid for reading LANES / 2 bytes.
-    unsafe fn codes4(self, p: *const u8) -> Self::I;
-    /// LANES 8-bit codes in their order.
-    /// # Safety
-    /// `p` must be valid for reading LANES bytes.
-    unsafe fn codes8(self, p: *const u8) -> Self::I;
+    /// `p` must be valid for reading LANES * bits / 8 bytes, and `end` must be where what can be read ends.
+    unsafe fn codes(self, p: *const u8, bits: usize, end: *const u8) -> Self::I;
 
     /// 32 weights s * code + b of 32 4-bit codes: those at even places first, then those at odd places.
     /// # Safety
@@ -75,7 +69,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `p` must be valid for reading 32 f32.
     unsafe fn block32(self, p: *const f32) -> Self::Block;
 
-    /// f16 bits as f32.
+    /// f16 bits as f32, as many as both hold.
     fn widen_f16(self, from: &[u16], to: &mut [f32]);
 
     /// One tile of the large products, see [`super::gemm`].
@@ -183,4 +177,21 @@ pub(crate) fn vectors<S: Simd>(_: S, len: usize, mut f: impl FnMut(usize)) -> us
         at += S::LANES;
     }
     whole
+}
+
+/// Eight codes of `bits` bits take as many bytes; they come in the low bits of a word, of which only those are valid.
+///
+/// # Safety
+/// `p` must be valid for reading `bits` bytes, and `end` must be where what can be read ends.
+#[inline(always)]
+pub(crate) unsafe fn eight_codes(p: *const u8, bits: usize, end: *const u8) -> u64 {
+    // SAFETY: the caller's promise; eight bytes are only read where there are as many.
+    unsafe {
+        if end.addr() - p.addr() >= 8 {
+            return p.cast::<u64>().read_unaligned();
+        }
+        let mut bytes = [0; 8];
+        std::ptr::copy_nonoverlapping(p, bytes.as_mut_ptr(), bits);
+        u64::from_le_bytes(bytes)
+    }
 }

@@ -7,7 +7,7 @@
 
 use std::arch::x86_64::*;
 
-use super::simd::{Kernel, Simd, Tile, tile};
+use super::simd::{Kernel, Simd, Tile, eight_codes, tile};
 
 /// AVX-512 F, BW, DQ and VL.
 #[derive(Clone, Copy)]
@@ -120,34 +120,38 @@ impl Simd for Avx512 {
         unsafe { _mm512_srl_epi32(a, _mm_cvtsi32_si128(by as i32)) }
     }
     #[inline(always)]
-    fn shift_left(self, a: __m512i, by: u32) -> __m512i {
-        unsafe { _mm512_sll_epi32(a, _mm_cvtsi32_si128(by as i32)) }
-    }
-    #[inline(always)]
     fn and(self, a: __m512i, b: __m512i) -> __m512i {
         unsafe { _mm512_and_si512(a, b) }
-    }
-    #[inline(always)]
-    fn or(self, a: __m512i, b: __m512i) -> __m512i {
-        unsafe { _mm512_or_si512(a, b) }
     }
     #[inline(always)]
     fn to_float(self, a: __m512i) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(a) }
     }
     #[inline(always)]
-    unsafe fn codes4(self, p: *const u8) -> __m512i {
+    unsafe fn codes(self, p: *const u8, bits: usize, end: *const u8) -> __m512i {
         unsafe {
-            let words = p.cast::<[i32; 2]>().read_unaligned();
-            let low = _mm512_castsi256_si512(_mm256_set1_epi32(words[0]));
-            let both = _mm512_inserti64x4::<1>(low, _mm256_set1_epi32(words[1]));
-            let by = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-            _mm512_and_si512(_mm512_srlv_epi32(both, by), _mm512_set1_epi32(15))
+            match bits {
+                4 => {
+                    let words = p.cast::<[i32; 2]>().read_unaligned();
+                    let low = _mm512_castsi256_si512(_mm256_set1_epi32(words[0]));
+                    let both = _mm512_inserti64x4::<1>(low, _mm256_set1_epi32(words[1]));
+                    let by = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+                    _mm512_and_si512(_mm512_srlv_epi32(both, by), _mm512_set1_epi32(15))
+                }
+                8 => _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())),
+                _ => {
+                    let b = bits as i64;
+                    let by = _mm512_setr_epi64(0, b, 2 * b, 3 * b, 4 * b, 5 * b, 6 * b, 7 * b);
+                    let mask = _mm512_set1_epi64((1 << b) - 1);
+                    let half = |word: u64| {
+                        let codes = _mm512_srlv_epi64(_mm512_set1_epi64(word as i64), by);
+                        _mm512_cvtepi64_epi32(_mm512_and_si512(codes, mask))
+                    };
+                    let low = _mm512_castsi256_si512(half(eight_codes(p, bits, end)));
+                    _mm512_inserti64x4::<1>(low, half(eight_codes(p.add(bits), bits, end)))
+                }
+            }
         }
-    }
-    #[inline(always)]
-    unsafe fn codes8(self, p: *const u8) -> __m512i {
-        unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())) }
     }
 
     #[inline(always)]
@@ -196,6 +200,12 @@ impl Simd for Avx512 {
     unsafe fn small_tile(self, t: Tile) {
         unsafe { tile::<Avx512, 8, 2>(self, t) }
     }
+}
+
+/// Eight bytes as words.
+#[inline(always)]
+unsafe fn bytes8(p: *const u8) -> __m256i {
+    unsafe { _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())) }
 }
 
 #[inline(always)]
@@ -300,32 +310,39 @@ impl Simd for Avx2 {
         unsafe { _mm256_srl_epi32(a, _mm_cvtsi32_si128(by as i32)) }
     }
     #[inline(always)]
-    fn shift_left(self, a: __m256i, by: u32) -> __m256i {
-        unsafe { _mm256_sll_epi32(a, _mm_cvtsi32_si128(by as i32)) }
-    }
-    #[inline(always)]
     fn and(self, a: __m256i, b: __m256i) -> __m256i {
         unsafe { _mm256_and_si256(a, b) }
-    }
-    #[inline(always)]
-    fn or(self, a: __m256i, b: __m256i) -> __m256i {
-        unsafe { _mm256_or_si256(a, b) }
     }
     #[inline(always)]
     fn to_float(self, a: __m256i) -> __m256 {
         unsafe { _mm256_cvtepi32_ps(a) }
     }
     #[inline(always)]
-    unsafe fn codes4(self, p: *const u8) -> __m256i {
+    unsafe fn codes(self, p: *const u8, bits: usize, end: *const u8) -> __m256i {
         unsafe {
-            let word = _mm256_set1_epi32(p.cast::<i32>().read_unaligned());
-            let by = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-            _mm256_and_si256(_mm256_srlv_epi32(word, by), _mm256_set1_epi32(15))
+            match bits {
+                4 => {
+                    let word = _mm256_set1_epi32(p.cast::<i32>().read_unaligned());
+                    let by = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+                    _mm256_and_si256(_mm256_srlv_epi32(word, by), _mm256_set1_epi32(15))
+                }
+                8 => bytes8(p),
+                _ => {
+                    let b = bits as i64;
+                    let word = _mm256_set1_epi64x(eight_codes(p, bits, end) as i64);
+                    let mask = _mm256_set1_epi64x((1 << b) - 1);
+                    let low = _mm256_srlv_epi64(word, _mm256_setr_epi64x(0, b, 2 * b, 3 * b));
+                    let high = _mm256_srlv_epi64(word, _mm256_setr_epi64x(4 * b, 5 * b, 6 * b, 7 * b));
+                    let (low, high) = (_mm256_and_si256(low, mask), _mm256_and_si256(high, mask));
+                    // The even words of both, low before high in each half, then the middle quarters exchanged.
+                    let mixed = _mm256_shuffle_ps::<0b10_00_10_00>(
+                        _mm256_castsi256_ps(low),
+                        _mm256_castsi256_ps(high),
+                    );
+                    _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_castps_si256(mixed))
+                }
+            }
         }
-    }
-    #[inline(always)]
-    unsafe fn codes8(self, p: *const u8) -> __m256i {
-        unsafe { _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())) }
     }
 
     #[inline(always)]
@@ -333,7 +350,7 @@ impl Simd for Avx2 {
         unsafe {
             let (s, b) = (_mm256_set1_ps(s), _mm256_set1_ps(b));
             let weight = |codes| _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), s, b);
-            let (first, second) = (self.codes8(p), self.codes8(p.add(8)));
+            let (first, second) = (bytes8(p), bytes8(p.add(8)));
             let low = _mm256_set1_epi32(15);
             [
                 weight(_mm256_and_si256(first, low)),
@@ -347,7 +364,7 @@ impl Simd for Avx2 {
     unsafe fn block8(self, p: *const u8, s: f32, b: f32) -> [__m256; 4] {
         unsafe {
             let (s, b) = (_mm256_set1_ps(s), _mm256_set1_ps(b));
-            let part = |i: usize| _mm256_fmadd_ps(_mm256_cvtepi32_ps(self.codes8(p.add(8 * i))), s, b);
+            let part = |i: usize| _mm256_fmadd_ps(_mm256_cvtepi32_ps(bytes8(p.add(8 * i))), s, b);
             [part(0), part(1), part(2), part(3)]
         }
     }
