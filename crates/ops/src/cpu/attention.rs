@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::level::dispatch;
 use super::primitive::{Backward, Op, Tensor, apply};
-use super::scratch::PANEL;
+use super::scratch::{PANEL, scratch};
 use super::simd::{Kernel, Simd, Tile, exp, tile, vectors};
 use crate::pool::{self, Shares};
 use crate::{Array, Dtype, Exception, Result};
@@ -278,46 +278,43 @@ impl<B: Source> Kernel for Forward<'_, B> {
         let (group, count) = (heads.group(), part.count);
         let rows = group * count;
         let sizes = [self.source.scratch(), rows * width, rows * width, rows * KEYS, rows, rows];
-        PANEL.with(|scratch| {
-            scratch.with(sizes.iter().sum(), |scratch| {
-                let [space, q, o, scores, largest, total] = cut(scratch, sizes);
-                // Row g * count + i is query i of the group's head g.
-                for (g, q) in q.chunks_exact_mut(count * width).enumerate() {
-                    let head = part.kv_head * group + g;
-                    let queries = HeadRows::new(self.q, part.token, heads.heads, head, heads.dim);
-                    queries.pack(0, count, heads.scale, width, q);
-                }
-                o.fill(0.0);
-                largest.fill(f32::NEG_INFINITY);
-                total.fill(0.0);
-                for block in 0..(part.before + count).div_ceil(KEYS) {
-                    let (keys, values) = self.source.block(block, space);
-                    let product = Product { rows, columns: KEYS, k: width, a_row: width, a_k: 1, add: false };
-                    product.run(s, q, keys, scores);
-                    for row in 0..rows {
-                        let seen = part.before + row % count + 1;
-                        let seen = seen.saturating_sub(block * KEYS).min(KEYS);
-                        let scores = &mut scores[row * KEYS..][..KEYS];
-                        let output = &mut o[row * width..][..width];
-                        softmax_step(s, scores, seen, &mut largest[row], &mut total[row], output);
-                    }
-                    let product = Product { rows, columns: width, k: KEYS, a_row: KEYS, a_k: 1, add: true };
-                    product.run(s, scores, values, o);
-                }
-                for row in 0..rows {
-                    let at = (part.token + row % count) * heads.heads + part.kv_head * group + row / count;
-                    // SAFETY: each query of each head belongs to one part.
-                    let to = unsafe { self.o.part(at * heads.dim, heads.dim) };
-                    for (to, x) in to.iter_mut().zip(&o[row * width..]) {
-                        *to = x / total[row];
-                    }
-                    if let Some(sums) = self.sums {
-                        // SAFETY: as above.
-                        unsafe { sums.part(at, 1)[0] = largest[row] + total[row].ln() };
-                    }
-                }
-            });
-        });
+        let mut scratch = scratch(&PANEL, sizes.iter().sum());
+        let [space, q, o, scores, largest, total] = cut(&mut scratch, sizes);
+        // Row g * count + i is query i of the group's head g.
+        for (g, q) in q.chunks_exact_mut(count * width).enumerate() {
+            let head = part.kv_head * group + g;
+            let queries = HeadRows::new(self.q, part.token, heads.heads, head, heads.dim);
+            queries.pack(0, count, heads.scale, width, q);
+        }
+        o.fill(0.0);
+        largest.fill(f32::NEG_INFINITY);
+        total.fill(0.0);
+        for block in 0..(part.before + count).div_ceil(KEYS) {
+            let (keys, values) = self.source.block(block, space);
+            let product = Product { rows, columns: KEYS, k: width, a_row: width, a_k: 1, add: false };
+            product.run(s, q, keys, scores);
+            for row in 0..rows {
+                let seen = part.before + row % count + 1;
+                let seen = seen.saturating_sub(block * KEYS).min(KEYS);
+                let scores = &mut scores[row * KEYS..][..KEYS];
+                let output = &mut o[row * width..][..width];
+                softmax_step(s, scores, seen, &mut largest[row], &mut total[row], output);
+            }
+            let product = Product { rows, columns: width, k: KEYS, a_row: KEYS, a_k: 1, add: true };
+            product.run(s, scores, values, o);
+        }
+        for row in 0..rows {
+            let at = (part.token + row % count) * heads.heads + part.kv_head * group + row / count;
+            // SAFETY: each query of each head belongs to one part.
+            let to = unsafe { self.o.part(at * heads.dim, heads.dim) };
+            for (to, x) in to.iter_mut().zip(&o[row * width..]) {
+                *to = x / total[row];
+            }
+            if let Some(sums) = self.sums {
+                // SAFETY: as above.
+                unsafe { sums.part(at, 1)[0] = largest[row] + total[row].ln() };
+            }
+        }
     }
 }
 
@@ -334,8 +331,10 @@ fn softmax_step<S: Simd>(
 ) {
     scores[seen..].fill(f32::NEG_INFINITY);
     let mut most = s.splat(*largest);
-    // SAFETY: whole vectors of a block.
-    vectors(s, KEYS, |i| most = s.max(most, unsafe { s.load(scores.as_ptr().add(i)) }));
+    for i in vectors::<S>(KEYS) {
+        // SAFETY: whole vectors of a block.
+        most = s.max(most, unsafe { s.load(scores.as_ptr().add(i)) });
+    }
     let most = s.largest(most);
     if most > *largest {
         let shrink = (*largest - most).exp();
@@ -344,12 +343,13 @@ fn softmax_step<S: Simd>(
         output.iter_mut().for_each(|x| *x *= shrink);
     }
     let (base, mut sum) = (s.splat(most), s.splat(0.0));
-    // SAFETY: whole vectors of a block.
-    vectors(s, KEYS, |i| unsafe {
-        let weight = exp(s, s.sub(s.load(scores.as_ptr().add(i)), base));
-        s.store(scores.as_mut_ptr().add(i), weight);
+    for i in vectors::<S>(KEYS) {
+        // SAFETY: whole vectors of a block.
+        let weight = exp(s, s.sub(unsafe { s.load(scores.as_ptr().add(i)) }, base));
+        // SAFETY: as above.
+        unsafe { s.store(scores.as_mut_ptr().add(i), weight) };
         sum = s.add(sum, weight);
-    });
+    }
     *total += s.sum(sum);
 }
 
@@ -437,94 +437,75 @@ impl Kernel for BackwardPart<'_> {
         let of_key = |x| HeadRows::new(x, self.start, kv_heads, self.kv_head, dim);
         let of_query = |x, g| HeadRows::new(x, self.start, heads, self.kv_head * group + g, dim);
         let place = |i: usize, g: usize| (self.start + i) * heads + self.kv_head * group + g;
-        PANEL.with(|scratch| {
-            scratch.with(sizes.iter().sum(), |scratch| {
-                let [k_turned, v_turned, k, dk, dv, q, d_o, dq, weights, slopes, along] = cut(scratch, sizes);
-                for g in 0..group {
-                    for i in 0..length {
-                        let pairs = of_query(self.d_o, g).at(i).iter().zip(of_query(self.o, g).at(i));
-                        along[g * length + i] = pairs.map(|(a, b)| a * b).sum();
-                        // SAFETY: this part's heads of this row, here and below.
-                        unsafe { self.dq.part(place(i, g) * dim, dim) }.fill(0.0);
-                    }
-                }
-                for first_key in (0..length).step_by(KEYS) {
-                    let keys = KEYS.min(length - first_key);
-                    of_key(self.k).pack_turned(first_key, keys, k_turned);
-                    of_key(self.v).pack_turned(first_key, keys, v_turned);
-                    of_key(self.k).pack_block(first_key, keys, width, k);
-                    dk.fill(0.0);
-                    dv.fill(0.0);
-                    for g in 0..group {
-                        for first in (first_key / BACK * BACK..length).step_by(BACK) {
-                            let count = BACK.min(length - first);
-                            of_query(self.q, g).pack(first, count, 1.0, width, q);
-                            of_query(self.d_o, g).pack(first, count, 1.0, width, d_o);
-                            let score = Product {
-                                rows: count,
-                                columns: KEYS,
-                                k: width,
-                                a_row: width,
-                                a_k: 1,
-                                add: false,
-                            };
-                            score.run(s, q, k_turned, weights);
-                            score.run(s, d_o, v_turned, slopes);
-                            for i in 0..count {
-                                let seen = (first + i + 1).saturating_sub(first_key).min(keys);
-                                let (weights, slopes) =
-                                    (&mut weights[i * KEYS..][..KEYS], &mut slopes[i * KEYS..][..KEYS]);
-                                weights[seen..].fill(f32::NEG_INFINITY);
-                                let lse = s.splat(self.sums[place(first + i, g)]);
-                                let along = s.splat(along[g * length + first + i]);
-                                // SAFETY: whole vectors of a block.
-                                vectors(s, KEYS, |at| unsafe {
-                                    let score = s.mul(s.load(weights.as_ptr().add(at)), s.splat(scale));
-                                    let weight = exp(s, s.sub(score, lse));
-                                    let slope = s.sub(s.load(slopes.as_ptr().add(at)), along);
-                                    s.store(weights.as_mut_ptr().add(at), weight);
-                                    s.store(
-                                        slopes.as_mut_ptr().add(at),
-                                        s.mul(s.mul(weight, slope), s.splat(scale)),
-                                    );
-                                });
-                            }
-                            let turned = Product {
-                                rows: KEYS,
-                                columns: width,
-                                k: count,
-                                a_row: 1,
-                                a_k: KEYS,
-                                add: true,
-                            };
-                            turned.run(s, weights, d_o, dv);
-                            turned.run(s, slopes, q, dk);
-                            let plain = Product {
-                                rows: count,
-                                columns: width,
-                                k: KEYS,
-                                a_row: KEYS,
-                                a_k: 1,
-                                add: false,
-                            };
-                            plain.run(s, slopes, k, dq);
-                            for i in 0..count {
-                                let to = unsafe { self.dq.part(place(first + i, g) * dim, dim) };
-                                to.iter_mut().zip(&dq[i * width..]).for_each(|(to, x)| *to += x);
+        let mut scratch = scratch(&PANEL, sizes.iter().sum());
+        let [k_turned, v_turned, k, dk, dv, q, d_o, dq, weights, slopes, along] = cut(&mut scratch, sizes);
+        for g in 0..group {
+            for i in 0..length {
+                let pairs = of_query(self.d_o, g).at(i).iter().zip(of_query(self.o, g).at(i));
+                along[g * length + i] = pairs.map(|(a, b)| a * b).sum();
+                // SAFETY: this part's heads of this row, here and below.
+                unsafe { self.dq.part(place(i, g) * dim, dim) }.fill(0.0);
+            }
+        }
+        for first_key in (0..length).step_by(KEYS) {
+            let keys = KEYS.min(length - first_key);
+            of_key(self.k).pack_turned(first_key, keys, k_turned);
+            of_key(self.v).pack_turned(first_key, keys, v_turned);
+            of_key(self.k).pack_block(first_key, keys, width, k);
+            dk.fill(0.0);
+            dv.fill(0.0);
+            for g in 0..group {
+                for first in (first_key / BACK * BACK..length).step_by(BACK) {
+                    let count = BACK.min(length - first);
+                    of_query(self.q, g).pack(first, count, 1.0, width, q);
+                    of_query(self.d_o, g).pack(first, count, 1.0, width, d_o);
+                    let score =
+                        Product { rows: count, columns: KEYS, k: width, a_row: width, a_k: 1, add: false };
+                    score.run(s, q, k_turned, weights);
+                    score.run(s, d_o, v_turned, slopes);
+                    for i in 0..count {
+                        let seen = (first + i + 1).saturating_sub(first_key).min(keys);
+                        let (weights, slopes) =
+                            (&mut weights[i * KEYS..][..KEYS], &mut slopes[i * KEYS..][..KEYS]);
+                        weights[seen..].fill(f32::NEG_INFINITY);
+                        let lse = s.splat(self.sums[place(first + i, g)]);
+                        let along = s.splat(along[g * length + first + i]);
+                        // SAFETY: whole vectors of a block.
+                        for at in vectors::<S>(KEYS) {
+                            unsafe {
+                                let score = s.mul(s.load(weights.as_ptr().add(at)), s.splat(scale));
+                                let weight = exp(s, s.sub(score, lse));
+                                let slope = s.sub(s.load(slopes.as_ptr().add(at)), along);
+                                s.store(weights.as_mut_ptr().add(at), weight);
+                                s.store(
+                                    slopes.as_mut_ptr().add(at),
+                                    s.mul(s.mul(weight, slope), s.splat(scale)),
+                                );
                             }
                         }
                     }
-                    for i in 0..keys {
-                        let at = ((self.start + first_key + i) * kv_heads + self.kv_head) * dim;
-                        // SAFETY: this part's key head of this row.
-                        unsafe {
-                            self.dk.part(at, dim).copy_from_slice(&dk[i * width..][..dim]);
-                            self.dv.part(at, dim).copy_from_slice(&dv[i * width..][..dim]);
-                        }
+                    let turned =
+                        Product { rows: KEYS, columns: width, k: count, a_row: 1, a_k: KEYS, add: true };
+                    turned.run(s, weights, d_o, dv);
+                    turned.run(s, slopes, q, dk);
+                    let plain =
+                        Product { rows: count, columns: width, k: KEYS, a_row: KEYS, a_k: 1, add: false };
+                    plain.run(s, slopes, k, dq);
+                    for i in 0..count {
+                        let to = unsafe { self.dq.part(place(first + i, g) * dim, dim) };
+                        to.iter_mut().zip(&dq[i * width..]).for_each(|(to, x)| *to += x);
                     }
                 }
-            });
-        });
+            }
+            for i in 0..keys {
+                let at = ((self.start + first_key + i) * kv_heads + self.kv_head) * dim;
+                // SAFETY: this part's key head of this row.
+                unsafe {
+                    self.dk.part(at, dim).copy_from_slice(&dk[i * width..][..dim]);
+                    self.dv.part(at, dim).copy_from_slice(&dv[i * width..][..dim]);
+                }
+            }
+        }
     }
 }
 

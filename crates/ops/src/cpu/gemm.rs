@@ -4,7 +4,7 @@
 //! never exists. Work is shared over blocks of C, never over k: each element of C is summed in one fixed order.
 
 use super::level::dispatch;
-use super::scratch::{LEFT, PANEL};
+use super::scratch::{LEFT, PANEL, scratch};
 use super::simd::{Kernel, Simd, Tile};
 use crate::pool::{self, Shares};
 
@@ -87,55 +87,42 @@ pub(crate) unsafe fn gemm(
         let mut begin = 0;
         loop {
             let here = span.min(k - begin);
-            LEFT.with(|left| {
-                left.with(panels * tile_rows * here, |left| {
-                    let shares = Shares::new(left);
-                    let pack = |panel: usize| {
-                        let at = row + panel * tile_rows;
-                        let valid = tile_rows.min(m - at);
-                        for from in (0..here).step_by(depth) {
-                            let depth = depth.min(here - from);
-                            // SAFETY: each panel has a part of its own in every depth block.
-                            let out = unsafe {
-                                let start = from * panels * tile_rows + panel * tile_rows * depth;
-                                shares.part(start, tile_rows * depth)
-                            };
-                            // SAFETY: within A by the caller's promise.
-                            unsafe { pack_left(a, at, valid, begin + from, tile_rows, alpha, out) };
-                        }
+            let mut left = scratch(&LEFT, panels * tile_rows * here);
+            let shares = Shares::new(&mut left);
+            let pack = |panel: usize| {
+                let at = row + panel * tile_rows;
+                let valid = tile_rows.min(m - at);
+                for from in (0..here).step_by(depth) {
+                    let depth = depth.min(here - from);
+                    // SAFETY: each panel has a part of its own in every depth block.
+                    let out = unsafe {
+                        let start = from * panels * tile_rows + panel * tile_rows * depth;
+                        shares.part(start, tile_rows * depth)
                     };
-                    share(rows * here >= SMALL / 4, panels, pack);
+                    // SAFETY: within A by the caller's promise.
+                    unsafe { pack_left(a, at, valid, begin + from, tile_rows, alpha, out) };
+                }
+            };
+            share(rows * here >= SMALL / 4, panels, pack);
 
-                    let block = Block {
-                        sizes,
-                        row,
-                        rows,
-                        begin,
-                        here,
-                        depth,
-                        width,
-                        narrow,
-                        c_row,
-                        add: add || begin > 0,
-                    };
-                    let (column_tasks, columns) = cut(n.div_ceil(width), 2 * pool::threads(), WIDE);
-                    let (row_tasks, row_panels) =
-                        cut(panels, (2 * pool::threads()).div_ceil(column_tasks), usize::MAX);
-                    // SAFETY: only read from here on.
-                    let left = unsafe { shares.part(0, panels * tile_rows * here) };
-                    share(rows * n * here >= SMALL, column_tasks * row_tasks, |task| {
-                        let (column, part) = (task % column_tasks, task / column_tasks);
-                        dispatch(Task {
-                            block,
-                            left,
-                            b,
-                            c: c.pointer(),
-                            first_panel: column * columns,
-                            last_panel: ((column + 1) * columns).min(n.div_ceil(width)),
-                            first_row: part * row_panels,
-                            last_row: ((part + 1) * row_panels).min(panels),
-                        });
-                    });
+            let block =
+                Block { sizes, row, rows, begin, here, depth, width, narrow, c_row, add: add || begin > 0 };
+            let (column_tasks, columns) = cut(n.div_ceil(width), 2 * pool::threads(), WIDE);
+            let (row_tasks, row_panels) =
+                cut(panels, (2 * pool::threads()).div_ceil(column_tasks), usize::MAX);
+            // SAFETY: only read from here on.
+            let left = unsafe { shares.part(0, panels * tile_rows * here) };
+            share(rows * n * here >= SMALL, column_tasks * row_tasks, |task| {
+                let (column, part) = (task % column_tasks, task / column_tasks);
+                dispatch(Task {
+                    block,
+                    left,
+                    b,
+                    c: c.pointer(),
+                    first_panel: column * columns,
+                    last_panel: ((column + 1) * columns).min(n.div_ceil(width)),
+                    first_row: part * row_panels,
+                    last_row: ((part + 1) * row_panels).min(panels),
                 });
             });
             begin += here;
@@ -230,59 +217,48 @@ impl<B: Right> Kernel for Task<'_, B> {
     fn run<S: Simd>(self, s: S) {
         let Block { sizes, row, rows, begin, here, depth, width, narrow, c_row, add } = self.block;
         let panels = rows.div_ceil(S::LARGE_ROWS);
-        PANEL.with(|scratch| {
-            scratch.with(width * depth + S::LARGE_ROWS * width, |scratch| {
-                let (panel, edge) = scratch.split_at_mut(width * depth);
-                for from in (0..here).step_by(depth) {
-                    let depth = depth.min(here - from);
-                    for p in self.first_panel..self.last_panel {
-                        let column = p * width;
-                        let columns = width.min(sizes.n - column);
-                        self.b.panel(
-                            s,
-                            begin + from,
-                            depth,
-                            column,
-                            columns,
-                            width,
-                            &mut panel[..width * depth],
-                        );
-                        for r in self.first_row..self.last_row {
-                            let at = r * S::LARGE_ROWS;
-                            let valid = S::LARGE_ROWS.min(rows - at);
-                            let whole = valid == S::LARGE_ROWS && columns == width;
-                            let left = from * panels * S::LARGE_ROWS + r * S::LARGE_ROWS * depth;
-                            // SAFETY: C is (m, n) and this tile is inside it.
-                            let c = unsafe { self.c.add((row + at) * c_row + column) };
-                            let tile = Tile {
-                                k: depth,
-                                a: self.left[left..].as_ptr(),
-                                a_row: 1,
-                                a_k: S::LARGE_ROWS,
-                                b: panel.as_ptr(),
-                                b_k: width,
-                                c: if whole { c } else { edge.as_mut_ptr() },
-                                c_row: if whole { c_row } else { width },
-                                add: whole && (add || from > 0),
-                            };
-                            // SAFETY: the panels hold `depth` rows of what the tile reads; a tile that is not whole
-                            // goes to `edge`, which has the tile's size.
-                            unsafe { if narrow { s.narrow_tile(tile) } else { s.large_tile(tile) } }
-                            if !whole {
-                                for i in 0..valid {
-                                    for j in 0..columns {
-                                        // SAFETY: within C, since i and j count what is valid.
-                                        let c = unsafe { &mut *c.add(i * c_row + j) };
-                                        let sum = edge[i * width + j];
-                                        *c = if add || from > 0 { *c + sum } else { sum };
-                                    }
-                                }
+        let mut scratch = scratch(&PANEL, width * depth + S::LARGE_ROWS * width);
+        let (panel, edge) = scratch.split_at_mut(width * depth);
+        for from in (0..here).step_by(depth) {
+            let depth = depth.min(here - from);
+            for p in self.first_panel..self.last_panel {
+                let column = p * width;
+                let columns = width.min(sizes.n - column);
+                self.b.panel(s, begin + from, depth, column, columns, width, &mut panel[..width * depth]);
+                for r in self.first_row..self.last_row {
+                    let at = r * S::LARGE_ROWS;
+                    let valid = S::LARGE_ROWS.min(rows - at);
+                    let whole = valid == S::LARGE_ROWS && columns == width;
+                    let left = from * panels * S::LARGE_ROWS + r * S::LARGE_ROWS * depth;
+                    // SAFETY: C is (m, n) and this tile is inside it.
+                    let c = unsafe { self.c.add((row + at) * c_row + column) };
+                    let tile = Tile {
+                        k: depth,
+                        a: self.left[left..].as_ptr(),
+                        a_row: 1,
+                        a_k: S::LARGE_ROWS,
+                        b: panel.as_ptr(),
+                        b_k: width,
+                        c: if whole { c } else { edge.as_mut_ptr() },
+                        c_row: if whole { c_row } else { width },
+                        add: whole && (add || from > 0),
+                    };
+                    // SAFETY: the panels hold `depth` rows of what the tile reads; a tile that is not whole
+                    // goes to `edge`, which has the tile's size.
+                    unsafe { if narrow { s.narrow_tile(tile) } else { s.large_tile(tile) } }
+                    if !whole {
+                        for i in 0..valid {
+                            for j in 0..columns {
+                                // SAFETY: within C, since i and j count what is valid.
+                                let c = unsafe { &mut *c.add(i * c_row + j) };
+                                let sum = edge[i * width + j];
+                                *c = if add || from > 0 { *c + sum } else { sum };
                             }
                         }
                     }
                 }
-            });
-        });
+            }
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use super::gemm::Matrix;
 use super::level::dispatch;
 use super::packed::{Layout, Packed, Plain, Transposed, product};
 use super::primitive::{Backward, Op, Tensor, apply};
-use super::scratch::LOGITS;
+use super::scratch::{LOGITS, scratch};
 use super::simd::{Kernel, Simd, exp, vectors};
 use crate::pool::{self, Shares};
 use crate::{Array, Dtype, HeadRef, Result};
@@ -61,58 +61,41 @@ impl Op for HeadLoss {
         let [losses, gradient] = outputs else { return };
         let (losses, gradient) = (losses.f32_mut(), gradient.f32_mut());
         let rows = (AT_A_TIME / vocabulary.max(1)).max(32).min(targets.len().max(1));
-        LOGITS.with(|scratch| {
-            scratch.with(rows * vocabulary, |logits| {
-                for first in (0..targets.len()).step_by(rows) {
-                    let count = rows.min(targets.len() - first);
-                    let h = &h[first * hidden..(first + count) * hidden];
-                    let logits = &mut logits[..count * vocabulary];
-                    match self.head {
-                        Head::Dense { .. } => {
-                            let w = inputs[2].f32().as_ptr();
-                            product(
-                                h,
-                                hidden,
-                                &Matrix { data: w, row: 1, column: hidden },
-                                vocabulary,
-                                logits,
-                            );
-                        }
-                        Head::Packed(layout) => {
-                            let w = Packed::new(layout, &inputs[2..5]);
-                            product(h, hidden, &Transposed(&w), vocabulary, logits);
-                        }
+        let mut logits = scratch(&LOGITS, rows * vocabulary);
+        for first in (0..targets.len()).step_by(rows) {
+            let count = rows.min(targets.len() - first);
+            let h = &h[first * hidden..(first + count) * hidden];
+            let logits = &mut logits[..count * vocabulary];
+            match self.head {
+                Head::Dense { .. } => {
+                    let w = inputs[2].f32().as_ptr();
+                    product(h, hidden, &Matrix { data: w, row: 1, column: hidden }, vocabulary, logits);
+                }
+                Head::Packed(layout) => {
+                    let w = Packed::new(layout, &inputs[2..5]);
+                    product(h, hidden, &Transposed(&w), vocabulary, logits);
+                }
+            }
+            let (shares, sums) = (Shares::new(logits), Shares::new(&mut losses[first..first + count]));
+            pool::run(count, |i| {
+                // SAFETY: each row belongs to one task.
+                let (row, loss) = unsafe { (shares.part(i * vocabulary, vocabulary), sums.part(i, 1)) };
+                loss[0] = dispatch(LossRow { row, target: targets[first + i], slope: self.gradient });
+            });
+            if self.gradient {
+                let to = &mut gradient[first * hidden..(first + count) * hidden];
+                match self.head {
+                    Head::Dense { .. } => {
+                        let w = inputs[2].f32().as_ptr();
+                        product(logits, vocabulary, &Matrix { data: w, row: hidden, column: 1 }, hidden, to);
                     }
-                    let (shares, sums) =
-                        (Shares::new(logits), Shares::new(&mut losses[first..first + count]));
-                    pool::run(count, |i| {
-                        // SAFETY: each row belongs to one task.
-                        let (row, loss) =
-                            unsafe { (shares.part(i * vocabulary, vocabulary), sums.part(i, 1)) };
-                        loss[0] = dispatch(LossRow { row, target: targets[first + i], slope: self.gradient });
-                    });
-                    if self.gradient {
-                        let to = &mut gradient[first * hidden..(first + count) * hidden];
-                        match self.head {
-                            Head::Dense { .. } => {
-                                let w = inputs[2].f32().as_ptr();
-                                product(
-                                    logits,
-                                    vocabulary,
-                                    &Matrix { data: w, row: hidden, column: 1 },
-                                    hidden,
-                                    to,
-                                );
-                            }
-                            Head::Packed(layout) => {
-                                let w = Packed::new(layout, &inputs[2..5]);
-                                product(logits, vocabulary, &Plain(&w), hidden, to);
-                            }
-                        }
+                    Head::Packed(layout) => {
+                        let w = Packed::new(layout, &inputs[2..5]);
+                        product(logits, vocabulary, &Plain(&w), hidden, to);
                     }
                 }
-            });
-        });
+            }
+        }
     }
 
     fn gradients(&self, call: &Backward) -> Result<Vec<Array>> {
@@ -145,15 +128,20 @@ impl Kernel for LossRow<'_> {
         };
         let logit = row[chosen];
         let mut most = s.splat(f32::NEG_INFINITY);
-        // SAFETY: whole vectors of the row, here and below.
-        let whole = vectors(s, row.len(), |i| most = s.max(most, unsafe { s.load(row.as_ptr().add(i)) }));
+        for i in vectors::<S>(row.len()) {
+            // SAFETY: whole vectors of the row.
+            most = s.max(most, unsafe { s.load(row.as_ptr().add(i)) });
+        }
+        let whole = row.len() / S::LANES * S::LANES;
         let most = row[whole..].iter().fold(s.largest(most), |most, &x| most.max(x));
         let (base, mut sum) = (s.splat(most), s.splat(0.0));
-        vectors(s, row.len(), |i| unsafe {
-            let e = exp(s, s.sub(s.load(row.as_ptr().add(i)), base));
+        for i in vectors::<S>(row.len()) {
+            // SAFETY: whole vectors of the row.
+            let e = exp(s, s.sub(unsafe { s.load(row.as_ptr().add(i)) }, base));
+            // SAFETY: as above.
+            unsafe { s.store(row.as_mut_ptr().add(i), e) };
             sum = s.add(sum, e);
-            s.store(row.as_mut_ptr().add(i), e);
-        });
+        }
         let mut total = s.sum(sum);
         for x in &mut row[whole..] {
             *x = (*x - most).exp();

@@ -69,11 +69,13 @@ fn inverse_rms<S: Simd>(s: S, x: &[f32], eps: f32) -> f32 {
 /// sum_i a_i b_i
 #[inline(always)]
 fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
+    let length = a.len().min(b.len());
     let mut sums = s.splat(0.0);
-    // SAFETY: `vectors` gives offsets of whole vectors.
-    let whole = vectors(s, a.len().min(b.len()), |i| unsafe {
-        sums = s.fma(s.load(a.as_ptr().add(i)), s.load(b.as_ptr().add(i)), sums);
-    });
+    for i in vectors::<S>(length) {
+        // SAFETY: whole vectors.
+        unsafe { sums = s.fma(s.load(a.as_ptr().add(i)), s.load(b.as_ptr().add(i)), sums) };
+    }
+    let whole = length / S::LANES * S::LANES;
     s.sum(sums) + a[whole..].iter().zip(&b[whole..]).map(|(a, b)| a * b).sum::<f32>()
 }
 
@@ -226,11 +228,38 @@ impl Kernel for Gate<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        padded(s, [self.gate, self.up], [self.y], |[gate, up]| {
-            let (silu, _) = silu(s, gate);
-            [s.mul(silu, up)]
-        });
+        gate(s, self.gate, self.up, self.y);
+        let whole = self.gate.len() / S::LANES * S::LANES;
+        if whole < self.gate.len() {
+            let mut y = [0.0; LINE];
+            gate(s, &line(&self.gate[whole..]), &line(&self.up[whole..]), &mut y);
+            let rest = &mut self.y[whole..];
+            rest.copy_from_slice(&y[..rest.len()]);
+        }
     }
+}
+
+/// silu(gate) up for whole vectors of slices of one length.
+#[inline(always)]
+fn gate<S: Simd>(s: S, gate: &[f32], up: &[f32], y: &mut [f32]) {
+    assert!(gate.len() == up.len() && gate.len() == y.len());
+    for i in vectors::<S>(gate.len()) {
+        // SAFETY: whole vectors of slices of one length.
+        unsafe {
+            let (silu, _) = silu(s, s.load(gate.as_ptr().add(i)));
+            s.store(y.as_mut_ptr().add(i), s.mul(silu, s.load(up.as_ptr().add(i))));
+        }
+    }
+}
+
+/// Floats that are whole vectors at every level.
+const LINE: usize = 16;
+
+/// Less than a line, with zeros.
+fn line(x: &[f32]) -> [f32; LINE] {
+    let mut line = [0.0; LINE];
+    line[..x.len()].copy_from_slice(x);
+    line
 }
 
 /// silu(z) = z sigmoid(z) and sigmoid(z).
@@ -276,46 +305,34 @@ impl Kernel for GateGradient<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        padded(s, [self.gate, self.up, self.dy], [self.dgate, self.dup], |[z, up, dy]| {
-            let (silu, sigmoid) = silu(s, z);
-            let one = s.splat(1.0);
-            let slope = s.mul(sigmoid, s.fma(z, s.sub(one, sigmoid), one));
-            [s.mul(s.mul(dy, up), slope), s.mul(dy, silu)]
-        });
+        gate_gradient(s, [self.gate, self.up, self.dy], [self.dgate, self.dup]);
+        let whole = self.gate.len() / S::LANES * S::LANES;
+        if whole < self.gate.len() {
+            let (mut dgate, mut dup) = ([0.0; LINE], [0.0; LINE]);
+            let lines = [self.gate, self.up, self.dy].map(|x| line(&x[whole..]));
+            gate_gradient(s, [&lines[0], &lines[1], &lines[2]], [&mut dgate, &mut dup]);
+            for (rest, line) in [(self.dgate, dgate), (self.dup, dup)] {
+                let rest = &mut rest[whole..];
+                rest.copy_from_slice(&line[..rest.len()]);
+            }
+        }
     }
 }
 
-/// Applies `f` to slices of one length vector by vector; what is left over goes through a vector of its own.
+/// dgate and dup for whole vectors of slices of one length.
 #[inline(always)]
-fn padded<S: Simd, const I: usize, const O: usize>(
-    s: S,
-    inputs: [&[f32]; I],
-    outputs: [&mut [f32]; O],
-    f: impl Fn([S::V; I]) -> [S::V; O],
-) {
-    let length = inputs[0].len();
-    let to = outputs.map(|output| output.as_mut_ptr());
-    let from = inputs.map(|input| input.as_ptr());
-    // SAFETY: whole vectors inside slices of `length`.
-    let whole = vectors(s, length, |i| unsafe {
-        let values = f(from.map(|from| s.load(from.add(i))));
-        for (to, value) in to.iter().zip(values) {
-            s.store(to.add(i), value);
-        }
-    });
-    if whole < length {
-        // SAFETY: a vector is at most 16 floats; the rest of the slices is copied into and out of it.
+fn gate_gradient<S: Simd>(s: S, [gate, up, dy]: [&[f32]; 3], [dgate, dup]: [&mut [f32]; 2]) {
+    assert!([up.len(), dy.len(), dgate.len(), dup.len()].iter().all(|&n| n == gate.len()));
+    let one = s.splat(1.0);
+    for i in vectors::<S>(gate.len()) {
+        // SAFETY: whole vectors of slices of one length.
         unsafe {
-            let values = f(from.map(|from| {
-                let mut rest = [0.0; 16];
-                std::ptr::copy_nonoverlapping(from.add(whole), rest.as_mut_ptr(), length - whole);
-                s.load(rest.as_ptr())
-            }));
-            for (to, value) in to.iter().zip(values) {
-                let mut rest = [0.0; 16];
-                s.store(rest.as_mut_ptr(), value);
-                std::ptr::copy_nonoverlapping(rest.as_ptr(), to.add(whole), length - whole);
-            }
+            let z = s.load(gate.as_ptr().add(i));
+            let (up, dy) = (s.load(up.as_ptr().add(i)), s.load(dy.as_ptr().add(i)));
+            let (silu, sigmoid) = silu(s, z);
+            let slope = s.mul(sigmoid, s.fma(z, s.sub(one, sigmoid), one));
+            s.store(dgate.as_mut_ptr().add(i), s.mul(s.mul(dy, up), slope));
+            s.store(dup.as_mut_ptr().add(i), s.mul(dy, silu));
         }
     }
 }

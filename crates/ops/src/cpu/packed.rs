@@ -10,8 +10,8 @@ use std::ops::Range;
 use super::gemm::{Matrix, Right, Sizes, gemm, share};
 use super::level::dispatch;
 use super::primitive::{Backward, Floats, Op, Tensor, apply_one};
-use super::scratch::{LEFT, PANEL};
-use super::simd::{Kernel, Simd};
+use super::scratch::{LEFT, PANEL, scratch};
+use super::simd::{Kernel, Simd, vectors};
 use crate::pool::{self, Shares};
 use crate::{Array, Dtype, PackedRef, Result};
 
@@ -117,16 +117,14 @@ fn unpack_run<S: Simd>(
     to: &mut [f32],
 ) {
     let (scales, biases) = (s.splat(scale), s.splat(bias));
-    let whole = to.len() / S::LANES * S::LANES;
-    let weights = |at: usize| {
-        // SAFETY: codes `at` and following are in the row, by the caller's lengths.
-        let codes = unsafe { s.codes(codes.add(at * bits / 8), bits, end) };
-        s.fma(s.to_float(codes), scales, biases)
-    };
-    for at in (0..whole).step_by(S::LANES) {
-        // SAFETY: whole vectors only.
-        unsafe { s.store(to.as_mut_ptr().add(at), weights(at)) };
+    for at in vectors::<S>(to.len()) {
+        // SAFETY: codes `at` and following are in the row, by the caller's lengths, and `to` has room for them.
+        unsafe {
+            let codes = s.codes(codes.add(at * bits / 8), bits, end);
+            s.store(to.as_mut_ptr().add(at), s.fma(s.to_float(codes), scales, biases));
+        }
     }
+    let whole = to.len() / S::LANES * S::LANES;
     for (i, to) in to.iter_mut().enumerate().skip(whole) {
         // SAFETY: the byte of code i, and the next one where the code continues in it, are in the row.
         let code = unsafe {
@@ -332,22 +330,19 @@ fn few_rows(x: &[f32], w: &Packed, y: &mut [f32]) {
     let Layout { out, inputs, bits, .. } = w.layout;
     let m = x.len() / inputs;
     let direct = matches!(bits, 4 | 8) && m <= 4;
-    LEFT.with(|left| {
-        left.with(x.len(), |arranged| {
-            // Where codes are widened in registers the even ones of a block come first, so x is laid out the same way.
-            let x = if direct && bits == 4 {
-                evens_first(x, arranged);
-                &*arranged
-            } else {
-                x
-            };
-            let y = Shares::new(y);
-            by_weight_rows(m, out, inputs, |rows| {
-                let tiles = RowTiles { x, m, inputs, out, y: &y };
-                dispatch(FewRows { tiles, w, rows, direct });
-            });
-        });
-    });
+    let mut arranged = scratch(&LEFT, if direct && bits == 4 { x.len() } else { 0 });
+    // Where codes are widened in registers the even ones of a block come first, so x is laid out the same way.
+    let x = if direct && bits == 4 {
+        evens_first(x, &mut arranged);
+        &*arranged
+    } else {
+        x
+    };
+    let y = Shares::new(y);
+    by_weight_rows(m, out, inputs, |rows| {
+        let tiles = RowTiles { x, m, inputs, out, y: &y };
+        dispatch(FewRows { tiles, w, rows, direct });
+    })
 }
 
 /// Calls `run` with ranges that cover the rows of W, on all threads if there is enough to do.
@@ -384,49 +379,85 @@ impl Kernel for FewRows<'_> {
         let Layout { inputs, group, bits, .. } = w.layout;
         let groups = w.layout.groups();
         let floats = if direct { 2 * groups } else { inputs };
-        PANEL.with(|scratch| {
-            scratch.with(TOGETHER * floats, |scratch| {
-                for row in rows.clone().step_by(TOGETHER) {
-                    let together = TOGETHER.min(rows.end - row);
-                    // Rows beyond the last repeat it; their results are not written.
-                    let row_of = |r: usize| row + r.min(together - 1);
-                    for (r, part) in scratch.chunks_exact_mut(floats).enumerate() {
-                        if direct {
-                            let (scales, biases) = part.split_at_mut(groups);
-                            w.levels(s, row_of(r), 0, scales, biases);
-                        } else {
-                            w.unpack(s, row_of(r), 0, part);
-                        }
-                    }
-                    let shift = group.trailing_zeros();
-                    let level = |r: usize, k: usize| {
-                        let part = &scratch[r * floats..][..floats];
-                        (part[k >> shift], part[groups + (k >> shift)])
-                    };
-                    let codes = |r: usize, k: usize| w.codes(row_of(r), k);
-                    // SAFETY: 32 codes, or weights, of a row, whose length is a multiple of 32.
-                    match (direct, bits) {
-                        (true, 4) => tiles.run(s, row, together, |r, k| {
-                            let (scale, bias) = level(r, k);
-                            unsafe { s.block4(codes(r, k), scale, bias) }
-                        }),
-                        (true, _) => tiles.run(s, row, together, |r, k| {
-                            let (scale, bias) = level(r, k);
-                            unsafe { s.block8(codes(r, k), scale, bias) }
-                        }),
-                        (false, _) => tiles.run(s, row, together, |r, k| unsafe {
-                            s.block32(scratch[r * inputs + k..][..BLOCK].as_ptr())
-                        }),
-                    }
+        let mut scratch = scratch(&PANEL, TOGETHER * floats);
+        let mut row = rows.start;
+        while row < rows.end {
+            let count = TOGETHER.min(rows.end - row);
+            // Rows beyond the last repeat it; their results are not written.
+            let mut codes = [std::ptr::null(); TOGETHER];
+            for (r, part) in scratch.chunks_exact_mut(floats).enumerate() {
+                let row = row + r.min(count - 1);
+                codes[r] = w.codes(row, 0);
+                if direct {
+                    let (scales, biases) = part.split_at_mut(groups);
+                    w.levels(s, row, 0, scales, biases);
+                } else {
+                    w.unpack(s, row, 0, part);
                 }
-            });
-        });
+            }
+            let shift = group.trailing_zeros();
+            let levels = &scratch[..];
+            match (direct, bits) {
+                (true, 4) => tiles.run(s, row, count, &Codes::<4> { codes, levels, groups, shift }),
+                (true, _) => tiles.run(s, row, count, &Codes::<8> { codes, levels, groups, shift }),
+                (false, _) => {
+                    let mut weights = [std::ptr::null(); TOGETHER];
+                    for (r, at) in weights.iter_mut().enumerate() {
+                        *at = scratch[r * floats..][..inputs].as_ptr();
+                    }
+                    tiles.run(s, row, count, &Weights(weights));
+                }
+            }
+            row += TOGETHER;
+        }
+    }
+}
+
+/// Where the weights of some rows of W come from.
+trait Blocks {
+    /// Weights `k`..`k + 32` of row `r`.
+    ///
+    /// # Safety
+    /// The row must have them.
+    unsafe fn block<S: Simd>(&self, s: S, r: usize, k: usize) -> S::Block;
+}
+
+/// Codes of BITS bits, 4 or 8; of each row the scales, then the biases.
+struct Codes<'a, const BITS: usize> {
+    codes: [*const u8; TOGETHER],
+    levels: &'a [f32],
+    groups: usize,
+    shift: u32,
+}
+
+impl<const BITS: usize> Blocks for Codes<'_, BITS> {
+    #[inline(always)]
+    unsafe fn block<S: Simd>(&self, s: S, r: usize, k: usize) -> S::Block {
+        let at = 2 * r * self.groups + (k >> self.shift);
+        // SAFETY: the caller's promise; there is a scale and a bias for each group of each row.
+        unsafe {
+            let (scale, bias) =
+                (*self.levels.get_unchecked(at), *self.levels.get_unchecked(at + self.groups));
+            let codes = self.codes[r].add(k * BITS / 8);
+            if BITS == 4 { s.block4(codes, scale, bias) } else { s.block8(codes, scale, bias) }
+        }
+    }
+}
+
+/// Weights as f32.
+struct Weights([*const f32; TOGETHER]);
+
+impl Blocks for Weights {
+    #[inline(always)]
+    unsafe fn block<S: Simd>(&self, s: S, r: usize, k: usize) -> S::Block {
+        // SAFETY: the caller's promise.
+        unsafe { s.block32(self.0[r].add(k)) }
     }
 }
 
 /// What products of rows of W with rows of x have in common.
 #[derive(Clone, Copy)]
-pub(crate) struct RowTiles<'a> {
+struct RowTiles<'a> {
     /// (m, inputs); the inputs are a multiple of 32.
     x: &'a [f32],
     m: usize,
@@ -437,49 +468,46 @@ pub(crate) struct RowTiles<'a> {
 }
 
 impl RowTiles<'_> {
-    /// Results of rows `row`..`row + together` of W with all rows of x; `block(r, k)` gives 32 weights of row `row + r`.
+    /// Results of the first `count` of some rows of W, of which `row` is the first, with all rows of x.
     #[inline(always)]
-    fn run<S: Simd>(&self, s: S, row: usize, together: usize, block: impl Fn(usize, usize) -> S::Block) {
+    fn run<S: Simd>(&self, s: S, row: usize, count: usize, blocks: &impl Blocks) {
         let mut at = 0;
         // As many as the registers hold; each result is one chain of sums whatever the number.
         while S::LANES == 16 && self.m - at >= 4 {
-            self.tile::<S, 4>(s, at, row, together, &block);
+            self.tile::<S, 4>(s, at, row, count, blocks);
             at += 4;
         }
         while self.m - at >= 2 {
-            self.tile::<S, 2>(s, at, row, together, &block);
+            self.tile::<S, 2>(s, at, row, count, blocks);
             at += 2;
         }
         if at < self.m {
-            self.tile::<S, 1>(s, at, row, together, &block);
+            self.tile::<S, 1>(s, at, row, count, blocks);
         }
     }
 
     #[inline(always)]
-    fn tile<S: Simd, const C: usize>(
-        &self,
-        s: S,
-        at: usize,
-        row: usize,
-        together: usize,
-        block: &impl Fn(usize, usize) -> S::Block,
-    ) {
+    fn tile<S: Simd, const C: usize>(&self, s: S, at: usize, row: usize, count: usize, blocks: &impl Blocks) {
         let mut sums = [[s.splat(0.0); C]; TOGETHER];
         for k in (0..self.inputs).step_by(BLOCK) {
-            // SAFETY: a block of a row of x, whose length is a multiple of 32.
-            let x: [S::Block; C] = std::array::from_fn(|c| unsafe {
-                s.block32(self.x.as_ptr().add((at + c) * self.inputs + k))
-            });
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let weights = block(r, k);
-                for part in 0..BLOCK / S::LANES {
-                    for (sum, x) in sums.iter_mut().zip(&x) {
-                        *sum = s.fma(weights[part], x[part], *sum);
+            // SAFETY: blocks of rows of x and of W, whose length is a multiple of 32.
+            unsafe {
+                let x = self.x.as_ptr().add(at * self.inputs + k);
+                let mut xs = [s.block32(x); C];
+                for (c, xs) in xs.iter_mut().enumerate().skip(1) {
+                    *xs = s.block32(x.add(c * self.inputs));
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let weights = blocks.block(s, r, k);
+                    for part in 0..BLOCK / S::LANES {
+                        for (sum, x) in sums.iter_mut().zip(&xs) {
+                            *sum = s.fma(weights[part], x[part], *sum);
+                        }
                     }
                 }
             }
         }
-        for (r, sums) in sums.iter().enumerate().take(together) {
+        for (r, sums) in sums.iter().enumerate().take(count) {
             for (c, &sum) in sums.iter().enumerate() {
                 // SAFETY: row `row + r` of W belongs to one task, and so does its column of y.
                 unsafe { *self.y.pointer().add((at + c) * self.out + row + r) = s.sum(sum) };
@@ -512,13 +540,15 @@ impl Kernel for DenseRows<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let DenseRows { tiles, w, rows } = self;
-        for row in rows.clone().step_by(TOGETHER) {
-            let together = TOGETHER.min(rows.end - row);
-            tiles.run(s, row, together, |r, k| {
-                let at = (row + r.min(together - 1)) * tiles.inputs + k;
-                // SAFETY: the slice has 32 weights.
-                unsafe { s.block32(w[at..][..BLOCK].as_ptr()) }
-            });
+        let mut row = rows.start;
+        while row < rows.end {
+            let count = TOGETHER.min(rows.end - row);
+            let mut weights = [std::ptr::null(); TOGETHER];
+            for (r, at) in weights.iter_mut().enumerate() {
+                *at = w[(row + r.min(count - 1)) * tiles.inputs..][..tiles.inputs].as_ptr();
+            }
+            tiles.run(s, row, count, &Weights(weights));
+            row += TOGETHER;
         }
     }
 }

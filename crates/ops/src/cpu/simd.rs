@@ -1,7 +1,9 @@
 //! The few vector operations that all kernels are written in, once for every level of instructions.
 //!
 //! A value of a type that implements [`Simd`] proves that the processor has its instructions. Kernels are generic over
-//! it and inlined into one function for each level, so that the vectors stay in registers.
+//! it and inlined into one function for each level, so that the vectors stay in registers. What computes with vectors
+//! must be `#[inline(always)]` all the way, and so cannot be a closure: that would be compiled for any processor, with a
+//! call for each instruction.
 
 use std::ops::Index;
 
@@ -167,16 +169,10 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     s.where_at_least(x, lowest, s.times_power_of_two(p, n))
 }
 
-/// Calls `f` with the offset of each whole vector of `len` elements, then returns where the rest begins.
+/// Where whole vectors of `len` elements begin.
 #[inline(always)]
-pub(crate) fn vectors<S: Simd>(_: S, len: usize, mut f: impl FnMut(usize)) -> usize {
-    let whole = len / S::LANES * S::LANES;
-    let mut at = 0;
-    while at < whole {
-        f(at);
-        at += S::LANES;
-    }
-    whole
+pub(crate) fn vectors<S: Simd>(len: usize) -> impl Iterator<Item = usize> {
+    (0..len / S::LANES * S::LANES).step_by(S::LANES)
 }
 
 /// Eight codes of `bits` bits take as many bytes; they come in the low bits of a word, of which only those are valid.

@@ -140,15 +140,9 @@ impl Simd for Avx512 {
                 }
                 8 => _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())),
                 _ => {
-                    let b = bits as i64;
-                    let by = _mm512_setr_epi64(0, b, 2 * b, 3 * b, 4 * b, 5 * b, 6 * b, 7 * b);
-                    let mask = _mm512_set1_epi64((1 << b) - 1);
-                    let half = |word: u64| {
-                        let codes = _mm512_srlv_epi64(_mm512_set1_epi64(word as i64), by);
-                        _mm512_cvtepi64_epi32(_mm512_and_si512(codes, mask))
-                    };
-                    let low = _mm512_castsi256_si512(half(eight_codes(p, bits, end)));
-                    _mm512_inserti64x4::<1>(low, half(eight_codes(p.add(bits), bits, end)))
+                    let low = _mm512_castsi256_si512(eight_words(eight_codes(p, bits, end), bits));
+                    let high = eight_words(eight_codes(p.add(bits), bits, end), bits);
+                    _mm512_inserti64x4::<1>(low, high)
                 }
             }
         }
@@ -171,11 +165,12 @@ impl Simd for Avx512 {
     unsafe fn block8(self, p: *const u8, s: f32, b: f32) -> [__m512; 2] {
         unsafe {
             let (s, b) = (_mm512_set1_ps(s), _mm512_set1_ps(b));
-            let half = |p: *const u8| {
-                let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
-                _mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), s, b)
-            };
-            [half(p), half(p.add(16))]
+            let first = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
+            let second = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.add(16).cast()));
+            [
+                _mm512_fmadd_ps(_mm512_cvtepi32_ps(first), s, b),
+                _mm512_fmadd_ps(_mm512_cvtepi32_ps(second), s, b),
+            ]
         }
     }
     #[inline(always)]
@@ -200,6 +195,23 @@ impl Simd for Avx512 {
     unsafe fn small_tile(self, t: Tile) {
         unsafe { tile::<Avx512, 8, 2>(self, t) }
     }
+}
+
+/// Eight codes of `bits` bits, one after another in `word`, as words.
+#[inline(always)]
+unsafe fn eight_words(word: u64, bits: usize) -> __m256i {
+    unsafe {
+        let b = bits as i64;
+        let by = _mm512_setr_epi64(0, b, 2 * b, 3 * b, 4 * b, 5 * b, 6 * b, 7 * b);
+        let codes = _mm512_srlv_epi64(_mm512_set1_epi64(word as i64), by);
+        _mm512_cvtepi64_epi32(_mm512_and_si512(codes, _mm512_set1_epi64((1 << b) - 1)))
+    }
+}
+
+/// scale * code + bias
+#[inline(always)]
+unsafe fn weights8(codes: __m256i, (scale, bias): (__m256, __m256)) -> __m256 {
+    unsafe { _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), scale, bias) }
 }
 
 /// Eight bytes as words.
@@ -348,24 +360,27 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn block4(self, p: *const u8, s: f32, b: f32) -> [__m256; 4] {
         unsafe {
-            let (s, b) = (_mm256_set1_ps(s), _mm256_set1_ps(b));
-            let weight = |codes| _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), s, b);
+            let levels = (_mm256_set1_ps(s), _mm256_set1_ps(b));
             let (first, second) = (bytes8(p), bytes8(p.add(8)));
             let low = _mm256_set1_epi32(15);
             [
-                weight(_mm256_and_si256(first, low)),
-                weight(_mm256_and_si256(second, low)),
-                weight(_mm256_srli_epi32::<4>(first)),
-                weight(_mm256_srli_epi32::<4>(second)),
+                weights8(_mm256_and_si256(first, low), levels),
+                weights8(_mm256_and_si256(second, low), levels),
+                weights8(_mm256_srli_epi32::<4>(first), levels),
+                weights8(_mm256_srli_epi32::<4>(second), levels),
             ]
         }
     }
     #[inline(always)]
     unsafe fn block8(self, p: *const u8, s: f32, b: f32) -> [__m256; 4] {
         unsafe {
-            let (s, b) = (_mm256_set1_ps(s), _mm256_set1_ps(b));
-            let part = |i: usize| _mm256_fmadd_ps(_mm256_cvtepi32_ps(bytes8(p.add(8 * i))), s, b);
-            [part(0), part(1), part(2), part(3)]
+            let levels = (_mm256_set1_ps(s), _mm256_set1_ps(b));
+            [
+                weights8(bytes8(p), levels),
+                weights8(bytes8(p.add(8)), levels),
+                weights8(bytes8(p.add(16)), levels),
+                weights8(bytes8(p.add(24)), levels),
+            ]
         }
     }
     #[inline(always)]
