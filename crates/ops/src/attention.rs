@@ -19,7 +19,7 @@ use crate::form::on_cpu;
 use crate::{Array, Exception, Result, Rows};
 
 /// The keys and values of one sequence in one block. How they are laid out is the business of [`attention_cached`].
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct KeyValues {
     kv: Option<(Array, Array)>,
 }

@@ -266,6 +266,8 @@ fn line(x: &[f32]) -> [f32; LINE] {
 #[inline(always)]
 fn silu<S: Simd>(s: S, z: S::V) -> (S::V, S::V) {
     let one = s.splat(1.0);
+    // Further down z sigmoid(z) is zero to every digit, but the exponential would overflow. NaN passes.
+    let z = s.max(s.splat(-88.0), z);
     let sigmoid = s.div(one, s.add(one, exp(s, s.sub(s.splat(0.0), z))));
     (s.mul(z, sigmoid), sigmoid)
 }

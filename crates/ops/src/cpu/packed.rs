@@ -330,9 +330,9 @@ fn few_rows(x: &[f32], w: &Packed, y: &mut [f32]) {
     let Layout { out, inputs, bits, .. } = w.layout;
     let m = x.len() / inputs;
     let direct = matches!(bits, 4 | 8) && m <= 4;
-    let mut arranged = scratch(&LEFT, if direct && bits == 4 { x.len() } else { 0 });
-    // Where codes are widened in registers the even ones of a block come first, so x is laid out the same way.
-    let x = if direct && bits == 4 {
+    let mut arranged = scratch(&LEFT, if bits == 4 { x.len() } else { 0 });
+    // Of 4-bit codes the even ones of a block come first when they are widened, so x is laid out the same way.
+    let x = if bits == 4 {
         evens_first(x, &mut arranged);
         &*arranged
     } else {
@@ -378,32 +378,34 @@ impl Kernel for FewRows<'_> {
         let FewRows { tiles, w, rows, direct } = self;
         let Layout { inputs, group, bits, .. } = w.layout;
         let groups = w.layout.groups();
-        let floats = if direct { 2 * groups } else { inputs };
-        let mut scratch = scratch(&PANEL, TOGETHER * floats);
+        let mut scratch = scratch(&PANEL, TOGETHER * (2 * groups + inputs));
+        let (levels, widened) = scratch.split_at_mut(TOGETHER * 2 * groups);
+        let shift = group.trailing_zeros();
         let mut row = rows.start;
         while row < rows.end {
             let count = TOGETHER.min(rows.end - row);
             // Rows beyond the last repeat it; their results are not written.
             let mut codes = [std::ptr::null(); TOGETHER];
-            for (r, part) in scratch.chunks_exact_mut(floats).enumerate() {
+            let mut weights = [std::ptr::null(); TOGETHER];
+            for r in 0..TOGETHER {
                 let row = row + r.min(count - 1);
                 codes[r] = w.codes(row, 0);
-                if direct {
-                    let (scales, biases) = part.split_at_mut(groups);
-                    w.levels(s, row, 0, scales, biases);
-                } else {
-                    w.unpack(s, row, 0, part);
-                }
+                let (scales, biases) = levels[r * 2 * groups..][..2 * groups].split_at_mut(groups);
+                w.levels(s, row, 0, scales, biases);
+                weights[r] = widened[r * inputs..][..inputs].as_ptr();
             }
-            let shift = group.trailing_zeros();
-            let levels = &scratch[..];
+            let four = Codes::<4> { codes, levels, groups, shift };
+            let eight = Codes::<8> { codes, levels, groups, shift };
             match (direct, bits) {
-                (true, 4) => tiles.run(s, row, count, &Codes::<4> { codes, levels, groups, shift }),
-                (true, _) => tiles.run(s, row, count, &Codes::<8> { codes, levels, groups, shift }),
+                (true, 4) => tiles.run(s, row, count, &four),
+                (true, _) => tiles.run(s, row, count, &eight),
                 (false, _) => {
-                    let mut weights = [std::ptr::null(); TOGETHER];
-                    for (r, at) in weights.iter_mut().enumerate() {
-                        *at = scratch[r * floats..][..inputs].as_ptr();
+                    for (r, to) in widened.chunks_exact_mut(inputs).enumerate() {
+                        match bits {
+                            4 => four.widen(s, r, to),
+                            8 => eight.widen(s, r, to),
+                            _ => w.unpack(s, row + r.min(count - 1), 0, to),
+                        }
                     }
                     tiles.run(s, row, count, &Weights(weights));
                 }
@@ -440,6 +442,21 @@ impl<const BITS: usize> Blocks for Codes<'_, BITS> {
                 (*self.levels.get_unchecked(at), *self.levels.get_unchecked(at + self.groups));
             let codes = self.codes[r].add(k * BITS / 8);
             if BITS == 4 { s.block4(codes, scale, bias) } else { s.block8(codes, scale, bias) }
+        }
+    }
+}
+
+impl<const BITS: usize> Codes<'_, BITS> {
+    /// All weights of row `r`, in the order of their blocks.
+    #[inline(always)]
+    fn widen<S: Simd>(&self, s: S, r: usize, to: &mut [f32]) {
+        for (i, to) in to.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
+            // SAFETY: `to` has as many blocks as the row.
+            let weights = unsafe { self.block(s, r, i * BLOCK) };
+            for part in 0..BLOCK / S::LANES {
+                // SAFETY: vectors inside the block.
+                unsafe { s.store(to.as_mut_ptr().add(part * S::LANES), weights[part]) };
+            }
         }
     }
 }
