@@ -11,28 +11,65 @@ use mlx_rs::ops::indexing::TryIndexMutOp as _;
 use crate::Dtype;
 #[cfg(graft_cpu)]
 use crate::cpu::{
-    attention::{Cached, CachedSpan, Causal, Heads, KEYS},
+    attention::{Cached, CachedSequence, Causal, Heads, KEYS, KvBlock},
     primitive::apply,
 };
 #[cfg(graft_cpu)]
 use crate::form::on_cpu;
 use crate::{Array, Exception, Result, Rows};
 
-/// The keys and values of one sequence in one block. How they are laid out is the business of [`attention_cached`].
-#[derive(Debug, Clone, Default)]
+/// The keys and values of one sequence in one layer. How they are laid out is the business of [`attention_cached`].
+#[derive(Default)]
 pub struct KeyValues {
+    /// MLX's form: (K, capacity, D) each.
     kv: Option<(Array, Array)>,
+    /// Ours.
+    #[cfg(graft_cpu)]
+    blocks: Vec<Arc<KvBlock>>,
+    /// The last block is another sequence's too, and has to be copied before it is written.
+    #[cfg(graft_cpu)]
+    shared: bool,
+    /// An output of the last operation that wrote to the blocks and an input of the next one, so that MLX, which sees no
+    /// other connection between them, runs them in this order.
+    #[cfg(graft_cpu)]
+    written: Option<Array>,
+}
+
+impl std::fmt::Debug for KeyValues {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KeyValues").field("nbytes", &self.nbytes()).finish()
+    }
 }
 
 impl KeyValues {
-    /// The buffers, for evaluation.
+    /// What has to be evaluated for new tokens to be in the buffers, besides the outputs of [`attention_cached`].
     pub fn arrays(&self) -> impl Iterator<Item = &Array> {
-        self.kv.iter().flat_map(|(k, v)| [k, v])
+        let arrays = self.kv.iter().flat_map(|(k, v)| [k, v]);
+        #[cfg(graft_cpu)]
+        let arrays = arrays.chain(&self.written);
+        arrays
     }
 
     /// Bytes that the buffers take.
     pub fn nbytes(&self) -> usize {
-        self.arrays().map(Array::nbytes).sum()
+        let bytes: usize = self.kv.iter().map(|(k, v)| k.nbytes() + v.nbytes()).sum();
+        #[cfg(graft_cpu)]
+        let bytes = bytes + self.blocks.iter().map(|block| block.nbytes()).sum::<usize>();
+        bytes
+    }
+
+    /// The same first `len` tokens for another sequence, which goes its own way from there. Memory is shared as far as
+    /// it stays the same.
+    pub fn fork(&self, len: i32) -> KeyValues {
+        KeyValues {
+            kv: self.kv.clone(),
+            #[cfg(graft_cpu)]
+            blocks: self.blocks[..(len.max(0) as usize).div_ceil(KEYS).min(self.blocks.len())].to_vec(),
+            #[cfg(graft_cpu)]
+            shared: true,
+            #[cfg(graft_cpu)]
+            written: self.written.clone(),
+        }
     }
 
     /// MLX's form: appends k and v (n, K, D) behind the first `len` tokens of buffers (K, capacity, D).
@@ -188,42 +225,38 @@ fn cpu_cached(
     rows: &Rows,
     heads: Heads,
 ) -> Result<Array> {
-    let block = KEYS * heads.width();
-    let mut spans = Vec::with_capacity(caches.len());
-    let mut old = Vec::with_capacity(2 * caches.len());
-    let mut start = 0;
+    let mut sequences = Vec::with_capacity(caches.len());
     for (cache, (&length, &before)) in caches.iter_mut().zip(rows.lengths.iter().zip(&rows.starts)) {
         let (length, before) = (length as usize, before as usize);
-        let (keys, values) = match cache.kv.take() {
-            Some(kv) => kv,
-            None => {
-                let empty = ops::zeros_dtype(&[heads.kv_heads as i32, 0], Dtype::Float32)?;
-                (empty.clone(), empty)
-            }
-        };
-        let old_blocks = keys.dim(1) as usize / block;
-        if old_blocks * KEYS < before {
+        if before > cache.blocks.len() * KEYS {
+            let blocks = cache.blocks.len();
             return Err(Exception::custom(format!(
-                "attention: {before} tokens are not in a cache of {old_blocks} blocks"
+                "attention: {before} tokens are not in {blocks} blocks of a cache"
             )));
         }
-        let needed = (before + length).div_ceil(KEYS);
-        let blocks =
-            if needed <= old_blocks { old_blocks } else { needed.next_multiple_of(STEP as usize / KEYS) };
-        spans.push(CachedSpan { start, length, before, old_blocks, blocks });
-        old.extend([keys, values]);
-        start += length;
+        // The first block that is written; what comes after it was forgotten.
+        let written = before / KEYS;
+        cache.blocks.truncate(before.div_ceil(KEYS));
+        let mut copied = None;
+        if cache.shared && length > 0 {
+            cache.shared = false;
+            if cache.blocks.len() > written {
+                copied = cache.blocks.pop();
+            }
+        }
+        while cache.blocks.len() * KEYS < before + length {
+            cache.blocks.push(Arc::new(KvBlock::new(heads)));
+        }
+        sequences.push(CachedSequence { length, before, blocks: cache.blocks.clone(), copied });
     }
-    let shapes: Vec<[i32; 2]> = spans.iter().map(|span| Cached::cache_shape(heads, span.blocks)).collect();
-    let mut outputs = vec![(q.shape(), Dtype::Float32)];
-    outputs.extend(shapes.iter().flat_map(|shape| [(&shape[..], Dtype::Float32); 2]));
-    let inputs: Vec<&Array> = [q, k, v].into_iter().chain(&old).collect();
-    let mut made = apply(Cached { heads, rows: spans }, &inputs, &outputs)?.into_iter();
-    let o = made.next();
+    let before: Vec<Array> = caches.iter_mut().filter_map(|cache| cache.written.take()).collect();
+    let inputs: Vec<&Array> = [q, k, v].into_iter().chain(&before).collect();
+    let outputs = [(q.shape(), Dtype::Float32), (&[0][..], Dtype::Float32)];
+    let made = apply(Cached { heads, sequences }, &inputs, &outputs)?;
     for cache in caches.iter_mut() {
-        cache.kv = made.next().zip(made.next());
+        cache.written = Some(made[1].clone());
     }
-    o.ok_or_else(|| Exception::custom("attention has no output"))
+    Ok(made[0].clone())
 }
 
 /// (B, H, L, D) against (B, K, S, D): the last query sees every key.

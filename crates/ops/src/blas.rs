@@ -18,7 +18,7 @@ pub(crate) fn linked() -> *const () {
 /// The matrices must have the sizes that the arguments say, and C must not overlap A or B.
 #[unsafe(no_mangle)]
 #[allow(clippy::too_many_arguments, reason = "CBLAS decides them")]
-pub unsafe extern "C" fn cblas_sgemm(
+pub(crate) unsafe extern "C" fn cblas_sgemm(
     order: i32,
     transpose_a: i32,
     transpose_b: i32,

@@ -5,6 +5,7 @@
 //! computes the probabilities again from the scores and their logsumexp. All heads that read one key head are taken
 //! together, so that its keys and values are laid out once.
 
+use std::cell::UnsafeCell;
 use std::ffi::CStr;
 use std::sync::Arc;
 
@@ -509,36 +510,91 @@ impl Kernel for BackwardPart<'_> {
     }
 }
 
-/// Appends the new tokens of each sequence to its cache and attends to all of it. The inputs are q, k and v of the new
-/// tokens and, by sequence, the cache of keys and that of values; the outputs are o and the caches.
+/// Keys and values of up to 64 tokens of one sequence, for all its key heads, laid out as the products read them: by head
+/// the keys (width, 64), then the values (64, width), where width is D rounded up.
 ///
-/// A cache is made of blocks of 64 tokens, laid out as the products read them: keys (K, blocks, width, 64), values
-/// (K, blocks, 64, width), where width is D rounded up.
+/// This memory is not MLX's, since it has to stay where it is while one step is computed and the next one is planned.
+/// It is written on MLX's stream thread only, which runs operations in the order in which they were evaluated, and a token
+/// is written before anything reads it.
+pub(crate) struct KvBlock(Box<[UnsafeCell<f32>]>);
+
+// SAFETY: see above; other threads only hold and drop references.
+unsafe impl Send for KvBlock {}
+// SAFETY: as above.
+unsafe impl Sync for KvBlock {}
+
+impl KvBlock {
+    /// An empty block. Everything in it is finite, so that what a product reads beyond the last token has no effect.
+    pub(crate) fn new(heads: Heads) -> KvBlock {
+        KvBlock((0..heads.kv_heads * KvBlock::part(heads)).map(|_| UnsafeCell::new(0.0)).collect())
+    }
+
+    /// Bytes of a block.
+    pub(crate) fn nbytes(&self) -> usize {
+        self.0.len() * 4
+    }
+
+    /// Floats of one head.
+    fn part(heads: Heads) -> usize {
+        2 * KEYS * heads.width()
+    }
+
+    /// Keys and values of one head.
+    ///
+    /// # Safety
+    /// Nobody writes the block meanwhile.
+    unsafe fn head(&self, heads: Heads, head: usize) -> (&[f32], &[f32]) {
+        let cells = &self.0[head * KvBlock::part(heads)..][..KvBlock::part(heads)];
+        // SAFETY: UnsafeCell<f32> has the layout of f32; the caller's promise.
+        let floats = unsafe { std::slice::from_raw_parts(cells.as_ptr().cast::<f32>(), cells.len()) };
+        floats.split_at(cells.len() / 2)
+    }
+
+    /// Writes one token of one head.
+    ///
+    /// # Safety
+    /// Nobody uses the block meanwhile.
+    unsafe fn write(&self, heads: Heads, head: usize, place: usize, key: &[f32], value: &[f32]) {
+        let cells = &self.0[head * KvBlock::part(heads)..][..KvBlock::part(heads)];
+        let (keys, values) = cells.split_at(cells.len() / 2);
+        for (d, (key, value)) in key.iter().zip(value).enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe {
+                *keys[d * KEYS + place].get() = *key;
+                *values[place * heads.width() + d].get() = *value;
+            }
+        }
+    }
+
+    /// Takes over what `from` holds.
+    ///
+    /// # Safety
+    /// Nobody uses this block or writes the other meanwhile.
+    unsafe fn copy_from(&self, from: &KvBlock) {
+        for (to, from) in self.0.iter().zip(&from.0) {
+            // SAFETY: the caller's promise.
+            unsafe { *to.get() = *from.get() };
+        }
+    }
+}
+
+/// Appends the new tokens of each sequence to its blocks and attends to all of them: q, k and v of the new tokens
+/// give o. The other inputs and the other output are empty and only say what comes before what.
 pub(crate) struct Cached {
     pub(crate) heads: Heads,
-    pub(crate) rows: Vec<CachedSpan>,
+    pub(crate) sequences: Vec<CachedSequence>,
 }
 
 /// One sequence of [`Cached`].
-#[derive(Clone, Copy)]
-pub(crate) struct CachedSpan {
-    /// Where its new tokens begin in N.
-    pub(crate) start: usize,
-    /// How many they are.
+pub(crate) struct CachedSequence {
+    /// Its new tokens.
     pub(crate) length: usize,
-    /// Tokens in the cache.
+    /// Tokens before them.
     pub(crate) before: usize,
-    /// Blocks of the cache as it was.
-    pub(crate) old_blocks: usize,
-    /// Blocks of the cache as it will be.
-    pub(crate) blocks: usize,
-}
-
-impl Cached {
-    /// Floats of a cache of keys, or of values.
-    pub(crate) fn cache_shape(heads: Heads, blocks: usize) -> [i32; 2] {
-        [heads.kv_heads as i32, (blocks * KEYS * heads.width()) as i32]
-    }
+    /// Blocks for all of them.
+    pub(crate) blocks: Vec<Arc<KvBlock>>,
+    /// A block that was shared and of which this sequence needs one of its own: the last one before the new tokens.
+    pub(crate) copied: Option<Arc<KvBlock>>,
 }
 
 impl Op for Cached {
@@ -547,74 +603,53 @@ impl Op for Cached {
     }
 
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
-        let (q, k, v) = (inputs[0].f32(), inputs[1].f32(), inputs[2].f32());
+        let [q, k, v] = [0, 1, 2].map(|i| inputs[i].f32());
         let Heads { kv_heads, dim, .. } = self.heads;
-        let width = self.heads.width();
-        let Some((o, caches)) = outputs.split_first_mut() else { return };
-        let block = KEYS * width;
-        for ((span, caches), old) in
-            self.rows.iter().zip(caches.chunks_exact_mut(2)).zip(inputs[3..].chunks_exact(2))
-        {
-            let [keys, values] = caches else { return };
-            for (new, old) in [(&mut *keys, &old[0]), (&mut *values, &old[1])] {
-                if !old.is(new) {
-                    let (from, to) = (old.f32(), new.f32_mut());
-                    let used = span.before.div_ceil(KEYS) * block;
-                    for head in 0..kv_heads {
-                        let to = &mut to[head * span.blocks * block..][..span.blocks * block];
-                        to[..used].copy_from_slice(&from[head * span.old_blocks * block..][..used]);
-                        // Beyond the last token everything has to be finite, and no denormal that slows a product.
-                        to[used..].fill(0.0);
-                    }
+        let mut start = 0;
+        let mut spans = Vec::with_capacity(self.sequences.len());
+        for sequence in &self.sequences {
+            spans.push((start, sequence.length, sequence.before));
+            if let (Some(from), Some(to)) = (&sequence.copied, sequence.blocks.get(sequence.before / KEYS)) {
+                // SAFETY: this is the stream's thread, and `to` is new.
+                unsafe { to.copy_from(from) };
+            }
+            for i in 0..sequence.length {
+                let at = sequence.before + i;
+                for head in 0..kv_heads {
+                    let from = ((start + i) * kv_heads + head) * dim;
+                    let (key, value) = (&k[from..from + dim], &v[from..from + dim]);
+                    // SAFETY: this is the stream's thread; the pool's are idle.
+                    unsafe { sequence.blocks[at / KEYS].write(self.heads, head, at % KEYS, key, value) };
                 }
             }
-            let (keys, values) = (keys.f32_mut(), values.f32_mut());
-            for head in 0..kv_heads {
-                for i in 0..span.length {
-                    let at = span.before + i;
-                    let (place, inside) = ((head * span.blocks + at / KEYS) * block, at % KEYS);
-                    let from = ((span.start + i) * kv_heads + head) * dim;
-                    for (d, x) in k[from..from + dim].iter().enumerate() {
-                        keys[place + d * KEYS + inside] = *x;
-                    }
-                    values[place + inside * width..][..dim].copy_from_slice(&v[from..from + dim]);
-                }
-            }
+            start += sequence.length;
         }
-        let o = Shares::new(o.f32_mut());
-        let caches: Vec<&[f32]> = caches.iter().map(Tensor::f32).collect();
-        let parts = parts(self.rows.iter().map(|span| (span.start, span.length, span.before)), self.heads);
+        let o = Shares::new(outputs[0].f32_mut());
+        let parts = parts(spans.into_iter(), self.heads);
         pool::run(parts.len(), |i| {
             let part = parts[i];
-            let (keys, values) = (caches[2 * part.row], caches[2 * part.row + 1]);
-            let size = self.rows[part.row].blocks * block;
-            let of = |x: &'_ [f32]| part.kv_head * size..(part.kv_head * size + size).min(x.len());
-            let source = Blocks { keys: &keys[of(keys)], values: &values[of(values)], block };
+            let source =
+                InBlocks { blocks: &self.sequences[part.row].blocks, heads: self.heads, head: part.kv_head };
             dispatch(Forward { heads: self.heads, q, part, source, o: &o, sums: None });
         });
     }
-
-    fn takes_over(&self, output: usize) -> Option<usize> {
-        // Output 0 is o; the caches follow in the order of the inputs after q, k and v.
-        (output > 0).then_some(output + 2)
-    }
 }
 
-/// Keys and values of one head as a cache holds them.
+/// Keys and values of one head as blocks hold them.
 #[derive(Clone, Copy)]
-struct Blocks<'a> {
-    keys: &'a [f32],
-    values: &'a [f32],
-    block: usize,
+struct InBlocks<'a> {
+    blocks: &'a [Arc<KvBlock>],
+    heads: Heads,
+    head: usize,
 }
 
-impl Source for Blocks<'_> {
+impl Source for InBlocks<'_> {
     fn scratch(&self) -> usize {
         0
     }
 
     fn block<'a>(&'a self, index: usize, _: &'a mut [f32]) -> (&'a [f32], &'a [f32]) {
-        let range = index * self.block..(index + 1) * self.block;
-        (&self.keys[range.clone()], &self.values[range])
+        // SAFETY: while an operation attends, the stream's thread writes no block.
+        unsafe { self.blocks[index].head(self.heads, self.head) }
     }
 }

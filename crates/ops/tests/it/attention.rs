@@ -127,21 +127,48 @@ fn a_sequence_does_not_depend_on_its_neighbours_or_on_the_threads() {
 }
 
 #[test]
-fn a_cache_that_is_shared_is_copied_before_it_is_written() {
+fn forks_share_what_is_common_and_nothing_else() {
     mlx(|| {
-        let all = inputs(90, 2, 1, 32);
-        let mut first = KeyValues::default();
+        let all = inputs(140, 2, 1, 32);
         let step = |cache: &mut KeyValues, from: i32, to: i32, factor: f32| {
             let [q, k, v] =
                 [0, 1, 2].map(|i| tokens(&all[i], from, to).multiply(Array::from_f32(factor)).unwrap());
             let rows = Rows { lengths: vec![to - from], starts: vec![from] };
             bits(&attention_cached(&q, &k, &v, &mut [cache], &rows, 0.2).unwrap())
         };
-        step(&mut first, 0, 80, 1.0);
-        let mut second = first.clone();
-        let expected = step(&mut first.clone(), 80, 90, 1.0);
-        step(&mut second, 80, 90, 3.0);
-        assert!(step(&mut first, 80, 90, 1.0) == expected);
+        // In the middle of a block and at its border.
+        for len in [80, 64, 128] {
+            let mut alone = KeyValues::default();
+            step(&mut alone, 0, len, 1.0);
+            let expected = step(&mut alone, len, len + 12, 1.0);
+            let mut first = KeyValues::default();
+            step(&mut first, 0, len, 1.0);
+            let (mut second, mut third) = (first.fork(len), first.fork(len));
+            assert!(step(&mut second, len, len + 12, 3.0) != expected);
+            assert!(step(&mut first, len, len + 12, 1.0) == expected);
+            assert!(step(&mut third, len, len + 12, 1.0) == expected);
+            // What was forgotten is written anew.
+            assert!(step(&mut second, len, len + 12, 1.0) == expected);
+        }
+    });
+}
+
+#[test]
+fn a_step_may_be_planned_while_the_one_before_is_computed() {
+    mlx(|| {
+        let all = inputs(40, 6, 2, 64);
+        let expected = bits(&in_steps(&all, &(1..=40).collect::<Vec<_>>(), 0.125));
+        let mut cache = KeyValues::default();
+        let outputs: Vec<Array> = (0..40)
+            .map(|at| {
+                let [q, k, v] = [0, 1, 2].map(|i| tokens(&all[i], at, at + 1));
+                let rows = Rows { lengths: vec![1], starts: vec![at] };
+                let o = attention_cached(&q, &k, &v, &mut [&mut cache], &rows, 0.125).unwrap();
+                mlx_rs::transforms::async_eval([&o]).unwrap();
+                o
+            })
+            .collect();
+        assert!(bits(&mlx_rs::ops::concatenate(&outputs, 0).unwrap()) == expected);
     });
 }
 
