@@ -61,5 +61,7 @@ pub(crate) unsafe extern "C" fn cblas_sgemm(
         }
     }
     // SAFETY: the caller's A and B, of the sizes that were said.
-    unsafe { gemm(sizes, matrix(left), alpha, &matrix(right), &Shares::new(c), c_row, beta != 0.0) };
+    unsafe {
+        gemm::<_, false>(sizes, matrix(left), alpha, &matrix(right), &Shares::new(c), c_row, beta != 0.0)
+    };
 }

@@ -36,6 +36,34 @@ pub fn set_form(form: Form) {
     FORM.store(value, Ordering::Relaxed);
 }
 
+/// How our CPU operations multiply. MLX's form follows the types of its arrays instead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Precision {
+    /// f32 throughout.
+    F32,
+    /// Products of many rows round both sides to bf16 and sum in f32, where the processor has instructions for that.
+    Bf16,
+    /// As [`Precision::Bf16`]; products of few rows with weights of 4 or 8 bits round the other side to 8 bits by block and
+    /// sum in integers, then in f32. Has no place in training: the gradient would not be that of the function.
+    Int8,
+}
+
+static PRECISION: AtomicU8 = AtomicU8::new(0);
+
+/// The precision in use: [`Precision::F32`] unless [`set_precision`] chose another.
+pub fn precision() -> Precision {
+    match PRECISION.load(Ordering::Relaxed) {
+        1 => Precision::Bf16,
+        2 => Precision::Int8,
+        _ => Precision::F32,
+    }
+}
+
+/// Chooses the precision of all operations built from now on.
+pub fn set_precision(precision: Precision) {
+    PRECISION.store(precision as u8, Ordering::Relaxed);
+}
+
 /// Whether an operation on these floats takes our CPU form, which knows f32 alone.
 #[cfg(graft_cpu)]
 pub(crate) fn on_cpu(arrays: &[&crate::Array]) -> bool {

@@ -26,7 +26,7 @@ mod rows;
 pub use attention::{KeyValues, attention, attention_cached};
 #[cfg(graft_cpu)]
 pub use cpu::level::{Level, best_cpu_level, cpu_level, set_cpu_level};
-pub use form::{Form, form, set_form};
+pub use form::{Form, Precision, form, precision, set_form, set_precision};
 pub use loss::{HeadRef, cross_entropy, linear_cross_entropy};
 pub use mlx_rs::error::Exception;
 pub use mlx_rs::{Array, Dtype};

@@ -10,7 +10,7 @@ use crate::cpu::{
 };
 use crate::ffi::{self, Mode};
 #[cfg(graft_cpu)]
-use crate::form::on_cpu;
+use crate::form::{on_cpu, precision};
 use crate::{Array, Dtype, Exception, Result};
 
 /// Affine packed weights W (out, in), as MLX stores them: in group g of row o, W = scales[o, g] * code + biases[o, g].
@@ -85,7 +85,8 @@ pub fn packed_matmul(x: &Array, w: PackedRef) -> Result<Array> {
     check_last("packed matmul", x, inputs)?;
     #[cfg(graft_cpu)]
     if on_cpu(&[x]) {
-        return Matmul { layout: Layout::of(w)?, transposed: false }.apply(x, w.codes, w.scales, w.biases);
+        return Matmul { layout: Layout::of(w)?, transposed: false, precision: precision() }
+            .apply(x, w.codes, w.scales, w.biases);
     }
     mlx_matmul(x, w, true)
 }
@@ -96,7 +97,8 @@ pub fn packed_matmul_t(x: &Array, w: PackedRef) -> Result<Array> {
     check_last("transposed packed matmul", x, outputs)?;
     #[cfg(graft_cpu)]
     if on_cpu(&[x]) {
-        return Matmul { layout: Layout::of(w)?, transposed: true }.apply(x, w.codes, w.scales, w.biases);
+        return Matmul { layout: Layout::of(w)?, transposed: true, precision: precision() }
+            .apply(x, w.codes, w.scales, w.biases);
     }
     mlx_matmul(x, w, false)
 }
@@ -118,7 +120,7 @@ pub fn dense_matmul(x: &Array, w: &Array) -> Result<Array> {
     check_last("matmul", x, inputs)?;
     #[cfg(graft_cpu)]
     if on_cpu(&[x, w]) {
-        return DenseMatmul { transposed: false }.apply(x, w);
+        return DenseMatmul { transposed: false, precision: precision() }.apply(x, w);
     }
     ops::matmul(x, w.transpose()?)
 }
@@ -134,7 +136,7 @@ pub fn dense_matmul_t(x: &Array, w: &Array) -> Result<Array> {
     check_last("transposed matmul", x, outputs)?;
     #[cfg(graft_cpu)]
     if on_cpu(&[x, w]) {
-        return DenseMatmul { transposed: true }.apply(x, w);
+        return DenseMatmul { transposed: true, precision: precision() }.apply(x, w);
     }
     ops::matmul(x, w)
 }

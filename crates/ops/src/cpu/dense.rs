@@ -2,14 +2,15 @@
 
 use std::ffi::CStr;
 
-use super::gemm::Matrix;
-use super::packed::{dense_times_transpose, product};
+use super::gemm::{Matrix, product};
+use super::packed::dense_times_transpose;
 use super::primitive::{Backward, Op, Tensor, apply_one};
-use crate::{Array, Dtype, Exception, Result};
+use crate::{Array, Dtype, Exception, Precision, Result};
 
 /// x W^T, or x W if `transposed`, for W (out, in).
 pub(crate) struct DenseMatmul {
     pub(crate) transposed: bool,
+    pub(crate) precision: Precision,
 }
 
 impl DenseMatmul {
@@ -18,7 +19,8 @@ impl DenseMatmul {
         if let Some(last) = shape.last_mut() {
             *last = w.dim(if self.transposed { 1 } else { 0 });
         }
-        let op = DenseRun { transposed: self.transposed, out: w.dim(0) as usize, inputs: w.dim(1) as usize };
+        let (out, inputs) = (w.dim(0) as usize, w.dim(1) as usize);
+        let op = DenseRun { transposed: self.transposed, out, inputs, precision: self.precision };
         apply_one(op, &[x, w], &shape, Dtype::Float32)
     }
 }
@@ -27,6 +29,7 @@ struct DenseRun {
     transposed: bool,
     out: usize,
     inputs: usize,
+    precision: Precision,
 }
 
 impl Op for DenseRun {
@@ -37,9 +40,10 @@ impl Op for DenseRun {
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
         let (x, w, y) = (inputs[0].f32(), inputs[1].f32(), outputs[0].f32_mut());
         if self.transposed {
-            product(x, self.out, &Matrix { data: w.as_ptr(), row: self.inputs, column: 1 }, self.inputs, y);
+            let w = Matrix { data: w.as_ptr(), row: self.inputs, column: 1 };
+            product(x, self.out, &w, self.inputs, y, self.precision);
         } else {
-            dense_times_transpose(x, w, self.inputs, y);
+            dense_times_transpose(x, w, self.inputs, y, self.precision);
         }
     }
 
@@ -50,7 +54,7 @@ impl Op for DenseRun {
         let mut gradients = Vec::new();
         for &input in &call.wanted {
             gradients.push(if input == 0 {
-                DenseMatmul { transposed: !self.transposed }.apply(dy, w)?
+                DenseMatmul { transposed: !self.transposed, precision: self.precision }.apply(dy, w)?
             } else {
                 let (x, dy) = (x.reshape(&[-1, x.dim(-1)])?, dy.reshape(&[-1, dy.dim(-1)])?);
                 let (left, right) = if self.transposed { (x, dy) } else { (dy, x) };

@@ -2,14 +2,14 @@
 
 use std::ffi::CStr;
 
-use super::gemm::Matrix;
+use super::gemm::{Matrix, product};
 use super::level::dispatch;
-use super::packed::{Layout, Packed, Plain, Transposed, product};
+use super::packed::{Layout, Packed, Plain, Transposed};
 use super::primitive::{Backward, Op, Tensor, apply};
 use super::scratch::{LOGITS, scratch};
 use super::simd::{Kernel, Simd, exp, vectors};
 use crate::pool::{self, Shares};
-use crate::{Array, Dtype, HeadRef, Result};
+use crate::{Array, Dtype, HeadRef, Precision, Result, precision};
 
 /// Logits that exist at a time, at most, unless 32 rows are more: 32 MB.
 const AT_A_TIME: usize = 8 << 20;
@@ -25,6 +25,7 @@ enum Head {
 pub(crate) struct HeadLoss {
     head: Head,
     gradient: bool,
+    precision: Precision,
 }
 
 impl HeadLoss {
@@ -36,7 +37,7 @@ impl HeadLoss {
             HeadRef::Packed(w) => (Head::Packed(Layout::of(w)?), vec![w.codes, w.scales, w.biases]),
         };
         let inputs: Vec<&Array> = [h, targets].into_iter().chain(weights).collect();
-        Ok(HeadLoss { head: kind, gradient }.outputs(&inputs)?.swap_remove(0))
+        Ok(HeadLoss { head: kind, gradient, precision: precision() }.outputs(&inputs)?.swap_remove(0))
     }
 
     fn outputs(self, inputs: &[&Array]) -> Result<Vec<Array>> {
@@ -69,11 +70,18 @@ impl Op for HeadLoss {
             match self.head {
                 Head::Dense { .. } => {
                     let w = inputs[2].f32().as_ptr();
-                    product(h, hidden, &Matrix { data: w, row: 1, column: hidden }, vocabulary, logits);
+                    product(
+                        h,
+                        hidden,
+                        &Matrix { data: w, row: 1, column: hidden },
+                        vocabulary,
+                        logits,
+                        self.precision,
+                    );
                 }
                 Head::Packed(layout) => {
                     let w = Packed::new(layout, &inputs[2..5]);
-                    product(h, hidden, &Transposed(&w), vocabulary, logits);
+                    product(h, hidden, &Transposed(&w), vocabulary, logits, self.precision);
                 }
             }
             let (shares, sums) = (Shares::new(logits), Shares::new(&mut losses[first..first + count]));
@@ -87,11 +95,18 @@ impl Op for HeadLoss {
                 match self.head {
                     Head::Dense { .. } => {
                         let w = inputs[2].f32().as_ptr();
-                        product(logits, vocabulary, &Matrix { data: w, row: hidden, column: 1 }, hidden, to);
+                        product(
+                            logits,
+                            vocabulary,
+                            &Matrix { data: w, row: hidden, column: 1 },
+                            hidden,
+                            to,
+                            self.precision,
+                        );
                     }
                     Head::Packed(layout) => {
                         let w = Packed::new(layout, &inputs[2..5]);
-                        product(logits, vocabulary, &Plain(&w), hidden, to);
+                        product(logits, vocabulary, &Plain(&w), hidden, to, self.precision);
                     }
                 }
             }
@@ -103,7 +118,7 @@ impl Op for HeadLoss {
             call.outputs[1].clone()
         } else {
             let inputs: Vec<&Array> = call.primals.iter().collect();
-            HeadLoss { head: self.head, gradient: true }.outputs(&inputs)?.swap_remove(1)
+            HeadLoss { gradient: true, ..*self }.outputs(&inputs)?.swap_remove(1)
         };
         call.choose(&[by_row.multiply(call.cotangents[0].expand_dims(1)?)?])
     }

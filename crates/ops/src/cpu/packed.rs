@@ -7,13 +7,13 @@
 use std::ffi::CStr;
 use std::ops::Range;
 
-use super::gemm::{Matrix, Right, Sizes, gemm, share};
+use super::gemm::{Matrix, Right, product, share};
 use super::level::dispatch;
 use super::primitive::{Backward, Floats, Op, Tensor, apply_one};
 use super::scratch::{LEFT, PANEL, scratch};
 use super::simd::{Kernel, Simd, vectors};
 use crate::pool::{self, Shares};
-use crate::{Array, Dtype, PackedRef, Result};
+use crate::{Array, Dtype, PackedRef, Precision, Result};
 
 /// Up to so many rows of x are multiplied by rows of W, more by panels.
 pub(crate) const FEW: usize = 32;
@@ -155,6 +155,7 @@ fn widen<S: Simd>(s: S, from: Floats, at: usize, to: &mut [f32]) {
 pub(crate) struct Matmul {
     pub(crate) layout: Layout,
     pub(crate) transposed: bool,
+    pub(crate) precision: Precision,
 }
 
 impl Matmul {
@@ -177,42 +178,22 @@ impl Op for Matmul {
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
         let x = inputs[0].f32();
         let w = Packed::new(self.layout, &inputs[1..4]);
+        let y = outputs[0].f32_mut();
+        let Layout { out, inputs, .. } = self.layout;
         if self.transposed {
-            times(x, &w, outputs[0].f32_mut())
+            product(x, out, &Plain(&w), inputs, y, self.precision);
+        } else if x.len() / inputs > FEW {
+            product(x, inputs, &Transposed(&w), out, y, self.precision);
         } else {
-            times_transpose(x, &w, outputs[0].f32_mut())
+            few_rows(x, &w, y);
         }
     }
 
     fn gradients(&self, call: &Backward) -> Result<Vec<Array>> {
-        let other = Matmul { layout: self.layout, transposed: !self.transposed };
+        let other = Matmul { transposed: !self.transposed, ..*self };
         let p = &call.primals;
         call.choose(&[other.apply(&call.cotangents[0], &p[1], &p[2], &p[3])?])
     }
-}
-
-/// y = x W^T for x (m, inputs).
-pub(crate) fn times_transpose(x: &[f32], w: &Packed, y: &mut [f32]) {
-    let Layout { out, inputs, .. } = w.layout;
-    let m = x.len() / inputs;
-    if m > FEW {
-        product(x, inputs, &Transposed(w), out, y);
-    } else {
-        few_rows(x, w, y);
-    }
-}
-
-/// y = x W for x (m, out).
-pub(crate) fn times(x: &[f32], w: &Packed, y: &mut [f32]) {
-    product(x, w.layout.out, &Plain(w), w.layout.inputs, y);
-}
-
-/// y = x B for x (m, k).
-pub(crate) fn product(x: &[f32], k: usize, b: &impl Right, n: usize, y: &mut [f32]) {
-    let sizes = Sizes { m: x.len() / k, n, k };
-    let a = Matrix { data: x.as_ptr(), row: k, column: 1 };
-    // SAFETY: x is (m, k), y is (m, n) and borrowed for us alone.
-    unsafe { gemm(sizes, a, 1.0, b, &Shares::new(y), n, false) };
 }
 
 /// W^T as the right side: k are the inputs, n the outputs.
@@ -227,10 +208,8 @@ impl Right for Transposed<'_> {
     fn panel<S: Simd>(
         &self,
         s: S,
-        k: usize,
-        depth: usize,
-        n: usize,
-        columns: usize,
+        (k, depth): (usize, usize),
+        (n, columns): (usize, usize),
         width: usize,
         panel: &mut [f32],
     ) {
@@ -309,10 +288,8 @@ impl Right for Plain<'_> {
     fn panel<S: Simd>(
         &self,
         s: S,
-        k: usize,
-        depth: usize,
-        n: usize,
-        columns: usize,
+        (k, depth): (usize, usize),
+        (n, columns): (usize, usize),
         width: usize,
         panel: &mut [f32],
     ) {
@@ -534,10 +511,16 @@ impl RowTiles<'_> {
 }
 
 /// x W^T for dense W (out, inputs), with the same two paths.
-pub(crate) fn dense_times_transpose(x: &[f32], w: &[f32], inputs: usize, y: &mut [f32]) {
+pub(crate) fn dense_times_transpose(
+    x: &[f32],
+    w: &[f32],
+    inputs: usize,
+    y: &mut [f32],
+    precision: Precision,
+) {
     let (m, out) = (x.len() / inputs, w.len() / inputs);
     if m > FEW || !inputs.is_multiple_of(BLOCK) {
-        product(x, inputs, &Matrix { data: w.as_ptr(), row: 1, column: inputs }, out, y);
+        product(x, inputs, &Matrix { data: w.as_ptr(), row: 1, column: inputs }, out, y, precision);
         return;
     }
     let y = Shares::new(y);

@@ -84,6 +84,28 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn narrow_tile(self, t: Tile);
     /// Rows of `large_tile`.
     const LARGE_ROWS: usize;
+    /// Rounds 2 rows of LANES f32 to bf16: each column's pair becomes a word. Only where [`super::level::has_bf16`] holds, as
+    /// the other operations on pairs.
+    /// # Safety
+    /// The pointers must be valid for reading, or writing, LANES elements.
+    unsafe fn pair_columns(self, even: *const f32, odd: *const f32, to: *mut u32) {
+        let _ = (even, odd, to);
+        unreachable!("this level has no products of bf16");
+    }
+    /// Rounds LANES f32 to bf16: neighbours become a word.
+    /// # Safety
+    /// The pointers must be valid for reading LANES f32, or writing half as many words.
+    unsafe fn pair_neighbours(self, from: *const f32, to: *mut u32) {
+        let _ = (from, to);
+        unreachable!("this level has no products of bf16");
+    }
+    /// [`Simd::large_tile`], or [`Simd::narrow_tile`] if NARROW, for pairs of bf16: k counts words.
+    /// # Safety
+    /// As [`tile`].
+    unsafe fn pair_tile<const NARROW: bool>(self, t: Tile) {
+        let _ = t;
+        unreachable!("this level has no products of bf16");
+    }
     /// One tile of attention's products: SMALL_ROWS x 2 vectors.
     /// # Safety
     /// As [`tile`].

@@ -26,6 +26,13 @@ pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
 
 /// # Safety
 /// The processor must have the instructions.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+pub(super) unsafe fn run_avx512_bf16<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Avx512(()))
+}
+
+/// # Safety
+/// The processor must have the instructions.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx2(()))
@@ -194,6 +201,68 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn small_tile(self, t: Tile) {
         unsafe { tile::<Avx512, 8, 2>(self, t) }
+    }
+
+    #[inline(always)]
+    unsafe fn pair_columns(self, even: *const f32, odd: *const f32, to: *mut u32) {
+        unsafe {
+            let both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(odd), _mm512_loadu_ps(even));
+            // The even row is in the lower half, the odd one in the upper: each column's two come together.
+            let places = _mm512_set_epi16(
+                31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
+                3, 18, 2, 17, 1, 16, 0,
+            );
+            _mm512_storeu_si512(
+                to.cast(),
+                _mm512_permutexvar_epi16(places, std::mem::transmute::<__m512bh, __m512i>(both)),
+            );
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair_neighbours(self, from: *const f32, to: *mut u32) {
+        unsafe {
+            let halves = _mm512_cvtneps_pbh(_mm512_loadu_ps(from));
+            _mm256_storeu_si256(to.cast(), std::mem::transmute::<__m256bh, __m256i>(halves));
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair_tile<const NARROW: bool>(self, t: Tile) {
+        unsafe {
+            if NARROW {
+                pair_tile::<12, 1>(Tile { a_row: 1, a_k: 12, b_k: 16, ..t });
+            } else {
+                pair_tile::<12, 2>(Tile { a_row: 1, a_k: 12, b_k: 32, ..t });
+            }
+        }
+    }
+}
+
+/// As [`tile`], for words that are pairs of bf16.
+#[inline(always)]
+unsafe fn pair_tile<const R: usize, const N: usize>(t: Tile) {
+    unsafe {
+        let mut sums = [[_mm512_setzero_ps(); N]; R];
+        let (mut a, mut b) = (t.a.cast::<i32>(), t.b);
+        for _ in 0..t.k {
+            let mut row = [_mm512_setzero_si512(); N];
+            for (j, v) in row.iter_mut().enumerate() {
+                *v = _mm512_loadu_si512(b.add(j * 16).cast());
+            }
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let x = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(*a.add(i * t.a_row)));
+                for (sum, &v) in sums.iter_mut().zip(&row) {
+                    *sum = _mm512_dpbf16_ps(*sum, x, std::mem::transmute::<__m512i, __m512bh>(v));
+                }
+            }
+            a = a.add(t.a_k);
+            b = b.add(t.b_k);
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            for (j, &sum) in sums.iter().enumerate() {
+                let c = t.c.add(i * t.c_row + j * 16);
+                _mm512_storeu_ps(c, if t.add { _mm512_add_ps(_mm512_loadu_ps(c), sum) } else { sum });
+            }
+        }
     }
 }
 

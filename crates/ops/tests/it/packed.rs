@@ -2,8 +2,8 @@
 
 use graft_ops::ffi::{Mode, quantize};
 use graft_ops::{
-    Array, Dtype, PackedRef, dense_matmul, dense_matmul_t, packed_matmul, packed_matmul_t, packed_rows,
-    set_threads,
+    Array, Dtype, Level, PackedRef, Precision, dense_matmul, dense_matmul_t, packed_matmul, packed_matmul_t,
+    packed_rows, set_precision, set_threads,
 };
 use graft_testkit::{mlx, tolerance};
 
@@ -113,7 +113,14 @@ fn first(x: &Array, n: i32) -> Array {
 
 #[test]
 fn a_row_does_not_depend_on_its_neighbours_or_on_the_threads() {
+    for precision in [Precision::F32, Precision::Bf16, Precision::Int8] {
+        rows_are_alone(precision);
+    }
+}
+
+fn rows_are_alone(precision: Precision) {
     mlx(|| {
+        set_precision(precision);
         let inputs = 320;
         let dense = random(3, &[300, inputs]);
         every_level(|level| {
@@ -156,7 +163,50 @@ fn a_row_does_not_depend_on_its_neighbours_or_on_the_threads() {
             }
         });
         set_threads(2);
+        set_precision(Precision::F32);
     });
+}
+
+#[test]
+fn bf16_rounds_both_sides_and_nothing_else() {
+    mlx(|| {
+        let round = |x: &Array| x.as_dtype(Dtype::Bfloat16).unwrap().as_dtype(Dtype::Float32).unwrap();
+        set_precision(Precision::Bf16);
+        every_level(|level| {
+            // With instructions for bf16 what is rounded decides the result; without them nothing is rounded.
+            let rounds = level == Level::Avx512 && has("avx512bf16");
+            for (width, m, inputs, out) in
+                [(4, 61, 384, 77), (8, 40, 2304, 33), (3, 100, 96, 9), (4, 1100, 64, 50)]
+            {
+                let w = Weights::new(out, inputs, width, 32, Dtype::Float32);
+                let dense = mlx_form(|| {
+                    let ids = Array::from_iter(0..out, &[out]);
+                    packed_rows(&ids, w.view(), Dtype::Float32).unwrap()
+                });
+                for (x, ours) in [
+                    (
+                        random(1, &[m, inputs]),
+                        packed_matmul as fn(&Array, PackedRef) -> graft_ops::Result<Array>,
+                    ),
+                    (random(2, &[m, out]), packed_matmul_t),
+                ] {
+                    let y = ours(&x, w.view()).unwrap();
+                    let (x, dense) = if rounds { (round(&x), round(&dense)) } else { (x, dense.clone()) };
+                    let right = if x.dim(1) == inputs { dense.transpose().unwrap() } else { dense };
+                    let expected = mlx_form(|| x.matmul(&right).unwrap());
+                    if let Err(e) = graft_testkit::close(&y, &expected, tolerance::BF16_OPERANDS) {
+                        panic!("{level:?}, {width} bits, {m} x {inputs} x {out}: {e}");
+                    }
+                }
+            }
+        });
+        set_precision(Precision::F32);
+    });
+}
+
+/// Whether this processor has a feature that our operations know.
+fn has(feature: &str) -> bool {
+    graft_ops::info::info().cpu_features.contains(&feature)
 }
 
 #[test]
