@@ -36,8 +36,3 @@ pub const BF16_DEEP: Tolerance = Tolerance { name: "bf16, many layers", absolute
 /// about three digits.
 pub const FINITE_DIFFERENCE: Tolerance =
     Tolerance { name: "finite difference", absolute: 1e-3, relative: 2e-2 };
-
-/// A sum in f32 of products of operands that were rounded to bf16 first: as [`F32`], but an operand whose last f32 bit
-/// differs may stand on the other side of a border between two bf16, which moves one of some thousand terms by 2^-8.
-pub const BF16_OPERANDS: Tolerance =
-    Tolerance { name: "f32 sum of bf16 operands", absolute: 1e-6, relative: 2e-4 };

@@ -179,10 +179,8 @@ fn bf16_rounds_both_sides_and_nothing_else() {
                 [(4, 61, 384, 77), (8, 40, 2304, 33), (3, 100, 96, 9), (4, 1100, 64, 50)]
             {
                 let w = Weights::new(out, inputs, width, 32, Dtype::Float32);
-                let dense = mlx_form(|| {
-                    let ids = Array::from_iter(0..out, &[out]);
-                    packed_rows(&ids, w.view(), Dtype::Float32).unwrap()
-                });
+                // Our own lookup: an f32 that differs in its last bit may be rounded to another bf16.
+                let dense = packed_rows(&Array::from_iter(0..out, &[out]), w.view(), Dtype::Float32).unwrap();
                 for (x, ours) in [
                     (
                         random(1, &[m, inputs]),
@@ -194,7 +192,7 @@ fn bf16_rounds_both_sides_and_nothing_else() {
                     let (x, dense) = if rounds { (round(&x), round(&dense)) } else { (x, dense.clone()) };
                     let right = if x.dim(1) == inputs { dense.transpose().unwrap() } else { dense };
                     let expected = mlx_form(|| x.matmul(&right).unwrap());
-                    if let Err(e) = graft_testkit::close(&y, &expected, tolerance::BF16_OPERANDS) {
+                    if let Err(e) = graft_testkit::close(&y, &expected, tolerance::F32) {
                         panic!("{level:?}, {width} bits, {m} x {inputs} x {out}: {e}");
                     }
                 }
