@@ -268,6 +268,7 @@ impl Model {
             let head = match weight {
                 Weight::Dense(w) => HeadRef::Dense(w),
                 Weight::Packed(w) => HeadRef::Packed(w.as_ref()),
+                Weight::Arranged(w) => HeadRef::Arranged(w),
             };
             return Ok(graft_ops::linear_cross_entropy(h, head, targets, HEAD_CHUNK)?);
         }

@@ -64,6 +64,18 @@ pub fn set_precision(precision: Precision) {
     PRECISION.store(precision as u8, Ordering::Relaxed);
 }
 
+/// Builds some operations with another precision than the one in use.
+pub fn with_precision<T>(precision: Precision, build: impl FnOnce() -> T) -> T {
+    struct Back(u8);
+    impl Drop for Back {
+        fn drop(&mut self) {
+            PRECISION.store(self.0, Ordering::Relaxed);
+        }
+    }
+    let _back = Back(PRECISION.swap(precision as u8, Ordering::Relaxed));
+    build()
+}
+
 /// Whether an operation on these floats takes our CPU form, which knows f32 alone.
 #[cfg(graft_cpu)]
 pub(crate) fn on_cpu(arrays: &[&crate::Array]) -> bool {

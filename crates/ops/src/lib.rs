@@ -8,6 +8,7 @@
 //! D head dimension, E hidden, V vocabulary, M rows of a matrix.
 #![allow(unsafe_code, reason = "this is the crate that talks to MLX and to the processor")]
 
+mod arranged;
 mod attention;
 #[cfg(graft_cpu)]
 mod blas;
@@ -23,10 +24,11 @@ mod pool;
 mod rope;
 mod rows;
 
+pub use arranged::{Arranged, arrange, arranged_matmul, arranged_rows};
 pub use attention::{KeyValues, attention, attention_cached};
 #[cfg(graft_cpu)]
 pub use cpu::level::{Level, best_cpu_level, cpu_level, set_cpu_level};
-pub use form::{Form, Precision, form, precision, set_form, set_precision};
+pub use form::{Form, Precision, form, precision, set_form, set_precision, with_precision};
 pub use loss::{HeadRef, cross_entropy, linear_cross_entropy};
 pub use mlx_rs::error::Exception;
 pub use mlx_rs::{Array, Dtype};

@@ -80,6 +80,16 @@ impl<'a> Packed<'a> {
         self.codes[row * self.layout.row_bytes() + k * self.layout.bits / 8..].as_ptr()
     }
 
+    /// Code `k` of row `row`.
+    pub(super) fn code(&self, row: usize, k: usize) -> u8 {
+        let (bits, row) =
+            (self.layout.bits, &self.codes[row * self.layout.row_bytes()..][..self.layout.row_bytes()]);
+        let (byte, shift) = (k * bits / 8, k * bits % 8);
+        // A code may go on in the next byte.
+        let next = if shift + bits > 8 { row[byte + 1] } else { 0 };
+        ((u16::from(row[byte]) | u16::from(next) << 8) >> shift) as u8 & (((1_u16 << bits) - 1) as u8)
+    }
+
     /// Scales and biases of row `row`, groups `from` and following.
     #[inline(always)]
     fn levels<S: Simd>(&self, s: S, row: usize, from: usize, scales: &mut [f32], biases: &mut [f32]) {
@@ -88,7 +98,7 @@ impl<'a> Packed<'a> {
         widen(s, self.biases, at, biases);
     }
 
-    /// Weights `k`..`k + to.len()` of a row, in order; `k` and the length are multiples of 8.
+    /// Weights `k`..`k + to.len()` of a row, in order; `k` and the length are multiples of 16.
     #[inline(always)]
     fn unpack<S: Simd>(&self, s: S, row: usize, k: usize, to: &mut [f32]) {
         let Layout { group, bits, .. } = self.layout;
@@ -116,6 +126,8 @@ fn unpack_run<S: Simd>(
     (scale, bias): (f32, f32),
     to: &mut [f32],
 ) {
+    // Rows are multiples of 32, and so is what is asked for.
+    assert!(to.len().is_multiple_of(S::LANES));
     let (scales, biases) = (s.splat(scale), s.splat(bias));
     for at in vectors::<S>(to.len()) {
         // SAFETY: codes `at` and following are in the row, by the caller's lengths, and `to` has room for them.
@@ -124,21 +136,11 @@ fn unpack_run<S: Simd>(
             s.store(to.as_mut_ptr().add(at), s.fma(s.to_float(codes), scales, biases));
         }
     }
-    let whole = to.len() / S::LANES * S::LANES;
-    for (i, to) in to.iter_mut().enumerate().skip(whole) {
-        // SAFETY: the byte of code i, and the next one where the code continues in it, are in the row.
-        let code = unsafe {
-            let byte = codes.add(i * bits / 8);
-            let next = if (i * bits) % 8 + bits > 8 { *byte.add(1) } else { 0 };
-            (u32::from(*byte) | u32::from(next) << 8) >> ((i * bits) % 8) & ((1 << bits) - 1)
-        };
-        *to = code as f32 * scale + bias;
-    }
 }
 
 /// Numbers `at` and following as f32.
 #[inline(always)]
-fn widen<S: Simd>(s: S, from: Floats, at: usize, to: &mut [f32]) {
+pub(super) fn widen<S: Simd>(s: S, from: Floats, at: usize, to: &mut [f32]) {
     let range = at..at + to.len();
     match from {
         Floats::F32(from) => to.copy_from_slice(&from[range]),

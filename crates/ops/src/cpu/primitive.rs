@@ -119,6 +119,28 @@ impl Tensor {
         }
     }
 
+    pub(crate) fn bytes(&self) -> &[u8] {
+        if self.size == 0 {
+            return &[];
+        }
+        // SAFETY: any memory may be read as bytes.
+        unsafe { std::slice::from_raw_parts(self.data.cast(), self.nbytes()) }
+    }
+
+    /// An output's memory.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        if self.size == 0 {
+            return &mut [];
+        }
+        // SAFETY: MLX allocated it for this run; any bytes are numbers.
+        unsafe { std::slice::from_raw_parts_mut(self.data.cast(), self.nbytes()) }
+    }
+
+    fn nbytes(&self) -> usize {
+        let halves = [Dtype::Float16, Dtype::Bfloat16].map(|dtype| dtype as u32);
+        self.size * if halves.contains(&self.dtype) { 2 } else { 4 }
+    }
+
     /// An output's memory.
     pub(crate) fn f32_mut(&mut self) -> &mut [f32] {
         self.check(Dtype::Float32);

@@ -2,6 +2,7 @@
 
 #![cfg(graft_cpu)]
 
+mod arranged;
 mod attention;
 mod blas;
 mod loss;

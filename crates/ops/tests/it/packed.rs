@@ -9,14 +9,14 @@ use graft_testkit::{mlx, tolerance};
 
 use crate::support::{bits, check, every_level, mlx_form, random, values};
 
-struct Weights {
-    parts: Vec<Array>,
+pub(crate) struct Weights {
+    pub(crate) parts: Vec<Array>,
     group_size: i32,
     bits: i32,
 }
 
 impl Weights {
-    fn new(out: i32, inputs: i32, bits: i32, group_size: i32, dtype: Dtype) -> Weights {
+    pub(crate) fn new(out: i32, inputs: i32, bits: i32, group_size: i32, dtype: Dtype) -> Weights {
         let w = random(5, &[out, inputs]).multiply(Array::from_f32(0.1)).unwrap();
         let mut parts = quantize(&w, group_size, bits, Mode::Affine).unwrap();
         for part in &mut parts[1..] {
@@ -26,7 +26,7 @@ impl Weights {
         Weights { parts, group_size, bits }
     }
 
-    fn view(&self) -> PackedRef<'_> {
+    pub(crate) fn view(&self) -> PackedRef<'_> {
         let [codes, scales, biases] = &self.parts[..] else { unreachable!() };
         PackedRef { codes, scales, biases, group_size: self.group_size, bits: self.bits }
     }
@@ -106,7 +106,7 @@ fn gradients_are_the_transposed_products() {
 }
 
 /// The first `n` rows of x, which is (rows, columns).
-fn first(x: &Array, n: i32) -> Array {
+pub(crate) fn first(x: &Array, n: i32) -> Array {
     let ids = Array::from_iter(0..n, &[n]);
     x.take_axis(&ids, 0).unwrap()
 }
