@@ -65,7 +65,9 @@ fn run(arguments: Vec<String>) -> Result<()> {
     graft_ops::set_precision(match &cli.command {
         _ if cli.exact => Precision::F32,
         Command::Lora(_) | Command::Train(_) => Precision::Bf16,
-        Command::Generate(_) | Command::Chat(_) | Command::Server(_) | Command::Perplexity(_) => Precision::Int8,
+        Command::Generate(_) | Command::Chat(_) | Command::Server(_) | Command::Perplexity(_) => {
+            Precision::Int16
+        }
         _ => Precision::F32,
     });
     match cli.command {

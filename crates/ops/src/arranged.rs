@@ -8,7 +8,7 @@ use crate::cpu::{
 };
 use crate::{Array, Dtype, Exception, PackedRef, Result, form, precision};
 
-/// Packed weights W (out, in) in the layout that our CPU products of [`crate::Precision::Int8`] read. Made by [`arrange`].
+/// Packed weights W (out, in) in the layout that our CPU products of [`crate::Precision::Int16`] read. Made by [`arrange`].
 #[derive(Debug, Clone)]
 pub struct Arranged {
     /// Codes, scales and biases.
@@ -31,11 +31,11 @@ impl Arranged {
     }
 }
 
-/// W laid out anew, if that pays here: our CPU form, the precision [`crate::Precision::Int8`], a processor that multiplies
+/// W laid out anew, if that pays here: our CPU form, the precision [`crate::Precision::Int16`], a processor that multiplies
 /// bytes. The result takes as much memory, or somewhat more where W has 2, 3, 5 or 6 bits; W is not needed any more.
 pub fn arrange(w: PackedRef) -> Result<Option<Arranged>> {
     #[cfg(graft_cpu)]
-    if form() == crate::Form::Cpu && precision() == crate::Precision::Int8 && panels::pays() {
+    if form() == crate::Form::Cpu && precision() == crate::Precision::Int16 && panels::pays() {
         let layout = Layout::of(w)?;
         let (out, inputs) = w.shape()?;
         let parts = panels::arrange(w)?;
@@ -46,7 +46,7 @@ pub fn arrange(w: PackedRef) -> Result<Option<Arranged>> {
     Ok(None)
 }
 
-/// y = x W^T for x (..., in): (..., out), f32. With [`crate::Precision::Int8`] x is rounded to 8 bits by blocks of 32.
+/// y = x W^T for x (..., in): (..., out), f32. With [`crate::Precision::Int16`] x is rounded to 8 bits by blocks of 32.
 pub fn arranged_matmul(x: &Array, w: &Arranged) -> Result<Array> {
     if x.shape().last() != Some(&w.inputs) {
         let found = x.shape();

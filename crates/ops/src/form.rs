@@ -43,9 +43,9 @@ pub enum Precision {
     F32,
     /// Products of many rows round both sides to bf16 and sum in f32, where the processor has instructions for that.
     Bf16,
-    /// As [`Precision::Bf16`]; products of few rows with weights of 4 or 8 bits round the other side to 8 bits by block and
-    /// sum in integers, then in f32. Has no place in training: the gradient would not be that of the function.
-    Int8,
+    /// As [`Precision::Bf16`]; products with weights laid out by [`crate::arrange`] round the other side to 16 bits by block,
+    /// and sum blocks in integers, then in f32. For inference only: such weights have no gradient.
+    Int16,
 }
 
 static PRECISION: AtomicU8 = AtomicU8::new(0);
@@ -54,7 +54,7 @@ static PRECISION: AtomicU8 = AtomicU8::new(0);
 pub fn precision() -> Precision {
     match PRECISION.load(Ordering::Relaxed) {
         1 => Precision::Bf16,
-        2 => Precision::Int8,
+        2 => Precision::Int16,
         _ => Precision::F32,
     }
 }

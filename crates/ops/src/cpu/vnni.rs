@@ -18,7 +18,8 @@ pub(crate) fn available() -> bool {
     cpu_level() == Level::Avx512 && is_x86_feature_detected!("avx512vnni")
 }
 
-/// Rows of x, rounded: q as bytes in words (m, inputs / 4), d (m, inputs / 32), sums of d q by group (m, groups).
+/// Rows of x, rounded: the bytes q of each row, then its bytes r (m, 2, inputs), d (m, inputs / 32), and the sums of
+/// d (254 q + r) by group (m, groups).
 pub(crate) struct Rounded<'a> {
     pub(crate) m: usize,
     pub(crate) q: &'a [f32],
@@ -38,30 +39,39 @@ pub(crate) unsafe fn round_row(
     factors: &mut [f32],
     sums: &mut [f32],
 ) {
-    assert!(q.len() * 4 == x.len() && factors.len() * BLOCK == x.len() && sums.len() * group == x.len());
+    assert!(q.len() * 2 == x.len() && factors.len() * BLOCK == x.len() && sums.len() * group == x.len());
     sums.fill(0.0);
     let shift = group.trailing_zeros();
     for (block, factor) in factors.iter_mut().enumerate() {
         unsafe {
             let from = x.as_ptr().add(block * BLOCK);
-            let (first, second) = (_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(16)));
-            let most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second)));
+            let parts = [_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(16))];
+            let most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(parts[0]), _mm512_abs_ps(parts[1])));
             // Zero, unless a number is not finite: a maximum would lose it.
             let broken =
-                _mm512_reduce_add_ps(_mm512_mul_ps(_mm512_add_ps(first, second), _mm512_setzero_ps()));
-            let d = most / 127.0 + broken;
+                _mm512_reduce_add_ps(_mm512_mul_ps(_mm512_add_ps(parts[0], parts[1]), _mm512_setzero_ps()));
+            let step = most / 127.0;
             let inverse = _mm512_set1_ps(if most > 0.0 { 127.0 / most } else { 0.0 });
-            let first = _mm512_cvtps_epi32(_mm512_mul_ps(first, inverse));
-            let second = _mm512_cvtps_epi32(_mm512_mul_ps(second, inverse));
             let to = q.as_mut_ptr().cast::<u8>().add(block * BLOCK);
-            _mm_storeu_si128(to.cast(), _mm512_cvtsepi32_epi8(first));
-            _mm_storeu_si128(to.add(16).cast(), _mm512_cvtsepi32_epi8(second));
-            *factor = d;
-            sums[(block * BLOCK) >> shift] +=
-                d * _mm512_reduce_add_epi32(_mm512_add_epi32(first, second)) as f32;
+            let mut total = _mm512_setzero_si512();
+            for (i, part) in parts.into_iter().enumerate() {
+                let steps = _mm512_mul_ps(part, inverse);
+                let coarse = _mm512_cvtps_epi32(steps);
+                let rest = _mm512_sub_ps(steps, _mm512_cvtepi32_ps(coarse));
+                let fine = _mm512_cvtps_epi32(_mm512_mul_ps(rest, _mm512_set1_ps(FINE)));
+                _mm_storeu_si128(to.add(16 * i).cast(), _mm512_cvtsepi32_epi8(coarse));
+                _mm_storeu_si128(to.add(x.len() + 16 * i).cast(), _mm512_cvtsepi32_epi8(fine));
+                let whole = _mm512_mullo_epi32(coarse, _mm512_set1_epi32(FINE as i32));
+                total = _mm512_add_epi32(total, _mm512_add_epi32(whole, fine));
+            }
+            *factor = step / FINE + broken;
+            sums[(block * BLOCK) >> shift] += *factor * _mm512_reduce_add_epi32(total) as f32;
         }
     }
 }
+
+/// Fine steps in a coarse one.
+const FINE: f32 = 254.0;
 
 /// Columns `16 p` and following of y (m, out), for each panel p.
 ///
@@ -70,7 +80,7 @@ pub(crate) unsafe fn round_row(
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c")]
 pub(crate) unsafe fn multiply(w: &Panels, panels: Range<usize>, x: &Rounded, y: &Shares<f32>) {
     let of = w.arrangement;
-    assert!(x.q.len() * 4 == x.m * of.inputs && x.factors.len() * BLOCK == x.m * of.inputs);
+    assert!(x.q.len() * 2 == x.m * of.inputs && x.factors.len() * BLOCK == x.m * of.inputs);
     assert!(x.sums.len() * of.group == x.m * of.inputs);
     for panel in panels {
         let mut at = 0;
@@ -112,7 +122,7 @@ unsafe fn tile<const BITS: usize, const C: usize>(
     let mut sums = [_mm512_setzero_ps(); C];
     unsafe {
         let mut codes = w.panel(panel).as_ptr();
-        let mut q = x.q.as_ptr().cast::<i32>().add(at * of.inputs / 4);
+        let mut q = x.q.as_ptr().cast::<i32>().add(at * of.inputs / 2);
         let mut factors = x.factors.as_ptr().add(at * blocks);
         for g in 0..groups {
             let level = (panel * groups + g) * ROWS;
@@ -133,15 +143,19 @@ unsafe fn tile<const BITS: usize, const C: usize>(
                 }
                 codes = codes.add(ROWS * BLOCK * BITS / 8);
                 for (c, sum) in sums.iter_mut().enumerate() {
-                    let q = q.add(c * of.inputs / 4);
-                    // Two chains, or a single row would wait for each product.
-                    let (mut even, mut odd) = (_mm512_setzero_si512(), _mm512_setzero_si512());
-                    for t in 0..4 {
-                        even = _mm512_dpbusd_epi32(even, lines[2 * t], _mm512_set1_epi32(*q.add(2 * t)));
-                        odd =
-                            _mm512_dpbusd_epi32(odd, lines[2 * t + 1], _mm512_set1_epi32(*q.add(2 * t + 1)));
+                    let q = q.add(c * of.inputs / 2);
+                    let r = q.add(of.inputs / 4);
+                    // Several chains, or a single row would wait for each product.
+                    let zero = _mm512_setzero_si512();
+                    let (mut coarse, mut fine) = ([zero; 2], [zero; 2]);
+                    for (t, line) in lines.into_iter().enumerate() {
+                        coarse[t % 2] =
+                            _mm512_dpbusd_epi32(coarse[t % 2], line, _mm512_set1_epi32(*q.add(t)));
+                        fine[t % 2] = _mm512_dpbusd_epi32(fine[t % 2], line, _mm512_set1_epi32(*r.add(t)));
                     }
-                    let whole = _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd));
+                    let coarse = _mm512_cvtepi32_ps(_mm512_add_epi32(coarse[0], coarse[1]));
+                    let fine = _mm512_cvtepi32_ps(_mm512_add_epi32(fine[0], fine[1]));
+                    let whole = _mm512_fmadd_ps(coarse, _mm512_set1_ps(FINE), fine);
                     let factor = _mm512_set1_ps(*factors.add(c * blocks));
                     *sum = _mm512_fmadd_ps(_mm512_mul_ps(whole, factor), scale, *sum);
                 }

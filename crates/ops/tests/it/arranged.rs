@@ -1,4 +1,4 @@
-//! Weights laid out for inference, and activations rounded to 8 bits.
+//! Weights laid out for inference, and activations rounded to 16 bits.
 
 use graft_ops::{
     Arranged, Array, Dtype, HeadRef, Precision, arrange, arranged_matmul, arranged_rows,
@@ -12,7 +12,7 @@ use crate::support::{bits, every_level, random, values};
 /// The weights in both layouts, or none where the processor has no use for the second.
 fn both(out: i32, inputs: i32, width: i32, group: i32, dtype: Dtype) -> Option<(Weights, Arranged)> {
     let w = Weights::new(out, inputs, width, group, dtype);
-    let arranged = with_precision(Precision::Int8, || arrange(w.view())).unwrap()?;
+    let arranged = with_precision(Precision::Int16, || arrange(w.view())).unwrap()?;
     mlx_rs::transforms::eval(arranged.arrays()).unwrap();
     Some((w, arranged))
 }
@@ -56,31 +56,24 @@ fn the_layout_keeps_every_weight() {
     });
 }
 
-/// x with each block of 32 rounded to 127 steps, as the head of panels.rs says.
-fn rounded(x: &Array) -> Array {
-    let shape = x.shape();
-    let x = values(x);
-    let blocks = x.chunks(32).flat_map(|block| {
-        let most = block.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
-        let (d, inverse) = (most / 127.0, if most > 0.0 { 127.0 / most } else { 0.0 });
-        block.iter().map(|x| d * (x * inverse).round_ties_even()).collect::<Vec<_>>()
-    });
-    Array::from_iter(blocks.collect::<Vec<_>>(), shape)
-}
-
 #[test]
-fn eight_bits_round_the_activations_and_nothing_else() {
+fn sixteen_bits_round_the_activations_and_nothing_else() {
     mlx(|| {
         for (width, group, inputs) in [(4, 32, 320), (8, 32, 96), (3, 64, 256), (4, 128, 1536), (6, 32, 64)] {
             let Some((w, arranged)) = both(70, inputs, width, group, Dtype::Float16) else { return };
             for m in [1, 2, 9, 33] {
-                let x = random(m as u64, &[m, inputs]);
-                let y = with_precision(Precision::Int8, || arranged_matmul(&x, &arranged)).unwrap();
-                assert_close(&y, &packed_matmul(&rounded(&x), w.view()).unwrap(), tolerance::F32);
-                // What the rounding costs: half a step of 127 for each of `inputs` terms of random sign.
-                let expected = packed_matmul(&x, w.view()).unwrap();
-                let cost = Tolerance { name: "8-bit activations", absolute: 0.0, relative: 2e-2 };
-                assert_close(&y, &expected, cost);
+                // Blocks of very different size, a block of zeros, and one large number among small ones.
+                let mut x = values(&random(m as u64, &[m, inputs]));
+                for (i, block) in x.chunks_mut(32).enumerate() {
+                    let factor = [1.0, 0.0, 1e-6, 1e6][i % 4];
+                    block.iter_mut().for_each(|x| *x *= factor);
+                    block[7] *= 20.0;
+                }
+                let x = Array::from_slice(&x, &[m, inputs]);
+                let y = with_precision(Precision::Int16, || arranged_matmul(&x, &arranged)).unwrap();
+                // Half a step of max / (127 * 254) for each of 32 terms of a block, whose largest is many times the others.
+                let cost = Tolerance { name: "16-bit activations", absolute: 1e-6, relative: 2e-4 };
+                assert_close(&y, &packed_matmul(&x, w.view()).unwrap(), cost);
             }
         }
     });
@@ -93,7 +86,7 @@ fn a_row_does_not_depend_on_its_neighbours_or_on_the_threads() {
             let Some((_, arranged)) = both(300, 320, width, 32, Dtype::Float16) else { return };
             let x = random(1, &[200, 320]);
             let product = |x: &Array| {
-                set_precision(Precision::Int8);
+                set_precision(Precision::Int16);
                 let y = bits(&arranged_matmul(x, &arranged).unwrap());
                 set_precision(Precision::F32);
                 y
@@ -117,7 +110,7 @@ fn the_head_rounds_as_the_product_does() {
     mlx(|| {
         let Some((_, arranged)) = both(300, 64, 4, 32, Dtype::Float16) else { return };
         let (h, targets) = (random(1, &[5, 64]), Array::from_slice(&[0, 299, 7, 7, 100], &[5]));
-        let (folded, logits) = with_precision(Precision::Int8, || {
+        let (folded, logits) = with_precision(Precision::Int16, || {
             let folded = linear_cross_entropy(&h, HeadRef::Arranged(&arranged), &targets, 64).unwrap();
             (folded, arranged_matmul(&h, &arranged).unwrap())
         });
@@ -133,7 +126,7 @@ fn nothing_that_is_not_a_number_gets_lost() {
             let mut x = vec![0.5_f32; 128];
             x[40] = broken;
             let x = Array::from_slice(&x, &[2, 64]);
-            let y = values(&with_precision(Precision::Int8, || arranged_matmul(&x, &arranged)).unwrap());
+            let y = values(&with_precision(Precision::Int16, || arranged_matmul(&x, &arranged)).unwrap());
             assert!(
                 y[..20].iter().all(|y| !y.is_finite()) && y[20..].iter().all(|y| y.is_finite()),
                 "{broken}"
