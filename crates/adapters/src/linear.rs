@@ -23,7 +23,7 @@ impl Linear {
     /// When shapes do not fit.
     pub fn forward(&self, x: &Array, route: &Route) -> Result<Array> {
         let mut y = match route.tensor(&self.path, "weight") {
-            Some(weight) => x.matmul(weight.transpose()?)?,
+            Some(weight) => graft_ops::dense_matmul(x, weight)?,
             None => self.weight.matmul(x)?,
         };
         if let Some(site) = route.site(&self.path) {

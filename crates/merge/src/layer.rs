@@ -72,6 +72,7 @@ impl Stored {
                 self.grid = Some(*grid);
                 vec![Tensor::from_array(codes)?, Tensor::from_array(scales)?, Tensor::from_array(biases)?]
             }
+            Weight::Arranged(_) => return Err(not_stored()),
         };
         if self.tensors.is_empty() {
             self.tensors = tensors;
@@ -90,7 +91,13 @@ fn form(weight: &Weight) -> String {
     match weight {
         Weight::Packed(packed) => packed.grid.to_string(),
         Weight::Dense(w) => format!("{:?}", w.dtype()).to_lowercase(),
+        Weight::Arranged(_) => "packed".into(),
     }
+}
+
+/// Checkpoints are read as they are stored; a weight in a layout of inference has no place here.
+fn not_stored() -> Error {
+    graft_quant::Error::Request("weights laid out for inference cannot be stored".into()).into()
 }
 
 /// A weight after its update; nothing to store if the update is nothing.
@@ -158,6 +165,7 @@ fn store(exact: &Array, rows: &Weight, policy: Policy) -> Result<Weight> {
     let packed = match rows {
         Weight::Dense(w) => return Ok(Weight::Dense(exact.as_dtype(w.dtype())?)),
         Weight::Packed(packed) => packed,
+        Weight::Arranged(_) => return Err(not_stored()),
     };
     let dtype = packed.scales.dtype();
     let old = Levels { scales: packed.scales.clone(), biases: packed.biases.clone() };

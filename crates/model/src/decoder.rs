@@ -84,29 +84,13 @@ impl Attention {
         let scale = 1.0 / (self.head_dim as f32).sqrt();
         let y = match caches {
             None => graft_ops::attention(&q, &k, &v, pass.rows, scale)?,
-            Some(caches) => attend_cached(&q, &k, &v, pass.rows, caches, (index, scale))?,
+            Some(caches) => {
+                let mut layers: Vec<_> = caches.iter_mut().filter_map(|cache| cache.layer(index)).collect();
+                graft_ops::attention_cached(&q, &k, &v, &mut layers, pass.rows, scale)?
+            }
         };
         Ok(self.o.forward(&y.reshape(&[n, self.heads * self.head_dim])?, pass.route)?)
     }
-}
-
-/// Appends each row's keys and values to its cache and attends to all of them.
-fn attend_cached(
-    q: &Array,
-    k: &Array,
-    v: &Array,
-    rows: &Rows,
-    caches: &mut [&mut KvCache],
-    (index, scale): (usize, f32),
-) -> Result<Array> {
-    let mut start = 0;
-    for (cache, &length) in caches.iter_mut().zip(&rows.lengths) {
-        let end = start + length;
-        cache.append(index, &rows_of(k, start, end)?, &rows_of(v, start, end)?)?;
-        start = end;
-    }
-    let cached: Vec<_> = caches.iter().zip(&rows.lengths).filter_map(|(c, &n)| c.row(index, n)).collect();
-    Ok(graft_ops::attention_cached(q, &cached, rows, scale)?)
 }
 
 impl Block {
@@ -284,6 +268,7 @@ impl Model {
             let head = match weight {
                 Weight::Dense(w) => HeadRef::Dense(w),
                 Weight::Packed(w) => HeadRef::Packed(w.as_ref()),
+                Weight::Arranged(w) => HeadRef::Arranged(w),
             };
             return Ok(graft_ops::linear_cross_entropy(h, head, targets, HEAD_CHUNK)?);
         }

@@ -72,7 +72,8 @@ pub fn ignored(config: &DecoderConfig, name: &str) -> bool {
 }
 
 impl Model {
-    /// Loads a model directory with activations in `dtype`; packed weights stay packed, their scales as stored.
+    /// Loads a model directory with activations in `dtype`; packed weights stay packed, their scales as stored. The precision
+    /// in use decides how they are laid out.
     ///
     /// # Errors
     /// When the directory is no model, its family is unknown, or its tensors are not exactly those that config.json
@@ -170,7 +171,7 @@ impl Source<'_> {
     fn weight(&self, path: &str) -> Result<Weight> {
         let weight = match self.checkpoint.weight(path)? {
             Weight::Dense(w) => Weight::Dense(w.as_dtype(self.dtype)?),
-            packed @ Weight::Packed(_) => packed,
+            packed => packed.arranged()?,
         };
         // Evaluated one by one, so that a cast never holds two copies of more than one tensor.
         weight.eval()?;

@@ -1,20 +1,106 @@
 //! Causal attention over rows of different length, with grouped key/value heads.
 
+#[cfg(graft_cpu)]
+use std::sync::Arc;
+
 use mlx_rs::fast::{self, ScaledDotProductAttentionMask as Mask};
 use mlx_rs::ops;
+use mlx_rs::ops::indexing::TryIndexMutOp as _;
 
+#[cfg(graft_cpu)]
+use crate::Dtype;
+#[cfg(graft_cpu)]
+use crate::cpu::{
+    attention::{Cached, CachedSequence, Causal, Heads, KEYS, KvBlock},
+    primitive::apply,
+};
+#[cfg(graft_cpu)]
+use crate::form::on_cpu;
 use crate::{Array, Exception, Result, Rows};
 
-/// The keys and values of one sequence as a cache holds them.
-#[derive(Clone, Copy)]
-pub struct CachedRow<'a> {
-    /// (K, capacity, D).
-    pub k: &'a Array,
-    /// (K, capacity, D).
-    pub v: &'a Array,
-    /// How many of the capacity's positions are valid, the new tokens' included.
-    pub len: i32,
+/// The keys and values of one sequence in one layer. How they are laid out is the business of [`attention_cached`].
+#[derive(Default)]
+pub struct KeyValues {
+    /// MLX's form: (K, capacity, D) each.
+    kv: Option<(Array, Array)>,
+    /// Ours.
+    #[cfg(graft_cpu)]
+    blocks: Vec<Arc<KvBlock>>,
+    /// The last block is another sequence's too, and has to be copied before it is written.
+    #[cfg(graft_cpu)]
+    shared: bool,
+    /// An output of the last operation that wrote to the blocks and an input of the next one, so that MLX, which sees no
+    /// other connection between them, runs them in this order.
+    #[cfg(graft_cpu)]
+    written: Option<Array>,
 }
+
+impl std::fmt::Debug for KeyValues {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KeyValues").field("nbytes", &self.nbytes()).finish()
+    }
+}
+
+impl KeyValues {
+    /// What has to be evaluated for new tokens to be in the buffers, besides the outputs of [`attention_cached`].
+    pub fn arrays(&self) -> impl Iterator<Item = &Array> {
+        let arrays = self.kv.iter().flat_map(|(k, v)| [k, v]);
+        #[cfg(graft_cpu)]
+        let arrays = arrays.chain(&self.written);
+        arrays
+    }
+
+    /// Bytes that the buffers take.
+    pub fn nbytes(&self) -> usize {
+        let bytes: usize = self.kv.iter().map(|(k, v)| k.nbytes() + v.nbytes()).sum();
+        #[cfg(graft_cpu)]
+        let bytes = bytes + self.blocks.iter().map(|block| block.nbytes()).sum::<usize>();
+        bytes
+    }
+
+    /// The same first `len` tokens for another sequence, which goes its own way from there. Memory is shared as far as
+    /// it stays the same.
+    pub fn fork(&self, len: i32) -> KeyValues {
+        KeyValues {
+            kv: self.kv.clone(),
+            #[cfg(graft_cpu)]
+            blocks: self.blocks[..(len.max(0) as usize).div_ceil(KEYS).min(self.blocks.len())].to_vec(),
+            #[cfg(graft_cpu)]
+            shared: true,
+            #[cfg(graft_cpu)]
+            written: self.written.clone(),
+        }
+    }
+
+    /// MLX's form: appends k and v (n, K, D) behind the first `len` tokens of buffers (K, capacity, D).
+    fn mlx_append(&mut self, k: &Array, v: &Array, len: i32) -> Result<()> {
+        let &[new, heads, dim] = k.shape() else { return Err(Exception::custom("keys must be (N, K, D)")) };
+        let end = len + new;
+        let grown = |old: Option<Array>| -> Result<Array> {
+            let capacity = old.as_ref().map_or(0, |a| a.dim(1));
+            if end <= capacity
+                && let Some(old) = old
+            {
+                return Ok(old);
+            }
+            let target = (end + STEP - 1) / STEP * STEP;
+            let more = ops::zeros_dtype(&[heads, target - capacity, dim], k.dtype())?;
+            match old {
+                Some(old) => ops::concatenate(&[old, more], 1),
+                None => Ok(more),
+            }
+        };
+        let (old_k, old_v) = self.kv.take().unzip();
+        let (mut keys, mut values) = (grown(old_k)?, grown(old_v)?);
+        keys.try_index_mut((.., len..end, ..), k.swap_axes(0, 1)?)?;
+        values.try_index_mut((.., len..end, ..), v.swap_axes(0, 1)?)?;
+        self.kv = Some((keys, values));
+        Ok(())
+    }
+}
+
+/// Tokens by which a buffer grows, so that most steps write in place.
+const STEP: i32 = 256;
 
 fn heads_of(name: &str, q: &Array, kv_heads: i32, kv_dim: i32) -> Result<(i32, i32, i32)> {
     let &[tokens, heads, dim] = q.shape() else {
@@ -47,6 +133,16 @@ pub fn attention(q: &Array, k: &Array, v: &Array, rows: &Rows, scale: f32) -> Re
     if rows.starts.iter().any(|&start| start != 0) {
         return Err(Exception::custom("attention: rows with cached tokens need attention_cached"));
     }
+    #[cfg(graft_cpu)]
+    if on_cpu(&[q, k, v]) {
+        let starts = rows.lengths.iter().scan(0, |at, &length| {
+            let start = *at;
+            *at += length as usize;
+            Some((start, length as usize))
+        });
+        let heads = cpu_heads(heads, kv_heads, dim, scale);
+        return Causal { heads, rows: Arc::new(starts.collect()) }.apply(q, k, v);
+    }
     match rows.equal_length() {
         Some(length) if length > 0 => {
             let batch = rows.lengths.len() as i32;
@@ -70,50 +166,97 @@ pub fn attention(q: &Array, k: &Array, v: &Array, rows: &Rows, scale: f32) -> Re
     }
 }
 
-/// The same for tokens that follow `starts` cached ones: q (N, H, D) of all rows, one cache per row, whose last
-/// positions are the row's new tokens. (N, H, D) in the type of q. Has no gradient.
-pub fn attention_cached(q: &Array, cache: &[CachedRow], rows: &Rows, scale: f32) -> Result<Array> {
-    rows.check(q.shape().first().copied().unwrap_or(0))?;
-    if cache.len() != rows.lengths.len() {
+/// The same for new tokens that follow `starts` cached ones: q (N, H, D), k and v (N, K, D) of all rows and one cache
+/// per row, to which k and v are appended. (N, H, D) in the type of q. Has no gradient.
+pub fn attention_cached(
+    q: &Array,
+    k: &Array,
+    v: &Array,
+    caches: &mut [&mut KeyValues],
+    rows: &Rows,
+    scale: f32,
+) -> Result<Array> {
+    let &[kv_tokens, kv_heads, kv_dim] = k.shape() else {
+        return Err(Exception::custom(format!("attention: keys must be (N, K, D), found {:?}", k.shape())));
+    };
+    let (tokens, heads, dim) = heads_of("attention", q, kv_heads, kv_dim)?;
+    rows.check(tokens)?;
+    if kv_tokens != tokens || v.shape() != k.shape() || caches.len() != rows.lengths.len() {
         return Err(Exception::custom(format!(
-            "attention: {} rows, but {} caches",
+            "attention: queries {:?}, keys {:?}, values {:?}, {} rows and {} caches do not fit together",
+            q.shape(),
+            k.shape(),
+            v.shape(),
             rows.lengths.len(),
-            cache.len()
+            caches.len()
         )));
     }
-    for (i, row) in cache.iter().enumerate() {
-        let &[kv_heads, capacity, kv_dim] = row.k.shape() else {
-            return Err(Exception::custom(format!(
-                "attention: cached keys must be (K, capacity, D), found {:?}",
-                row.k.shape()
-            )));
-        };
-        heads_of("attention", q, kv_heads, kv_dim)?;
-        if row.v.shape() != row.k.shape() || row.k.shape()[0] != cache[0].k.shape()[0] {
-            return Err(Exception::custom(format!(
-                "attention: cached values {:?} do not fit the keys {:?}",
-                row.v.shape(),
-                row.k.shape()
-            )));
-        }
-        if row.len > capacity || row.len != rows.starts[i] + rows.lengths[i] {
-            return Err(Exception::custom(format!(
-                "attention: row {i} has {} cached and {} new tokens, but {} valid keys of {capacity}",
-                rows.starts[i], rows.lengths[i], row.len
-            )));
-        }
+    #[cfg(graft_cpu)]
+    if on_cpu(&[q, k, v]) {
+        return cpu_cached((q, k, v), caches, rows, cpu_heads(heads, kv_heads, dim, scale));
     }
-    let qs = ops::split_at_indices(q, &rows.borders(), 0)?;
+    let borders = rows.borders();
+    let split = |x: &Array| ops::split_at_indices(x, &borders, 0);
+    let (qs, ks, vs) = (split(q)?, split(k)?, split(v)?);
     let mut outputs = Vec::with_capacity(qs.len());
-    for (q, row) in qs.iter().zip(cache) {
-        if q.dim(0) == 0 {
+    for (i, cache) in caches.iter_mut().enumerate() {
+        let (q, len) = (&qs[i], rows.starts[i] + rows.lengths[i]);
+        if rows.lengths[i] == 0 {
             continue;
         }
-        let valid = |x: &Array| ops::split_at_indices(x, &[row.len], 1)?[0].expand_dims(0);
+        cache.mlx_append(&ks[i], &vs[i], rows.starts[i])?;
+        let Some((keys, values)) = &cache.kv else { continue };
+        let valid = |x: &Array| ops::split_at_indices(x, &[len], 1)?[0].expand_dims(0);
         let folded = q.transpose_axes(&[1, 0, 2])?.expand_dims(0)?;
-        outputs.push(unfold(&mlx_causal(&folded, &valid(row.k)?, &valid(row.v)?, scale)?)?);
+        outputs.push(unfold(&mlx_causal(&folded, &valid(keys)?, &valid(values)?, scale)?)?);
     }
     if outputs.is_empty() { Ok(q.clone()) } else { ops::concatenate(&outputs, 0) }
+}
+
+#[cfg(graft_cpu)]
+fn cpu_heads(heads: i32, kv_heads: i32, dim: i32, scale: f32) -> Heads {
+    Heads { heads: heads as usize, kv_heads: kv_heads as usize, dim: dim as usize, scale }
+}
+
+#[cfg(graft_cpu)]
+fn cpu_cached(
+    (q, k, v): (&Array, &Array, &Array),
+    caches: &mut [&mut KeyValues],
+    rows: &Rows,
+    heads: Heads,
+) -> Result<Array> {
+    let mut sequences = Vec::with_capacity(caches.len());
+    for (cache, (&length, &before)) in caches.iter_mut().zip(rows.lengths.iter().zip(&rows.starts)) {
+        let (length, before) = (length as usize, before as usize);
+        if before > cache.blocks.len() * KEYS {
+            let blocks = cache.blocks.len();
+            return Err(Exception::custom(format!(
+                "attention: {before} tokens are not in {blocks} blocks of a cache"
+            )));
+        }
+        // The first block that is written; what comes after it was forgotten.
+        let written = before / KEYS;
+        cache.blocks.truncate(before.div_ceil(KEYS));
+        let mut copied = None;
+        if cache.shared && length > 0 {
+            cache.shared = false;
+            if cache.blocks.len() > written {
+                copied = cache.blocks.pop();
+            }
+        }
+        while cache.blocks.len() * KEYS < before + length {
+            cache.blocks.push(Arc::new(KvBlock::new(heads)));
+        }
+        sequences.push(CachedSequence { length, before, blocks: cache.blocks.clone(), copied });
+    }
+    let before: Vec<Array> = caches.iter_mut().filter_map(|cache| cache.written.take()).collect();
+    let inputs: Vec<&Array> = [q, k, v].into_iter().chain(&before).collect();
+    let outputs = [(q.shape(), Dtype::Float32), (&[0][..], Dtype::Float32)];
+    let made = apply(Cached { heads, sequences }, &inputs, &outputs)?;
+    for cache in caches.iter_mut() {
+        cache.written = Some(made[1].clone());
+    }
+    Ok(made[0].clone())
 }
 
 /// (B, H, L, D) against (B, K, S, D): the last query sees every key.

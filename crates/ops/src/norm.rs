@@ -2,6 +2,10 @@
 
 use mlx_rs::{fast, nn};
 
+#[cfg(graft_cpu)]
+use crate::cpu::norm::{RmsNorm, Swiglu};
+#[cfg(graft_cpu)]
+use crate::form::on_cpu;
 use crate::{Array, Exception, Result};
 
 /// y = x / sqrt(mean(x^2) + eps) * weight over the last axis, x (..., E), weight (E,), in the type of x.
@@ -13,6 +17,10 @@ pub fn rms_norm(x: &Array, weight: &Array, eps: f32) -> Result<Array> {
             x.shape(),
             weight.shape()
         )));
+    }
+    #[cfg(graft_cpu)]
+    if on_cpu(&[x, weight]) {
+        return RmsNorm { eps }.apply(x, weight);
     }
     fast::rms_norm(x, Some(weight), eps)
 }
@@ -27,6 +35,10 @@ pub fn swiglu(gate: &Array, up: &Array) -> Result<Array> {
             up.shape(),
             up.dtype()
         )));
+    }
+    #[cfg(graft_cpu)]
+    if on_cpu(&[gate]) {
+        return Swiglu::apply(gate, up);
     }
     nn::silu(gate)?.multiply(up)
 }

@@ -1,7 +1,7 @@
 //! A weight, dense or packed: the one place where the difference is decided.
 
 use graft_ops::ffi::{self, Mode};
-use graft_ops::{Array, Dtype, PackedRef, Result};
+use graft_ops::{Arranged, Array, Dtype, Exception, PackedRef, Result};
 
 use crate::Grid;
 
@@ -57,6 +57,8 @@ pub enum Weight {
     Dense(Array),
     /// Codes.
     Packed(Packed),
+    /// Codes, laid out for inference on a CPU.
+    Arranged(Arranged),
 }
 
 /// Weights looked at together where a dense copy is needed for a moment: 16 MB in f32.
@@ -68,6 +70,7 @@ impl Weight {
         match self {
             Self::Dense(w) => w.dim(0),
             Self::Packed(w) => w.codes.dim(0),
+            Self::Arranged(w) => w.shape().0,
         }
     }
 
@@ -76,12 +79,13 @@ impl Weight {
         match self {
             Self::Dense(w) => w.dim(1),
             Self::Packed(w) => w.scales.dim(1) * w.grid.group_size,
+            Self::Arranged(w) => w.shape().1,
         }
     }
 
     /// Whether it is packed.
     pub fn is_packed(&self) -> bool {
-        matches!(self, Self::Packed(_))
+        !matches!(self, Self::Dense(_))
     }
 
     /// Bytes in memory.
@@ -89,6 +93,7 @@ impl Weight {
         match self {
             Self::Dense(w) => w.nbytes(),
             Self::Packed(w) => w.codes.nbytes() + w.scales.nbytes() + w.biases.nbytes(),
+            Self::Arranged(w) => w.arrays().iter().map(Array::nbytes).sum(),
         }
     }
 
@@ -98,8 +103,9 @@ impl Weight {
     /// When shapes do not fit.
     pub fn matmul(&self, x: &Array) -> Result<Array> {
         match self {
-            Self::Dense(w) => x.matmul(w.transpose()?),
+            Self::Dense(w) => graft_ops::dense_matmul(x, w),
             Self::Packed(w) => graft_ops::packed_matmul(x, w.as_ref()),
+            Self::Arranged(w) => graft_ops::arranged_matmul(x, w),
         }
     }
 
@@ -109,8 +115,11 @@ impl Weight {
     /// When shapes do not fit.
     pub fn matmul_t(&self, x: &Array) -> Result<Array> {
         match self {
-            Self::Dense(w) => x.matmul(w),
+            Self::Dense(w) => graft_ops::dense_matmul_t(x, w),
             Self::Packed(w) => graft_ops::packed_matmul_t(x, w.as_ref()),
+            Self::Arranged(_) => {
+                Err(Exception::custom("weights laid out for inference have no transposed product"))
+            }
         }
     }
 
@@ -122,6 +131,7 @@ impl Weight {
         match self {
             Self::Dense(w) => w.take_axis(ids, 0)?.as_dtype(dtype),
             Self::Packed(w) => graft_ops::packed_rows(ids, w.as_ref(), dtype),
+            Self::Arranged(w) => graft_ops::arranged_rows(ids, w)?.as_dtype(dtype),
         }
     }
 
@@ -133,6 +143,10 @@ impl Weight {
         match self {
             Self::Dense(w) => w.as_dtype(dtype),
             Self::Packed(w) => w.dequantize(dtype),
+            Self::Arranged(w) => {
+                let out = w.shape().0;
+                graft_ops::arranged_rows(&Array::from_iter(0..out, &[out]), w)?.as_dtype(dtype)
+            }
         }
     }
 
@@ -157,7 +171,19 @@ impl Weight {
                 let (codes, scales, biases) = (take(codes)?, take(scales)?, take(biases)?);
                 Self::Packed(Packed { codes, scales, biases, grid: *grid })
             }
+            Self::Arranged(_) => {
+                return Err(Exception::custom("weights laid out for inference have no slices"));
+            }
         })
+    }
+
+    /// The same weight in the form that inference reads fastest with the precision in use; itself where that is this one.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn arranged(self) -> Result<Self> {
+        let Self::Packed(w) = &self else { return Ok(self) };
+        Ok(graft_ops::arrange(w.as_ref())?.map_or(self, Self::Arranged))
     }
 
     /// ||W_o||^2 of each row, f32 (out,). Dense copies exist of a block of rows at a time. Evaluates.
@@ -167,7 +193,7 @@ impl Weight {
     pub fn row_norms_squared(&self) -> Result<Array> {
         let mut blocks = Vec::new();
         for ids in self.row_blocks() {
-            let squared = self.slice(&ids)?.dequantize(Dtype::Float32)?.square()?.sum_axis(1, false)?;
+            let squared = self.rows(&ids, Dtype::Float32)?.square()?.sum_axis(1, false)?;
             squared.eval()?;
             blocks.push(squared);
         }
@@ -184,6 +210,7 @@ impl Weight {
         match self {
             Self::Dense(w) => w.eval(),
             Self::Packed(w) => mlx_rs::transforms::eval([&w.codes, &w.scales, &w.biases]),
+            Self::Arranged(w) => mlx_rs::transforms::eval(w.arrays()),
         }
     }
 }
