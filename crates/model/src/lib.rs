@@ -15,6 +15,7 @@ mod error;
 mod families;
 mod generate;
 mod load;
+mod python;
 mod rope;
 mod sample;
 mod stream;
