@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use graft_adapters::{Embedding, Linear, Norm};
-use graft_ops::{Array, Dtype};
+use graft_ops::{Array, Dtype, Head};
 use graft_quant::{Checkpoint, Weight};
 
 use crate::decoder::{Attention, Block, Mlp};
@@ -67,7 +67,7 @@ pub fn parts(config: &DecoderConfig) -> Vec<Part> {
 }
 
 /// Tensors that some checkpoints carry and no one reads: buffers of old exports, and the head of a tied model.
-pub fn ignored(config: &DecoderConfig, name: &str) -> bool {
+pub(crate) fn ignored(config: &DecoderConfig, name: &str) -> bool {
     name.ends_with("rotary_emb.inv_freq") || (config.tied && name.starts_with("lm_head."))
 }
 
@@ -206,9 +206,7 @@ impl Source<'_> {
             o: self.linear(at("self_attn.o_proj"))?,
             q_norm: qk_norm("self_attn.q_norm")?,
             k_norm: qk_norm("self_attn.k_norm")?,
-            heads: config.heads,
-            kv_heads: config.kv_heads,
-            head_dim: config.head_dim,
+            head: Head { dim: config.head_dim, scale: 1.0 / (config.head_dim as f32).sqrt() },
         };
         let mlp = Mlp {
             gate: self.linear(at("mlp.gate_proj"))?,

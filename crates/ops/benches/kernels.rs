@@ -9,6 +9,8 @@ use graft_ops::ffi::{Mode, quantize};
 use graft_ops::{Array, HeadRef, KeyValues, PackedRef, Rows, ffi};
 use mlx_rs::random::{key, normal};
 
+const HEAD: graft_ops::Head = graft_ops::Head { dim: 64, scale: 0.125 };
+
 fn random(shape: &[i32]) -> Array {
     let x = normal::<f32>(shape, None, None, &key(shape.iter().map(|d| *d as u64).sum()).unwrap()).unwrap();
     x.eval().unwrap();
@@ -83,27 +85,27 @@ fn others(c: &mut Criterion) {
     c.bench_function("swiglu, 512 x 1536", |b| {
         b.iter(|| graft_ops::swiglu(black_box(&gate), &up).unwrap().eval().unwrap());
     });
-    let (q, k, v) = (random(&[512, 9, 64]), random(&[512, 3, 64]), random(&[512, 3, 64]));
+    let (q, k, v) = (random(&[512, 576]), random(&[512, 192]), random(&[512, 192]));
     let rows = Rows::new(vec![128; 4]);
     c.bench_function("attention, 4 x 128", |b| {
-        b.iter(|| graft_ops::attention(black_box(&q), &k, &v, &rows, 0.125).unwrap().eval().unwrap());
+        b.iter(|| graft_ops::attention(black_box(&q), &k, &v, &rows, HEAD).unwrap().eval().unwrap());
     });
     c.bench_function("attention and its gradient, 4 x 128", |b| {
         b.iter(|| {
             let f =
-                |x: &[Array]| Ok(vec![graft_ops::attention(&x[0], &x[1], &x[2], &rows, 0.125)?.sum(false)?]);
+                |x: &[Array]| Ok(vec![graft_ops::attention(&x[0], &x[1], &x[2], &rows, HEAD)?.sum(false)?]);
             let (_, g) = ffi::value_and_grad(f, &[q.clone(), k.clone(), v.clone()], &[0, 1, 2]).unwrap();
             mlx_rs::transforms::eval(&g).unwrap();
         });
     });
     let mut cache = KeyValues::default();
     let long = Rows::new(vec![512]);
-    graft_ops::attention_cached(&q, &k, &v, &mut [&mut cache], &long, 0.125).unwrap().eval().unwrap();
-    let (q, k, v) = (random(&[1, 9, 64]), random(&[1, 3, 64]), random(&[1, 3, 64]));
+    graft_ops::attention_cached(&q, &k, &v, &mut [&mut cache], &long, HEAD).unwrap().eval().unwrap();
+    let (q, k, v) = (random(&[1, 576]), random(&[1, 192]), random(&[1, 192]));
     c.bench_function("cached attention, 1 after 512", |b| {
         let rows = Rows { lengths: vec![1], starts: vec![512] };
         b.iter(|| {
-            graft_ops::attention_cached(black_box(&q), &k, &v, &mut [&mut cache], &rows, 0.125)
+            graft_ops::attention_cached(black_box(&q), &k, &v, &mut [&mut cache], &rows, HEAD)
                 .unwrap()
                 .eval()
                 .unwrap();

@@ -4,7 +4,7 @@
 use crate::cpu::{
     packed::Layout,
     panels::{self, ArrangedLookup, ArrangedMatmul, Arrangement},
-    primitive::apply_one,
+    primitive::{apply, apply_one},
 };
 use crate::{Array, Dtype, Exception, PackedRef, Result, form, precision};
 
@@ -46,25 +46,36 @@ pub fn arrange(w: PackedRef) -> Result<Option<Arranged>> {
     Ok(None)
 }
 
-/// y = x W^T for x (..., in): (..., out), f32. With [`crate::Precision::Int16`] x is rounded to 8 bits by blocks of 32.
+/// y = x W^T for x (..., in): (..., out), f32. With [`crate::Precision::Int16`] x is rounded to 16 bits by blocks of 32.
 pub fn arranged_matmul(x: &Array, w: &Arranged) -> Result<Array> {
-    if x.shape().last() != Some(&w.inputs) {
-        let found = x.shape();
-        return Err(Exception::custom(format!(
-            "matmul: the last dimension must be {}, found {found:?}",
-            w.inputs
-        )));
+    Ok(arranged_matmuls(x, &[w])?.swap_remove(0))
+}
+
+/// [`arranged_matmul`] of one x with each of some W.
+pub fn arranged_matmuls(x: &Array, ws: &[&Arranged]) -> Result<Vec<Array>> {
+    for w in ws {
+        if x.shape().last() != Some(&w.inputs) {
+            let found = x.shape();
+            return Err(Exception::custom(format!(
+                "matmul: the last dimension must be {}, found {found:?}",
+                w.inputs
+            )));
+        }
     }
     #[cfg(graft_cpu)]
     {
         let x = x.as_dtype(Dtype::Float32)?;
-        let mut shape = x.shape().to_vec();
-        if let Some(last) = shape.last_mut() {
-            *last = w.out;
-        }
-        let inputs: Vec<&Array> = std::iter::once(&x).chain(&w.parts).collect();
-        let op = ArrangedMatmul { arrangement: w.arrangement, precision: precision() };
-        apply_one(op, &inputs, &shape, Dtype::Float32)
+        let inputs: Vec<&Array> = std::iter::once(&x).chain(ws.iter().flat_map(|w| &w.parts)).collect();
+        let shape = |w: &&Arranged| {
+            let mut shape = x.shape().to_vec();
+            shape.pop();
+            shape.push(w.out);
+            shape
+        };
+        let shapes: Vec<Vec<i32>> = ws.iter().map(shape).collect();
+        let outputs: Vec<(&[i32], Dtype)> = shapes.iter().map(|shape| (&shape[..], Dtype::Float32)).collect();
+        let arrangements = ws.iter().map(|w| w.arrangement).collect();
+        apply(ArrangedMatmul { arrangements, precision: precision() }, &inputs, &outputs)
     }
     #[cfg(not(graft_cpu))]
     Err(Exception::custom("this build has no CPU operations of its own"))

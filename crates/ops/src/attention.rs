@@ -102,34 +102,46 @@ impl KeyValues {
 /// Tokens by which a buffer grows, so that most steps write in place.
 const STEP: i32 = 256;
 
-fn heads_of(name: &str, q: &Array, kv_heads: i32, kv_dim: i32) -> Result<(i32, i32, i32)> {
-    let &[tokens, heads, dim] = q.shape() else {
-        return Err(Exception::custom(format!("{name}: queries must be (N, H, D), found {:?}", q.shape())));
-    };
-    if kv_dim != dim || kv_heads == 0 || heads % kv_heads != 0 {
-        return Err(Exception::custom(format!(
-            "{name}: {heads} query heads of {dim} do not fit {kv_heads} key heads of {kv_dim}"
-        )));
-    }
-    Ok((tokens, heads, dim))
+/// How wide a head is, and the factor of its scores.
+#[derive(Debug, Clone, Copy)]
+pub struct Head {
+    /// D.
+    pub dim: i32,
+    /// Usually 1 / sqrt(D).
+    pub scale: f32,
 }
 
-/// o = softmax(scale * q k^T) v for each head, causal inside each row: q (N, H, D), k and v (N, K, D) give (N, H, D)
-/// in the type of q. Query head h reads key head h / (H / K). Differentiable in q, k and v. Rows start at position 0.
-pub fn attention(q: &Array, k: &Array, v: &Array, rows: &Rows, scale: f32) -> Result<Array> {
-    let &[kv_tokens, kv_heads, kv_dim] = k.shape() else {
-        return Err(Exception::custom(format!("attention: keys must be (N, K, D), found {:?}", k.shape())));
+/// H and K of q (N, H D) and k and v (N, K D), which have to fit each other and the rows.
+fn heads_of(q: &Array, k: &Array, v: &Array, rows: &Rows, head: Head) -> Result<(i32, i32)> {
+    let wrong = |what: &str| {
+        let (q, k, v) = (q.shape(), k.shape(), v.shape());
+        Err(Exception::custom(format!(
+            "attention: queries {q:?}, keys {k:?} and values {v:?} of heads of {} {what}",
+            head.dim
+        )))
     };
-    let (tokens, heads, dim) = heads_of("attention", q, kv_heads, kv_dim)?;
+    let (&[tokens, q_width], &[kv_tokens, kv_width]) = (q.shape(), k.shape()) else {
+        return wrong("must have two dimensions");
+    };
     if kv_tokens != tokens || v.shape() != k.shape() {
-        return Err(Exception::custom(format!(
-            "attention: queries {:?}, keys {:?} and values {:?} do not fit together",
-            q.shape(),
-            k.shape(),
-            v.shape()
-        )));
+        return wrong("do not fit together");
+    }
+    if head.dim <= 0
+        || q_width % head.dim != 0
+        || kv_width % head.dim != 0
+        || kv_width == 0
+        || q_width % kv_width != 0
+    {
+        return wrong("do not fit together");
     }
     rows.check(tokens)?;
+    Ok((q_width / head.dim, kv_width / head.dim))
+}
+
+/// o = softmax(scale * q k^T) v for each head, causal inside each row: q (N, H D), k and v (N, K D) give (N, H D) in the
+/// type of q. Query head h reads key head h / (H / K). Differentiable in q, k and v. Rows start at position 0.
+pub fn attention(q: &Array, k: &Array, v: &Array, rows: &Rows, head: Head) -> Result<Array> {
+    let (heads, kv_heads) = heads_of(q, k, v, rows, head)?;
     if rows.starts.iter().any(|&start| start != 0) {
         return Err(Exception::custom("attention: rows with cached tokens need attention_cached"));
     }
@@ -140,15 +152,16 @@ pub fn attention(q: &Array, k: &Array, v: &Array, rows: &Rows, scale: f32) -> Re
             *at += length as usize;
             Some((start, length as usize))
         });
-        let heads = cpu_heads(heads, kv_heads, dim, scale);
+        let heads = cpu_heads(heads, kv_heads, head);
         return Causal { heads, rows: Arc::new(starts.collect()) }.apply(q, k, v);
     }
+    let dim = head.dim;
     match rows.equal_length() {
         Some(length) if length > 0 => {
             let batch = rows.lengths.len() as i32;
             let fold = |x: &Array, n: i32| x.reshape(&[batch, length, n, dim])?.transpose_axes(&[0, 2, 1, 3]);
-            let o = mlx_causal(&fold(q, heads)?, &fold(k, kv_heads)?, &fold(v, kv_heads)?, scale)?;
-            o.transpose_axes(&[0, 2, 1, 3])?.reshape(&[tokens, heads, dim])
+            let o = mlx_causal(&fold(q, heads)?, &fold(k, kv_heads)?, &fold(v, kv_heads)?, head.scale)?;
+            o.transpose_axes(&[0, 2, 1, 3])?.reshape(q.shape())
         }
         _ => {
             let borders = rows.borders();
@@ -157,8 +170,10 @@ pub fn attention(q: &Array, k: &Array, v: &Array, rows: &Rows, scale: f32) -> Re
             let mut outputs = Vec::with_capacity(qs.len());
             for ((q, k), v) in qs.iter().zip(&ks).zip(&vs) {
                 if q.dim(0) > 0 {
-                    let fold = |x: &Array| x.transpose_axes(&[1, 0, 2])?.expand_dims(0);
-                    outputs.push(unfold(&mlx_causal(&fold(q)?, &fold(k)?, &fold(v)?, scale)?)?);
+                    let fold = |x: &Array, n: i32| x.reshape(&[1, -1, n, dim])?.transpose_axes(&[0, 2, 1, 3]);
+                    let o =
+                        mlx_causal(&fold(q, heads)?, &fold(k, kv_heads)?, &fold(v, kv_heads)?, head.scale)?;
+                    outputs.push(o.transpose_axes(&[0, 2, 1, 3])?.reshape(q.shape())?);
                 }
             }
             if outputs.is_empty() { Ok(q.clone()) } else { ops::concatenate(&outputs, 0) }
@@ -166,38 +181,28 @@ pub fn attention(q: &Array, k: &Array, v: &Array, rows: &Rows, scale: f32) -> Re
     }
 }
 
-/// The same for new tokens that follow `starts` cached ones: q (N, H, D), k and v (N, K, D) of all rows and one cache
-/// per row, to which k and v are appended. (N, H, D) in the type of q. Has no gradient.
+/// The same for new tokens that follow `starts` cached ones: q (N, H D), k and v (N, K D) of all rows and one cache per row,
+/// to which k and v are appended. (N, H D) in the type of q. Has no gradient.
 pub fn attention_cached(
     q: &Array,
     k: &Array,
     v: &Array,
     caches: &mut [&mut KeyValues],
     rows: &Rows,
-    scale: f32,
+    head: Head,
 ) -> Result<Array> {
-    let &[kv_tokens, kv_heads, kv_dim] = k.shape() else {
-        return Err(Exception::custom(format!("attention: keys must be (N, K, D), found {:?}", k.shape())));
-    };
-    let (tokens, heads, dim) = heads_of("attention", q, kv_heads, kv_dim)?;
-    rows.check(tokens)?;
-    if kv_tokens != tokens || v.shape() != k.shape() || caches.len() != rows.lengths.len() {
-        return Err(Exception::custom(format!(
-            "attention: queries {:?}, keys {:?}, values {:?}, {} rows and {} caches do not fit together",
-            q.shape(),
-            k.shape(),
-            v.shape(),
-            rows.lengths.len(),
-            caches.len()
-        )));
+    let (heads, kv_heads) = heads_of(q, k, v, rows, head)?;
+    if caches.len() != rows.lengths.len() {
+        let (rows, caches) = (rows.lengths.len(), caches.len());
+        return Err(Exception::custom(format!("attention: {rows} rows have {caches} caches")));
     }
     #[cfg(graft_cpu)]
     if on_cpu(&[q, k, v]) {
-        return cpu_cached((q, k, v), caches, rows, cpu_heads(heads, kv_heads, dim, scale));
+        return cpu_cached((q, k, v), caches, rows, cpu_heads(heads, kv_heads, head));
     }
     let borders = rows.borders();
-    let split = |x: &Array| ops::split_at_indices(x, &borders, 0);
-    let (qs, ks, vs) = (split(q)?, split(k)?, split(v)?);
+    let split = |x: &Array, n: i32| ops::split_at_indices(x.reshape(&[-1, n, head.dim])?, &borders, 0);
+    let (qs, ks, vs) = (split(q, heads)?, split(k, kv_heads)?, split(v, kv_heads)?);
     let mut outputs = Vec::with_capacity(qs.len());
     for (i, cache) in caches.iter_mut().enumerate() {
         let (q, len) = (&qs[i], rows.starts[i] + rows.lengths[i]);
@@ -208,14 +213,15 @@ pub fn attention_cached(
         let Some((keys, values)) = &cache.kv else { continue };
         let valid = |x: &Array| ops::split_at_indices(x, &[len], 1)?[0].expand_dims(0);
         let folded = q.transpose_axes(&[1, 0, 2])?.expand_dims(0)?;
-        outputs.push(unfold(&mlx_causal(&folded, &valid(keys)?, &valid(values)?, scale)?)?);
+        let o = mlx_causal(&folded, &valid(keys)?, &valid(values)?, head.scale)?;
+        outputs.push(o.transpose_axes(&[0, 2, 1, 3])?.reshape(&[-1, heads * head.dim])?);
     }
     if outputs.is_empty() { Ok(q.clone()) } else { ops::concatenate(&outputs, 0) }
 }
 
 #[cfg(graft_cpu)]
-fn cpu_heads(heads: i32, kv_heads: i32, dim: i32, scale: f32) -> Heads {
-    Heads { heads: heads as usize, kv_heads: kv_heads as usize, dim: dim as usize, scale }
+fn cpu_heads(heads: i32, kv_heads: i32, head: Head) -> Heads {
+    Heads { heads: heads as usize, kv_heads: kv_heads as usize, dim: head.dim as usize, scale: head.scale }
 }
 
 #[cfg(graft_cpu)]
@@ -264,9 +270,4 @@ fn mlx_causal(q: &Array, k: &Array, v: &Array, scale: f32) -> Result<Array> {
     // One new token sees everything; without a mask MLX takes its kernel for single queries.
     let mask = (q.dim(2) > 1).then_some(Mask::Causal);
     fast::scaled_dot_product_attention(q, k, v, scale, mask, None)
-}
-
-/// (1, H, L, D) back to (L, H, D).
-fn unfold(o: &Array) -> Result<Array> {
-    o.squeeze_axes(&[0])?.transpose_axes(&[1, 0, 2])
 }

@@ -66,38 +66,45 @@ impl RopeTable {
     }
 }
 
-/// x (N, H, D) rotated by each token's position (row start + index in the row), in the type of x. Differentiable in x.
-pub fn rope(x: &Array, rows: &Rows, table: &RopeTable) -> Result<Array> {
-    let &[tokens, _, head_dim] = x.shape() else {
-        return Err(Exception::custom(format!("rope: x must be (N, H, D), found {:?}", x.shape())));
-    };
-    rows.check(tokens)?;
-    if table.dims > head_dim {
-        return Err(Exception::custom(format!(
-            "rope: {} dimensions to rotate, but the head has {head_dim}",
-            table.dims
-        )));
+/// Each x (N, H D), of any H, rotated head by head by each token's position (row start + index in the row), in the type
+/// of x. Differentiable in all of them.
+pub fn rope(xs: &[&Array], head_dim: i32, rows: &Rows, table: &RopeTable) -> Result<Vec<Array>> {
+    for x in xs {
+        let &[tokens, width] = x.shape() else {
+            return Err(Exception::custom(format!("rope: x must be (N, H D), found {:?}", x.shape())));
+        };
+        rows.check(tokens)?;
+        if table.dims > head_dim || width % head_dim != 0 {
+            return Err(Exception::custom(format!(
+                "rope: {} dimensions to rotate in heads of {head_dim} of {width}",
+                table.dims
+            )));
+        }
     }
     #[cfg(graft_cpu)]
-    if on_cpu(&[x]) {
+    if on_cpu(xs) {
         let positions = rows.lengths.iter().zip(&rows.starts).flat_map(|(&n, &start)| start..start + n);
         let positions: Vec<u32> = positions.map(|p| p as u32).collect();
         let last = positions.iter().max().map_or(0, |&p| p as usize + 1);
         let rotation = Rotation {
             table: table.angles(last)?,
             positions: Arc::new(positions),
-            heads: x.dim(1) as usize,
             head_dim: head_dim as usize,
             dims: table.dims as usize,
             traditional: table.traditional,
             back: false,
         };
-        return rotation.apply(x);
+        return rotation.apply(xs);
     }
-    match rows.equal_length() {
-        Some(length) if length > 0 => mlx_equal(x, rows, length, table),
-        _ => mlx_ragged(x, rows, table),
-    }
+    let rotated = xs.iter().map(|x| {
+        let heads = x.reshape(&[x.dim(0), -1, head_dim])?;
+        match rows.equal_length() {
+            Some(length) if length > 0 => mlx_equal(&heads, rows, length, table),
+            _ => mlx_ragged(&heads, rows, table),
+        }?
+        .reshape(x.shape())
+    });
+    rotated.collect()
 }
 
 /// Rows of one length are a batch, which MLX's own operation takes with one offset per row.

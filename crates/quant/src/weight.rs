@@ -109,6 +109,19 @@ impl Weight {
         }
     }
 
+    /// [`Weight::matmul`] of one x with each of some weights.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn matmuls(x: &Array, weights: &[&Weight]) -> Result<Vec<Array>> {
+        let arranged =
+            weights.iter().map(|weight| if let Self::Arranged(w) = weight { Some(w) } else { None });
+        match arranged.collect::<Option<Vec<_>>>() {
+            Some(arranged) => graft_ops::arranged_matmuls(x, &arranged),
+            None => weights.iter().map(|weight| weight.matmul(x)).collect(),
+        }
+    }
+
     /// x W: x (..., out) gives (..., in).
     ///
     /// # Errors

@@ -184,7 +184,7 @@ fn parts(rows: impl Iterator<Item = (usize, usize, usize)>, heads: Heads) -> Vec
     parts
 }
 
-/// Attention of whole rows: o (N, H, D), and the logsumexp of each query's scores (N, H).
+/// Attention of whole rows: o (N, H D), and the logsumexp of each query's scores (N, H).
 pub(crate) struct Causal {
     pub(crate) heads: Heads,
     pub(crate) rows: Spans,
@@ -192,7 +192,7 @@ pub(crate) struct Causal {
 
 impl Causal {
     pub(crate) fn apply(self, q: &Array, k: &Array, v: &Array) -> Result<Array> {
-        let sums = [q.dim(0), q.dim(1)];
+        let sums = [q.dim(0), self.heads.heads as i32];
         let shapes = [(q.shape(), Dtype::Float32), (&sums[..], Dtype::Float32)];
         Ok(apply(self, &[q, k, v], &shapes)?.swap_remove(0))
     }

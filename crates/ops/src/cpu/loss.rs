@@ -67,7 +67,7 @@ impl HeadLoss {
                 product(h, layout.inputs, &Transposed(&w), layout.out, logits, self.precision);
             }
             Head::Arranged(of) => {
-                panels::times_transpose(h, &Panels::new(of, weights), logits, self.precision);
+                panels::times_transpose(h, &[Panels::new(of, weights)], vec![logits], self.precision);
             }
         }
     }

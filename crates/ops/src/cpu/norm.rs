@@ -26,7 +26,7 @@ fn row(x: &[f32], width: usize, i: usize) -> &[f32] {
     &x[i * width..(i + 1) * width]
 }
 
-/// y = x / sqrt(mean(x^2) + eps) * w.
+/// y = x / sqrt(mean(x^2) + eps) * w over each stretch of x that is as long as w.
 pub(crate) struct RmsNorm {
     pub(crate) eps: f32,
 }
@@ -47,16 +47,51 @@ impl Op for RmsNorm {
         let width = weight.len();
         let y = Shares::new(outputs[0].f32_mut());
         by_rows(x.len() / width.max(1), width, |rows| {
-            dispatch(NormRows { x, weight, eps: self.eps, y: &y, rows });
+            dispatch(NormRows { x, added: None, weight, eps: self.eps, y: &y, rows });
         });
     }
 
     fn gradients(&self, call: &Backward) -> Result<Vec<Array>> {
         let (x, weight) = (&call.primals[0], &call.primals[1]);
         let op = RmsNormGradient { eps: self.eps, weight: call.wanted.contains(&1) };
-        let shape = if op.weight { weight.shape() } else { &[0] };
-        let shapes = [(x.shape(), Dtype::Float32), (shape, Dtype::Float32)];
-        call.choose(&apply(op, &[x, weight, &call.cotangents[0]], &shapes)?)
+        call.choose(&op.apply(x, weight, &[&call.cotangents[0]])?)
+    }
+}
+
+/// The sum h = x + r and its norm.
+pub(crate) struct AddRmsNorm {
+    pub(crate) eps: f32,
+}
+
+impl AddRmsNorm {
+    pub(crate) fn apply(self, x: &Array, r: &Array, weight: &Array) -> Result<(Array, Array)> {
+        let shape = (x.shape(), Dtype::Float32);
+        let mut both = apply(self, &[x, r, weight], &[shape, shape])?;
+        let normed = both.swap_remove(1);
+        Ok((both.swap_remove(0), normed))
+    }
+}
+
+impl Op for AddRmsNorm {
+    fn name(&self) -> &'static CStr {
+        c"sum and rms norm"
+    }
+
+    fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
+        let [x, r, weight] = [0, 1, 2].map(|i| inputs[i].f32());
+        let width = weight.len();
+        let [h, y] = outputs else { return };
+        let (h, y) = (Shares::new(h.f32_mut()), Shares::new(y.f32_mut()));
+        by_rows(x.len() / width.max(1), width, |rows| {
+            dispatch(NormRows { x, added: Some((r, &h)), weight, eps: self.eps, y: &y, rows });
+        });
+    }
+
+    fn gradients(&self, call: &Backward) -> Result<Vec<Array>> {
+        let op = RmsNormGradient { eps: self.eps, weight: call.wanted.contains(&2) };
+        let through =
+            op.apply(&call.outputs[0], &call.primals[2], &[&call.cotangents[1], &call.cotangents[0]])?;
+        call.choose(&[through[0].clone(), through[0].clone(), through[1].clone()])
     }
 }
 
@@ -81,6 +116,8 @@ fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
 
 struct NormRows<'a> {
     x: &'a [f32],
+    /// What is added to x first, and where the sum goes.
+    added: Option<(&'a [f32], &'a Shares<'a, f32>)>,
     weight: &'a [f32],
     eps: f32,
     y: &'a Shares<'a, f32>,
@@ -93,9 +130,17 @@ impl Kernel for NormRows<'_> {
     fn run<S: Simd>(self, s: S) {
         let width = self.weight.len();
         for i in self.rows {
-            let x = row(self.x, width, i);
+            let mut x = row(self.x, width, i);
+            if let Some((r, sum)) = self.added {
+                // SAFETY: each row belongs to one task, here and below.
+                let sum = unsafe { sum.part(i * width, width) };
+                for ((sum, x), r) in sum.iter_mut().zip(x).zip(row(r, width, i)) {
+                    *sum = x + r;
+                }
+                x = sum;
+            }
             let scale = inverse_rms(s, x, self.eps);
-            // SAFETY: each row belongs to one task.
+            // SAFETY: as above.
             let y = unsafe { self.y.part(i * width, width) };
             for ((y, x), w) in y.iter_mut().zip(x).zip(self.weight) {
                 *y = x * scale * w;
@@ -104,10 +149,20 @@ impl Kernel for NormRows<'_> {
     }
 }
 
-/// With r = 1 / sqrt(mean(x^2) + eps) and g = w dy: dx = r (g - x r^2 mean(g x)), dw = sum over rows of dy x r.
+/// With r = 1 / sqrt(mean(x^2) + eps) and g = w dy: dx = r (g - x r^2 mean(g x)), dw = sum over rows of dy x r. What comes
+/// to x by another way may follow dy, and is added to dx.
 struct RmsNormGradient {
     eps: f32,
     weight: bool,
+}
+
+impl RmsNormGradient {
+    /// dx and dw.
+    fn apply(self, x: &Array, weight: &Array, slopes: &[&Array]) -> Result<Vec<Array>> {
+        let shape = if self.weight { weight.shape() } else { &[0] };
+        let inputs: Vec<&Array> = [x, weight].into_iter().chain(slopes.iter().copied()).collect();
+        apply(self, &inputs, &[(x.shape(), Dtype::Float32), (shape, Dtype::Float32)])
+    }
 }
 
 impl Op for RmsNormGradient {
@@ -116,13 +171,14 @@ impl Op for RmsNormGradient {
     }
 
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
-        let (x, weight, dy) = (inputs[0].f32(), inputs[1].f32(), inputs[2].f32());
+        let [x, weight, dy] = [0, 1, 2].map(|i| inputs[i].f32());
+        let other = inputs.get(3).map(Tensor::f32);
         let width = weight.len();
         let rows = x.len() / width.max(1);
         let [dx, dw] = outputs else { return };
         let dx = Shares::new(dx.f32_mut());
         by_rows(rows, width, |rows| {
-            dispatch(NormGradientRows { x, weight, dy, eps: self.eps, dx: &dx, rows })
+            dispatch(NormGradientRows { x, weight, dy, other, eps: self.eps, dx: &dx, rows });
         });
         if self.weight {
             // In the order of the rows, whatever the number of threads.
@@ -139,6 +195,7 @@ struct NormGradientRows<'a> {
     x: &'a [f32],
     weight: &'a [f32],
     dy: &'a [f32],
+    other: Option<&'a [f32]>,
     eps: f32,
     dx: &'a Shares<'a, f32>,
     rows: Range<usize>,
@@ -160,6 +217,11 @@ impl Kernel for NormGradientRows<'_> {
             let along = dot(s, dx, x) / width as f32 * r * r;
             for (dx, x) in dx.iter_mut().zip(x) {
                 *dx = r * (*dx - x * along);
+            }
+            if let Some(other) = self.other {
+                for (dx, other) in dx.iter_mut().zip(row(other, width, i)) {
+                    *dx += other;
+                }
             }
         }
     }
@@ -339,13 +401,13 @@ fn gate_gradient<S: Simd>(s: S, [gate, up, dy]: [&[f32]; 3], [dgate, dup]: [&mut
     }
 }
 
-/// The rotation of pairs by the angles in `table`, or back.
+/// The rotation of pairs by the angles in `table`, or back, of any number of arrays (N, H D).
+#[derive(Clone)]
 pub(crate) struct Rotation {
     /// (position, dims / 2): cosine and sine.
     pub(crate) table: Arc<Vec<(f32, f32)>>,
     /// Position of each token.
     pub(crate) positions: Arc<Vec<u32>>,
-    pub(crate) heads: usize,
     pub(crate) head_dim: usize,
     pub(crate) dims: usize,
     pub(crate) traditional: bool,
@@ -353,8 +415,9 @@ pub(crate) struct Rotation {
 }
 
 impl Rotation {
-    pub(crate) fn apply(self, x: &Array) -> Result<Array> {
-        apply_one(self, &[x], x.shape(), Dtype::Float32)
+    pub(crate) fn apply(self, xs: &[&Array]) -> Result<Vec<Array>> {
+        let shapes: Vec<(&[i32], Dtype)> = xs.iter().map(|x| (x.shape(), Dtype::Float32)).collect();
+        apply(self, xs, &shapes)
     }
 }
 
@@ -364,38 +427,36 @@ impl Op for Rotation {
     }
 
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
-        let in_place = inputs[0].is(&outputs[0]);
-        let x = if in_place { &[] } else { inputs[0].f32() };
-        let y = Shares::new(outputs[0].f32_mut());
-        let width = self.heads * self.head_dim;
-        by_rows(self.positions.len(), width, |tokens| {
-            for token in tokens {
-                // SAFETY: each token belongs to one task.
-                let y = unsafe { y.part(token * width, width) };
-                if !in_place {
-                    y.copy_from_slice(row(x, width, token));
+        for (x, y) in inputs.iter().zip(outputs) {
+            let in_place = x.is(y);
+            let x = if in_place { &[] } else { x.f32() };
+            let y = y.f32_mut();
+            let width = y.len() / self.positions.len().max(1);
+            let y = Shares::new(y);
+            by_rows(self.positions.len(), width, |tokens| {
+                for token in tokens {
+                    // SAFETY: each token belongs to one task.
+                    let y = unsafe { y.part(token * width, width) };
+                    if !in_place {
+                        y.copy_from_slice(row(x, width, token));
+                    }
+                    let half = self.dims / 2;
+                    let angles = &self.table[self.positions[token] as usize * half..][..half];
+                    for head in y.chunks_exact_mut(self.head_dim) {
+                        self.rotate(&mut head[..self.dims], angles);
+                    }
                 }
-                let half = self.dims / 2;
-                let angles = &self.table[self.positions[token] as usize * half..][..half];
-                for head in y.chunks_exact_mut(self.head_dim) {
-                    self.rotate(&mut head[..self.dims], angles);
-                }
-            }
-        });
+            });
+        }
     }
 
     fn gradients(&self, call: &Backward) -> Result<Vec<Array>> {
-        let back = Rotation {
-            table: Arc::clone(&self.table),
-            positions: Arc::clone(&self.positions),
-            back: !self.back,
-            ..*self
-        };
-        call.choose(&[back.apply(&call.cotangents[0])?])
+        let back = Rotation { back: !self.back, ..self.clone() };
+        call.choose(&back.apply(&call.cotangents.iter().collect::<Vec<_>>())?)
     }
 
-    fn takes_over(&self, _: usize) -> Option<usize> {
-        Some(0)
+    fn takes_over(&self, output: usize) -> Option<usize> {
+        Some(output)
     }
 }
 

@@ -158,50 +158,54 @@ impl<'a> Panels<'a> {
     }
 }
 
-/// y = x W^T for x (m, inputs): in integers if `precision` and the processor allow, else by panels of floats.
-pub(crate) fn times_transpose(x: &[f32], w: &Panels, y: &mut [f32], precision: Precision) {
+/// y = x W^T for x (m, inputs) and each of some W: in integers if `precision` and the processor allow, else by panels of
+/// floats.
+pub(crate) fn times_transpose(x: &[f32], ws: &[Panels], ys: Vec<&mut [f32]>, precision: Precision) {
     #[cfg(target_arch = "x86_64")]
     if precision == Precision::Int16 && super::vnni::available() {
-        rounded(x, w, y);
+        rounded(x, ws, ys);
         return;
     }
-    product(x, w.arrangement.inputs, w, w.arrangement.out, y, precision);
-}
-
-/// Floats of `m` rounded rows: two bytes of each number, factors by block, sums by group.
-fn sizes(m: usize, of: Arrangement) -> [usize; 3] {
-    [m * of.inputs / 2, m * of.inputs / BLOCK, m * of.groups()]
+    for (w, y) in ws.iter().zip(ys) {
+        product(x, w.arrangement.inputs, w, w.arrangement.out, y, precision);
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
-fn rounded(x: &[f32], w: &Panels, y: &mut [f32]) {
+fn rounded(x: &[f32], ws: &[Panels], ys: Vec<&mut [f32]>) {
     use super::vnni;
-    let of = w.arrangement;
-    let m = x.len() / of.inputs;
-    let sizes = sizes(m, of);
-    let mut scratch = scratch(&LEFT, sizes.iter().sum());
-    let (q, rest) = scratch.split_at_mut(sizes[0]);
-    let (factors, sums) = rest.split_at_mut(sizes[1]);
+    let inputs = ws.first().map_or(1, |w| w.arrangement.inputs);
+    let (m, words, blocks) = (x.len() / inputs, inputs / 2, inputs / BLOCK);
+    let mut scratch = scratch(&LEFT, m * (words + 2 * blocks));
+    let (q, rest) = scratch.split_at_mut(m * words);
+    let (factors, sums) = rest.split_at_mut(m * blocks);
     {
         let (q, factors, sums) = (Shares::new(q), Shares::new(factors), Shares::new(sums));
-        by_parts(m, m * of.inputs >= 1 << 15, |rows| {
+        by_parts(m, m * inputs >= 1 << 15, |rows| {
             for row in rows {
-                let (words, blocks, groups) = (of.inputs / 2, of.inputs / BLOCK, of.groups());
                 // SAFETY: each row belongs to one task; the processor has the instructions.
                 unsafe {
                     let q = q.part(row * words, words);
                     let (factors, sums) =
-                        (factors.part(row * blocks, blocks), sums.part(row * groups, groups));
-                    vnni::round_row(&x[row * of.inputs..][..of.inputs], of.group, q, factors, sums);
+                        (factors.part(row * blocks, blocks), sums.part(row * blocks, blocks));
+                    vnni::round_row(&x[row * inputs..][..inputs], q, factors, sums);
                 }
             }
         });
     }
-    let (q, factors, sums) = (&*q, &*factors, &*sums);
-    let y = Shares::new(y);
-    by_parts(of.panels(), m * of.out * of.inputs >= 1 << 15, |panels| {
-        // SAFETY: each panel's columns of y belong to one task; the processor has the instructions.
-        unsafe { vnni::multiply(w, panels, &vnni::Rounded { m, q, factors, sums }, &y) };
+    let x = vnni::Rounded { m, inputs, q, factors, sums };
+    let ys: Vec<Shares<f32>> = ys.into_iter().map(Shares::new).collect();
+    // The panels of all W, one after another, each with its W.
+    let panels: Vec<(usize, usize)> = ws
+        .iter()
+        .enumerate()
+        .flat_map(|(i, w)| (0..w.arrangement.panels()).map(move |panel| (i, panel)))
+        .collect();
+    by_parts(panels.len(), m * panels.len() * ROWS * inputs >= 1 << 15, |range| {
+        for &(i, panel) in &panels[range] {
+            // SAFETY: each panel's columns of y belong to one task; the processor has the instructions.
+            unsafe { vnni::multiply(&ws[i], panel, &x, &ys[i]) };
+        }
     });
 }
 
@@ -255,9 +259,9 @@ pub(crate) fn pays() -> bool {
     false
 }
 
-/// x W^T.
+/// x W^T for some W.
 pub(crate) struct ArrangedMatmul {
-    pub(crate) arrangement: Arrangement,
+    pub(crate) arrangements: Vec<Arrangement>,
     pub(crate) precision: Precision,
 }
 
@@ -267,8 +271,11 @@ impl Op for ArrangedMatmul {
     }
 
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
-        let w = Panels::new(self.arrangement, &inputs[1..4]);
-        times_transpose(inputs[0].f32(), &w, outputs[0].f32_mut(), self.precision);
+        let parts = inputs[1..].chunks_exact(3);
+        let ws: Vec<Panels> =
+            self.arrangements.iter().zip(parts).map(|(of, parts)| Panels::new(*of, parts)).collect();
+        let ys = outputs.iter_mut().map(Tensor::f32_mut).collect();
+        times_transpose(inputs[0].f32(), &ws, ys, self.precision);
     }
 }
 

@@ -6,7 +6,6 @@
 )]
 
 use std::arch::x86_64::*;
-use std::ops::Range;
 
 use super::level::{Level, cpu_level};
 use super::panels::{BLOCK, Panels, ROWS};
@@ -19,9 +18,10 @@ pub(crate) fn available() -> bool {
 }
 
 /// Rows of x, rounded: the bytes q of each row, then its bytes r (m, 2, inputs), d (m, inputs / 32), and the sums of
-/// d (254 q + r) by group (m, groups).
+/// d (254 q + r) in the same blocks.
 pub(crate) struct Rounded<'a> {
     pub(crate) m: usize,
+    pub(crate) inputs: usize,
     pub(crate) q: &'a [f32],
     pub(crate) factors: &'a [f32],
     pub(crate) sums: &'a [f32],
@@ -32,16 +32,8 @@ pub(crate) struct Rounded<'a> {
 /// # Safety
 /// The processor must have the instructions.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(crate) unsafe fn round_row(
-    x: &[f32],
-    group: usize,
-    q: &mut [f32],
-    factors: &mut [f32],
-    sums: &mut [f32],
-) {
-    assert!(q.len() * 2 == x.len() && factors.len() * BLOCK == x.len() && sums.len() * group == x.len());
-    sums.fill(0.0);
-    let shift = group.trailing_zeros();
+pub(crate) unsafe fn round_row(x: &[f32], q: &mut [f32], factors: &mut [f32], sums: &mut [f32]) {
+    assert!(q.len() * 2 == x.len() && factors.len() * BLOCK == x.len() && sums.len() == factors.len());
     for (block, factor) in factors.iter_mut().enumerate() {
         unsafe {
             let from = x.as_ptr().add(block * BLOCK);
@@ -65,7 +57,7 @@ pub(crate) unsafe fn round_row(
                 total = _mm512_add_epi32(total, _mm512_add_epi32(whole, fine));
             }
             *factor = step / FINE + broken;
-            sums[(block * BLOCK) >> shift] += *factor * _mm512_reduce_add_epi32(total) as f32;
+            sums[block] = *factor * _mm512_reduce_add_epi32(total) as f32;
         }
     }
 }
@@ -73,37 +65,35 @@ pub(crate) unsafe fn round_row(
 /// Fine steps in a coarse one.
 const FINE: f32 = 254.0;
 
-/// Columns `16 p` and following of y (m, out), for each panel p.
+/// Columns `16 panel` and following of y (m, out).
 ///
 /// # Safety
 /// The processor must have the instructions, and nobody else may use these columns.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c")]
-pub(crate) unsafe fn multiply(w: &Panels, panels: Range<usize>, x: &Rounded, y: &Shares<f32>) {
+pub(crate) unsafe fn multiply(w: &Panels, panel: usize, x: &Rounded, y: &Shares<f32>) {
     let of = w.arrangement;
-    assert!(x.q.len() * 2 == x.m * of.inputs && x.factors.len() * BLOCK == x.m * of.inputs);
-    assert!(x.sums.len() * of.group == x.m * of.inputs);
-    for panel in panels {
-        let mut at = 0;
-        unsafe {
-            while x.m - at >= 8 {
-                if of.bits == 4 {
-                    tile::<4, 8>(w, panel, x, at, y)
-                } else {
-                    tile::<8, 8>(w, panel, x, at, y)
-                }
-                at += 8;
+    assert!(x.inputs == of.inputs && x.q.len() * 2 == x.m * of.inputs && x.sums.len() == x.factors.len());
+    assert!(x.factors.len() * BLOCK == x.m * of.inputs);
+    let mut at = 0;
+    unsafe {
+        while x.m - at >= 8 {
+            if of.bits == 4 {
+                tile::<4, 8>(w, panel, x, at, y)
+            } else {
+                tile::<8, 8>(w, panel, x, at, y)
             }
-            while x.m - at >= 2 {
-                if of.bits == 4 {
-                    tile::<4, 2>(w, panel, x, at, y)
-                } else {
-                    tile::<8, 2>(w, panel, x, at, y)
-                }
-                at += 2;
+            at += 8;
+        }
+        while x.m - at >= 2 {
+            if of.bits == 4 {
+                tile::<4, 2>(w, panel, x, at, y)
+            } else {
+                tile::<8, 2>(w, panel, x, at, y)
             }
-            if at < x.m {
-                if of.bits == 4 { tile::<4, 1>(w, panel, x, at, y) } else { tile::<8, 1>(w, panel, x, at, y) }
-            }
+            at += 2;
+        }
+        if at < x.m {
+            if of.bits == 4 { tile::<4, 1>(w, panel, x, at, y) } else { tile::<8, 1>(w, panel, x, at, y) }
         }
     }
 }
@@ -123,10 +113,11 @@ unsafe fn tile<const BITS: usize, const C: usize>(
     unsafe {
         let mut codes = w.panel(panel).as_ptr();
         let mut q = x.q.as_ptr().cast::<i32>().add(at * of.inputs / 2);
-        let mut factors = x.factors.as_ptr().add(at * blocks);
+        let (mut factors, mut totals) =
+            (x.factors.as_ptr().add(at * blocks), x.sums.as_ptr().add(at * blocks));
         for g in 0..groups {
             let level = (panel * groups + g) * ROWS;
-            let scale = sixteen(w.scales, level);
+            let (scale, bias) = (sixteen(w.scales, level), sixteen(w.biases, level));
             for _ in 0..of.group / BLOCK {
                 let mut lines = [_mm512_setzero_si512(); 8];
                 if BITS == 4 {
@@ -158,14 +149,11 @@ unsafe fn tile<const BITS: usize, const C: usize>(
                     let whole = _mm512_fmadd_ps(coarse, _mm512_set1_ps(FINE), fine);
                     let factor = _mm512_set1_ps(*factors.add(c * blocks));
                     *sum = _mm512_fmadd_ps(_mm512_mul_ps(whole, factor), scale, *sum);
+                    *sum = _mm512_fmadd_ps(bias, _mm512_set1_ps(*totals.add(c * blocks)), *sum);
                 }
                 q = q.add(BLOCK / 4);
                 factors = factors.add(1);
-            }
-            let bias = sixteen(w.biases, level);
-            for (c, sum) in sums.iter_mut().enumerate() {
-                let part = _mm512_set1_ps(*x.sums.as_ptr().add((at + c) * groups + g));
-                *sum = _mm512_fmadd_ps(bias, part, *sum);
+                totals = totals.add(1);
             }
         }
         let mask = (1_u32 << ROWS.min(of.out - panel * ROWS)) - 1;

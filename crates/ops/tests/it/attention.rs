@@ -1,13 +1,18 @@
 //! Attention of whole rows and of new tokens after cached ones.
 
-use graft_ops::{Array, KeyValues, Rows, attention, attention_cached, set_threads};
+use graft_ops::{Array, Head, KeyValues, Rows, attention, attention_cached, set_threads};
 use graft_testkit::{assert_close, mlx, tolerance};
 
 use crate::support::{bits, check, check_differences, every_level, mlx_form, random};
 
-/// q (N, H, D), k and v (N, K, D).
+/// A head of attention.
+fn head(dim: i32, scale: f32) -> Head {
+    Head { dim, scale }
+}
+
+/// q (N, H D), k and v (N, K D).
 fn inputs(tokens: i32, heads: i32, kv_heads: i32, dim: i32) -> Vec<Array> {
-    [heads, kv_heads, kv_heads].iter().zip(1..).map(|(h, seed)| random(seed, &[tokens, *h, dim])).collect()
+    [heads, kv_heads, kv_heads].iter().zip(1..).map(|(h, seed)| random(seed, &[tokens, h * dim])).collect()
 }
 
 #[test]
@@ -23,7 +28,7 @@ fn attention_and_its_gradients_are_mlxs() {
             let rows = Rows::new(lengths);
             let scale = 1.0 / (dim as f32).sqrt();
             let args = inputs(rows.tokens(), heads, kv_heads, dim);
-            check(tolerance::F32_DEEP, &args, |x| attention(&x[0], &x[1], &x[2], &rows, scale));
+            check(tolerance::F32_DEEP, &args, |x| attention(&x[0], &x[1], &x[2], &rows, head(dim, scale)));
         }
     });
 }
@@ -32,7 +37,7 @@ fn attention_and_its_gradients_are_mlxs() {
 fn gradients_are_differences() {
     mlx(|| {
         let rows = Rows::new(vec![3, 2]);
-        check_differences(&inputs(5, 2, 1, 8), |x| attention(&x[0], &x[1], &x[2], &rows, 0.35));
+        check_differences(&inputs(5, 2, 1, 8), |x| attention(&x[0], &x[1], &x[2], &rows, head(8, 0.35)));
     });
 }
 
@@ -42,14 +47,14 @@ fn tokens(x: &Array, from: i32, to: i32) -> Array {
 }
 
 /// The outputs of one sequence in steps that end at `borders`.
-fn in_steps(all: &[Array], borders: &[i32], scale: f32) -> Array {
+fn in_steps(all: &[Array], borders: &[i32], head: Head) -> Array {
     let mut cache = KeyValues::default();
     let mut outputs = Vec::new();
     let mut from = 0;
     for &to in borders {
         let [q, k, v] = [0, 1, 2].map(|i| tokens(&all[i], from, to));
         let rows = Rows { lengths: vec![to - from], starts: vec![from] };
-        outputs.push(attention_cached(&q, &k, &v, &mut [&mut cache], &rows, scale).unwrap());
+        outputs.push(attention_cached(&q, &k, &v, &mut [&mut cache], &rows, head).unwrap());
         from = to;
     }
     let all = mlx_rs::ops::concatenate(&outputs, 0).unwrap();
@@ -62,12 +67,13 @@ fn cached_is_whole_whatever_the_steps() {
     mlx(|| {
         for (heads, kv_heads, dim) in [(6, 2, 64), (4, 4, 16), (8, 1, 80)] {
             let all = inputs(300, heads, kv_heads, dim);
-            let whole =
-                mlx_form(|| attention(&all[0], &all[1], &all[2], &Rows::new(vec![300]), 0.2).unwrap());
+            let whole = mlx_form(|| {
+                attention(&all[0], &all[1], &all[2], &Rows::new(vec![300]), head(dim, 0.2)).unwrap()
+            });
             whole.eval().unwrap();
             every_level(|_| {
                 for borders in [vec![300], vec![256, 257, 300], vec![1, 64, 65, 130, 299, 300]] {
-                    assert_close(&in_steps(&all, &borders, 0.2), &whole, tolerance::F32_DEEP);
+                    assert_close(&in_steps(&all, &borders, head(dim, 0.2)), &whole, tolerance::F32_DEEP);
                 }
             });
         }
@@ -88,8 +94,11 @@ fn a_sequence_does_not_depend_on_its_neighbours_or_on_the_threads() {
             .collect();
         every_level(|level| {
             set_threads(2);
-            let alone: Vec<Vec<u32>> =
-                sequences.iter().zip(lengths).map(|(s, n)| bits(&in_steps(s, &[n, n + 1], 0.125))).collect();
+            let alone: Vec<Vec<u32>> = sequences
+                .iter()
+                .zip(lengths)
+                .map(|(s, n)| bits(&in_steps(s, &[n, n + 1], head(64, 0.125))))
+                .collect();
             for threads in [1, 3] {
                 set_threads(threads);
                 let mut caches: Vec<KeyValues> = (0..3).map(|_| KeyValues::default()).collect();
@@ -108,7 +117,7 @@ fn a_sequence_does_not_depend_on_its_neighbours_or_on_the_threads() {
                     };
                     let mut layers: Vec<&mut KeyValues> = caches.iter_mut().collect();
                     let rows = Rows { lengths: lengths.clone(), starts };
-                    let o = bits(&attention_cached(&q, &k, &v, &mut layers, &rows, 0.125).unwrap());
+                    let o = bits(&attention_cached(&q, &k, &v, &mut layers, &rows, head(64, 0.125)).unwrap());
                     let mut at = 0;
                     for (i, &n) in lengths.iter().enumerate() {
                         let size = n as usize * 6 * 64;
@@ -134,7 +143,7 @@ fn forks_share_what_is_common_and_nothing_else() {
             let [q, k, v] =
                 [0, 1, 2].map(|i| tokens(&all[i], from, to).multiply(Array::from_f32(factor)).unwrap());
             let rows = Rows { lengths: vec![to - from], starts: vec![from] };
-            bits(&attention_cached(&q, &k, &v, &mut [cache], &rows, 0.2).unwrap())
+            bits(&attention_cached(&q, &k, &v, &mut [cache], &rows, head(32, 0.2)).unwrap())
         };
         // In the middle of a block and at its border.
         for len in [80, 64, 128] {
@@ -157,13 +166,13 @@ fn forks_share_what_is_common_and_nothing_else() {
 fn a_step_may_be_planned_while_the_one_before_is_computed() {
     mlx(|| {
         let all = inputs(40, 6, 2, 64);
-        let expected = bits(&in_steps(&all, &(1..=40).collect::<Vec<_>>(), 0.125));
+        let expected = bits(&in_steps(&all, &(1..=40).collect::<Vec<_>>(), head(64, 0.125)));
         let mut cache = KeyValues::default();
         let outputs: Vec<Array> = (0..40)
             .map(|at| {
                 let [q, k, v] = [0, 1, 2].map(|i| tokens(&all[i], at, at + 1));
                 let rows = Rows { lengths: vec![1], starts: vec![at] };
-                let o = attention_cached(&q, &k, &v, &mut [&mut cache], &rows, 0.125).unwrap();
+                let o = attention_cached(&q, &k, &v, &mut [&mut cache], &rows, head(64, 0.125)).unwrap();
                 mlx_rs::transforms::async_eval([&o]).unwrap();
                 o
             })
@@ -176,13 +185,22 @@ fn a_step_may_be_planned_while_the_one_before_is_computed() {
 fn what_does_not_fit_is_an_error() {
     mlx(|| {
         let all = inputs(4, 4, 2, 16);
-        let e = attention(&all[0], &all[1], &all[2], &Rows::new(vec![3]), 1.0).unwrap_err().to_string();
+        let e =
+            attention(&all[0], &all[1], &all[2], &Rows::new(vec![3]), head(16, 1.0)).unwrap_err().to_string();
         assert!(e.contains('3') && e.contains('4'), "{e}");
-        let e = attention(&random(1, &[4, 3, 16]), &all[1], &all[2], &Rows::new(vec![4]), 1.0).unwrap_err();
+        let e = attention(&random(1, &[4, 48]), &all[1], &all[2], &Rows::new(vec![4]), head(16, 1.0))
+            .unwrap_err();
         assert!(e.to_string().contains("do not fit"), "{e}");
         let rows = Rows { lengths: vec![4], starts: vec![100] };
-        let e = attention_cached(&all[0], &all[1], &all[2], &mut [&mut KeyValues::default()], &rows, 1.0)
-            .unwrap_err();
+        let e = attention_cached(
+            &all[0],
+            &all[1],
+            &all[2],
+            &mut [&mut KeyValues::default()],
+            &rows,
+            head(16, 1.0),
+        )
+        .unwrap_err();
         assert!(e.to_string().contains("100"), "{e}");
     });
 }

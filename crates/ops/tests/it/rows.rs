@@ -1,6 +1,6 @@
 //! Norm, gated activation and rotation.
 
-use graft_ops::{Array, RopeTable, Rows, rms_norm, rope, set_threads, swiglu};
+use graft_ops::{Array, RopeTable, Rows, add_rms_norm, rms_norm, rope, set_threads, swiglu};
 use graft_testkit::{mlx, tolerance};
 
 use crate::support::{bits, check, check_differences, every_level, random, values};
@@ -14,6 +14,26 @@ fn norms_are_mlxs() {
             check(tolerance::F32_DEEP, &args, |x| rms_norm(&x[0], &x[1], 1e-5));
         }
         check_differences(&[random(1, &[4, 24]), random(2, &[24])], |x| rms_norm(&x[0], &x[1], 1e-5));
+        // By heads: stretches of the last axis.
+        check(tolerance::F32_DEEP, &[random(1, &[30, 96]), random(2, &[32])], |x| {
+            rms_norm(&x[0], &x[1], 1e-5)
+        });
+    });
+}
+
+#[test]
+fn a_sum_and_its_norm_are_the_two_operations() {
+    mlx(|| {
+        for shape in [&[1, 64][..], &[70, 200]] {
+            let args = [random(1, shape), random(2, shape), random(3, &shape[1..])];
+            // Both outputs have a part in the loss, or one alone.
+            for parts in [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)] {
+                check(tolerance::F32_DEEP, &args, |x| {
+                    let (sum, norm) = add_rms_norm(&x[0], &x[1], &x[2], 1e-5)?;
+                    sum.multiply(Array::from_f32(parts.0))?.add(norm.multiply(Array::from_f32(parts.1))?)
+                });
+            }
+        }
     });
 }
 
@@ -59,8 +79,10 @@ fn rotations_are_mlxs() {
                     [(vec![40, 40], vec![0, 0]), (vec![3, 1, 60], vec![0, 700, 2]), (vec![1], vec![1500])]
                 {
                     let rows = Rows { lengths, starts };
-                    let x = random(4, &[rows.tokens(), 3, dim]);
-                    check(tolerance::F32_DEEP, &[x], |x| rope(&x[0], &rows, &table));
+                    let args = [random(4, &[rows.tokens(), 3 * dim]), random(5, &[rows.tokens(), dim])];
+                    check(tolerance::F32_DEEP, &args, |x| {
+                        mlx_rs::ops::concatenate(&rope(&[&x[0], &x[1]], dim, &rows, &table)?, 1)
+                    });
                 }
             }
         }
@@ -72,17 +94,18 @@ fn a_rotation_may_work_in_place_but_never_on_what_is_still_needed() {
     mlx(|| {
         let table = RopeTable::new(&Array::from_slice(&[1.0_f32, 0.5], &[2]), false).unwrap();
         let rows = Rows::new(vec![5]);
-        let x = random(1, &[5, 2, 4]);
+        let x = random(1, &[5, 8]);
         let before = bits(&x);
-        let kept = rope(&x, &rows, &table).unwrap();
+        let rotated = |x: &Array| rope(&[x], 4, &rows, &table).unwrap().swap_remove(0);
+        let kept = rotated(&x);
         kept.eval().unwrap();
         assert_eq!(bits(&x), before);
         // A value that only the rotation needs.
-        let free = rope(&x.add(Array::from_f32(0.0)).unwrap(), &rows, &table).unwrap();
+        let free = rotated(&x.add(Array::from_f32(0.0)).unwrap());
         assert_eq!(bits(&free), bits(&kept));
         // A value that another operation of the same graph needs too.
         let shared = x.add(Array::from_f32(0.0)).unwrap();
-        let sum = rope(&shared, &rows, &table).unwrap().add(&shared).unwrap();
+        let sum = rotated(&shared).add(&shared).unwrap();
         drop(shared);
         assert_eq!(bits(&sum), bits(&kept.add(&x).unwrap()));
     });
