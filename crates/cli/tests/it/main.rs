@@ -6,6 +6,7 @@ mod convert;
 mod facts;
 mod fuse;
 mod generate;
+mod gguf;
 mod http;
 mod lora;
 mod perplexity;
