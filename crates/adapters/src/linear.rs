@@ -1,6 +1,6 @@
 //! The parts of a decoder whose weights a route can change. They own no adapter: a forward is handed a route.
 
-use graft_ops::{Array, Dtype, Exception, Result};
+use graft_ops::{Array, Dtype, Exception, LinearRef, Result, WeightRef};
 use graft_quant::Weight;
 
 use crate::Route;
@@ -22,11 +22,8 @@ impl Linear {
     /// # Errors
     /// When shapes do not fit.
     pub fn forward(&self, x: &Array, route: &Route) -> Result<Array> {
-        let y = match route.tensor(&self.path, "weight") {
-            Some(weight) => graft_ops::dense_matmul(x, weight)?,
-            None => self.weight.matmul(x)?,
-        };
-        self.finish(x, y, route)
+        let [y] = Self::forward_each([self], x, route)?;
+        Ok(y)
     }
 
     /// [`Linear::forward`] of one x through each of some linears, which takes less time together.
@@ -39,30 +36,36 @@ impl Linear {
         route: &Route,
     ) -> Result<[Array; N]> {
         let ys = if linears.iter().any(|linear| route.tensor(&linear.path, "weight").is_some()) {
-            linears.iter().map(|linear| linear.forward(x, route)).collect::<Result<Vec<_>>>()?
+            linears.iter().map(|linear| linear.trained(x, route)).collect::<Result<Vec<_>>>()?
         } else {
-            let products = Weight::matmuls(x, &linears.map(|linear| &linear.weight))?;
-            linears
+            let sites = linears.map(|linear| route.site(&linear.path));
+            let mut inputs = Vec::with_capacity(N);
+            for site in &sites {
+                let dropout = site.and_then(|site| site.dropout.as_ref());
+                inputs.push(dropout.map(|dropout| dropout.apply(x)).transpose()?);
+            }
+            let parts: Vec<LinearRef> = linears
                 .iter()
-                .zip(products)
-                .map(|(linear, y)| linear.finish(x, y, route))
-                .collect::<Result<_>>()?
+                .zip(sites)
+                .zip(&inputs)
+                .map(|((linear, site), input)| LinearRef {
+                    weight: linear.weight.as_ref(),
+                    bias: linear.bias.as_ref(),
+                    low_rank: site.map(|site| site.low_rank(input.as_ref())),
+                })
+                .collect();
+            graft_ops::linears(x, &parts)?
         };
-        ys.try_into().map_err(|_| Exception::custom("a product is missing"))
+        ys.try_into().map_err(|_| Exception::custom("a linear has no output"))
     }
 
-    /// What follows the product y = W x: the adapter, then the bias.
-    fn finish(&self, x: &Array, mut y: Array, route: &Route) -> Result<Array> {
-        if let Some(site) = route.site(&self.path) {
-            y = y.add(site.low_rank(x)?)?;
-            if let Some(c) = &site.factor {
-                y = y.multiply(c.as_dtype(y.dtype())?)?;
-            }
-        }
-        match route.tensor(&self.path, "bias").or(self.bias.as_ref()) {
-            Some(bias) => y.add(bias),
-            None => Ok(y),
-        }
+    /// W x + b with the tensors of the route (`full` fine-tuning).
+    fn trained(&self, x: &Array, route: &Route) -> Result<Array> {
+        let y = match route.tensor(&self.path, "weight") {
+            Some(weight) => graft_ops::matmul(x, WeightRef::Dense(weight))?,
+            None => self.weight.matmul(x)?,
+        };
+        route.tensor(&self.path, "bias").or(self.bias.as_ref()).map_or(Ok(y.clone()), |bias| y.add(bias))
     }
 }
 

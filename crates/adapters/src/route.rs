@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use graft_ops::{Array, Dtype, Result};
+use graft_ops::{Array, Dtype, LowRank, Result};
 
 /// Dropout on the input of the low-rank branch: inverted, rate p, with an explicit key.
 #[derive(Debug, Clone)]
@@ -43,14 +43,9 @@ pub struct Site {
 }
 
 impl Site {
-    /// `s (x A) B` in x's dtype: x (..., in) gives (..., out). Summed in f32 and cast before it meets y.
-    ///
-    /// # Errors
-    /// When an array operation fails.
-    pub fn low_rank(&self, x: &Array) -> Result<Array> {
-        let dropped = self.dropout.as_ref().map(|d| d.apply(x)).transpose()?;
-        let x32 = dropped.as_ref().unwrap_or(x).as_dtype(Dtype::Float32)?;
-        self.scaled(&x32.matmul(&self.a)?)?.matmul(&self.b)?.as_dtype(x.dtype())
+    /// The update as an operation takes it; `input` is x after dropout.
+    pub(crate) fn low_rank<'a>(&'a self, input: Option<&'a Array>) -> LowRank<'a> {
+        LowRank { a: &self.a, b: &self.b, scale: self.scale, factor: self.factor.as_ref(), input }
     }
 
     /// `s (x B^T) A^T` in x's dtype: the update of a tied head, x (..., E) gives (..., V).

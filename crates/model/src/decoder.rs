@@ -8,8 +8,7 @@
 //! ```
 
 use graft_adapters::{Embedding, Kind, Linear, Norm, Route, Target};
-use graft_ops::{Array, Dtype, Head, HeadRef, RopeTable, Rows};
-use graft_quant::Weight;
+use graft_ops::{Array, Dtype, Head, RopeTable, Rows};
 
 use crate::cache::rows_of;
 use crate::{DecoderConfig, Error, KvCache, Result};
@@ -47,7 +46,6 @@ pub(crate) struct Attention {
     pub(crate) o: Linear,
     pub(crate) q_norm: Option<Norm>,
     pub(crate) k_norm: Option<Norm>,
-    pub(crate) head: Head,
 }
 
 /// The gated feed-forward part.
@@ -61,7 +59,7 @@ pub(crate) struct Mlp {
 /// What all blocks of one pass share.
 struct Pass<'a> {
     rows: &'a Rows,
-    rope: &'a RopeTable,
+    head: Head<'a>,
     route: &'a Route<'a>,
 }
 
@@ -74,13 +72,11 @@ impl Attention {
         };
         let [q, k, v] = Linear::forward_each([&self.q, &self.k, &self.v], x, pass.route)?;
         let (q, k) = (normed(q, &self.q_norm)?, normed(k, &self.k_norm)?);
-        let rotated = graft_ops::rope(&[&q, &k], self.head.dim, pass.rows, pass.rope)?;
-        let (q, k) = (&rotated[0], &rotated[1]);
         let y = match caches {
-            None => graft_ops::attention(q, k, &v, pass.rows, self.head)?,
+            None => graft_ops::attention(&q, &k, &v, pass.rows, pass.head)?,
             Some(caches) => {
                 let mut layers: Vec<_> = caches.iter_mut().filter_map(|cache| cache.layer(index)).collect();
-                graft_ops::attention_cached(q, k, &v, &mut layers, pass.rows, self.head)?
+                graft_ops::attention_cached(&q, &k, &v, &mut layers, pass.rows, pass.head)?
             }
         };
         Ok(self.o.forward(&y, pass.route)?)
@@ -181,6 +177,12 @@ impl Model {
             + norms.map(|n| n.weight.nbytes()).sum::<usize>()
     }
 
+    fn pass<'a>(&'a self, rows: &'a Rows, route: &'a Route<'a>) -> Pass<'a> {
+        let dim = self.config.head_dim;
+        let head = Head { dim, scale: 1.0 / (dim as f32).sqrt(), rope: Some(&self.rope) };
+        Pass { rows, head, route }
+    }
+
     /// Tokens (N,) of all rows to hidden states (N, E) after the final norm.
     ///
     /// With caches (one a row) `rows.starts` must be what the caches hold; they advance by `rows.lengths`.
@@ -195,7 +197,7 @@ impl Model {
         route: &Route,
     ) -> Result<Array> {
         self.check_rows(tokens, rows, caches.as_deref())?;
-        let pass = Pass { rows, rope: &self.rope, route };
+        let pass = self.pass(rows, route);
         let mut state = Between { h: self.embed.forward(tokens, self.dtype, route)?, added: None };
         for (index, block) in self.blocks.iter().enumerate() {
             state = block.forward(state, &pass, caches.as_deref_mut(), index)?;
@@ -215,8 +217,7 @@ impl Model {
     pub fn block(&self, index: usize, h: &Array, rows: &Rows, route: &Route) -> Result<Array> {
         let block = self.blocks.get(index).ok_or_else(|| Error::Request(format!("no block {index}")))?;
         let state = Between { h: h.clone(), added: None };
-        let Between { h, added } =
-            block.forward(state, &Pass { rows, rope: &self.rope, route }, None, index)?;
+        let Between { h, added } = block.forward(state, &self.pass(rows, route), None, index)?;
         Ok(added.map_or(Ok(h.clone()), |added| h.add(added))?)
     }
 
@@ -279,12 +280,7 @@ impl Model {
         };
         let changed = route.site(path).is_some() || route.tensor(path, "weight").is_some() || bias.is_some();
         if !changed {
-            let head = match weight {
-                Weight::Dense(w) => HeadRef::Dense(w),
-                Weight::Packed(w) => HeadRef::Packed(w.as_ref()),
-                Weight::Arranged(w) => HeadRef::Arranged(w),
-            };
-            return Ok(graft_ops::linear_cross_entropy(h, head, targets, HEAD_CHUNK)?);
+            return Ok(graft_ops::linear_cross_entropy(h, weight.as_ref(), targets, HEAD_CHUNK)?);
         }
         let mut parts = Vec::new();
         for start in (0..h.dim(0)).step_by(HEAD_CHUNK as usize) {

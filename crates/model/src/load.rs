@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use graft_adapters::{Embedding, Linear, Norm};
-use graft_ops::{Array, Dtype, Head};
+use graft_ops::{Array, Dtype};
 use graft_quant::{Checkpoint, Weight};
 
 use crate::decoder::{Attention, Block, Mlp};
@@ -206,7 +206,6 @@ impl Source<'_> {
             o: self.linear(at("self_attn.o_proj"))?,
             q_norm: qk_norm("self_attn.q_norm")?,
             k_norm: qk_norm("self_attn.k_norm")?,
-            head: Head { dim: config.head_dim, scale: 1.0 / (config.head_dim as f32).sqrt() },
         };
         let mlp = Mlp {
             gate: self.linear(at("mlp.gate_proj"))?,

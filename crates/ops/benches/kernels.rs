@@ -6,10 +6,10 @@ use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use graft_ops::ffi::{Mode, quantize};
-use graft_ops::{Array, HeadRef, KeyValues, PackedRef, Rows, ffi};
+use graft_ops::{Array, KeyValues, PackedRef, Rows, WeightRef, ffi};
 use mlx_rs::random::{key, normal};
 
-const HEAD: graft_ops::Head = graft_ops::Head { dim: 64, scale: 0.125 };
+const HEAD: graft_ops::Head<'static> = graft_ops::Head { dim: 64, scale: 0.125, rope: None };
 
 fn random(shape: &[i32]) -> Array {
     let x = normal::<f32>(shape, None, None, &key(shape.iter().map(|d| *d as u64).sum()).unwrap()).unwrap();
@@ -51,7 +51,9 @@ fn products(c: &mut Criterion) {
                 let x = random(&[m, inputs]);
                 group.throughput(Throughput::Elements(2 * (m * inputs) as u64 * out as u64));
                 group.bench_function(format!("{bits} bits, {m} x {inputs} -> {out}"), |b| {
-                    b.iter(|| graft_ops::packed_matmul(black_box(&x), w.view()).unwrap().eval().unwrap());
+                    b.iter(|| {
+                        graft_ops::matmul(black_box(&x), WeightRef::Packed(w.view())).unwrap().eval().unwrap()
+                    });
                 });
             }
         }
@@ -61,7 +63,7 @@ fn products(c: &mut Criterion) {
     let (w, x) = (Packed::new(1536, 576, 4), random(&[512, 1536]));
     group.throughput(Throughput::Elements(2 * 512 * 1536 * 576));
     group.bench_function("4 bits, 512 x 1536 -> 576", |b| {
-        b.iter(|| graft_ops::packed_matmul_t(black_box(&x), w.view()).unwrap().eval().unwrap());
+        b.iter(|| graft_ops::matmul_t(black_box(&x), WeightRef::Packed(w.view())).unwrap().eval().unwrap());
     });
     group.finish();
     let mut group = c.benchmark_group("dense matmul");
@@ -70,7 +72,7 @@ fn products(c: &mut Criterion) {
         let x = random(&[m, 576]);
         group.throughput(Throughput::Elements(2 * m as u64 * 1536 * 576));
         group.bench_function(format!("{m} x 576 -> 1536"), |b| {
-            b.iter(|| graft_ops::dense_matmul(black_box(&x), &w).unwrap().eval().unwrap());
+            b.iter(|| graft_ops::matmul(black_box(&x), WeightRef::Dense(&w)).unwrap().eval().unwrap());
         });
     }
     group.finish();
@@ -118,7 +120,7 @@ fn others(c: &mut Criterion) {
     group.bench_function("400 x 576 -> 49152, with its gradient", |b| {
         b.iter(|| {
             let f = |x: &[Array]| {
-                let head = HeadRef::Packed(head.view());
+                let head = WeightRef::Packed(head.view());
                 Ok(vec![graft_ops::linear_cross_entropy(&x[0], head, &targets, 256)?.sum(false)?])
             };
             let (_, g) = ffi::value_and_grad(f, std::slice::from_ref(&h), &[0]).unwrap();

@@ -13,10 +13,11 @@ use crate::Dtype;
 use crate::cpu::{
     attention::{Cached, CachedSequence, Causal, Heads, KEYS, KvBlock},
     primitive::apply,
+    rope::Angles,
 };
 #[cfg(graft_cpu)]
 use crate::form::on_cpu;
-use crate::{Array, Exception, Result, Rows};
+use crate::{Array, Exception, Result, RopeTable, Rows, rope};
 
 /// The keys and values of one sequence in one layer. How they are laid out is the business of [`attention_cached`].
 #[derive(Default)]
@@ -102,13 +103,26 @@ impl KeyValues {
 /// Tokens by which a buffer grows, so that most steps write in place.
 const STEP: i32 = 256;
 
-/// How wide a head is, and the factor of its scores.
+/// How wide a head is, the factor of its scores, and how queries and keys are rotated.
 #[derive(Debug, Clone, Copy)]
-pub struct Head {
+pub struct Head<'a> {
     /// D.
     pub dim: i32,
     /// Usually 1 / sqrt(D).
     pub scale: f32,
+    /// Rotary positions, where there are some.
+    pub rope: Option<&'a RopeTable>,
+}
+
+impl Head<'_> {
+    fn rotated(&self, x: &Array, rows: &Rows) -> Result<Array> {
+        self.rope.map_or(Ok(x.clone()), |table| rope(x, self.dim, rows, table))
+    }
+
+    #[cfg(graft_cpu)]
+    fn angles(&self, rows: &Rows) -> Result<Option<Angles>> {
+        self.rope.map(|table| table.angles(rows)).transpose()
+    }
 }
 
 /// H and K of q (N, H D) and k and v (N, K D), which have to fit each other and the rows.
@@ -134,11 +148,14 @@ fn heads_of(q: &Array, k: &Array, v: &Array, rows: &Rows, head: Head) -> Result<
     {
         return wrong("do not fit together");
     }
+    if head.rope.is_some_and(|table| table.dims > head.dim) {
+        return wrong("have fewer dimensions than are to be rotated");
+    }
     rows.check(tokens)?;
     Ok((q_width / head.dim, kv_width / head.dim))
 }
 
-/// o = softmax(scale * q k^T) v for each head, causal inside each row: q (N, H D), k and v (N, K D) give (N, H D) in the
+/// o = softmax(scale * q k^T) v for each head, after the rotation of q and k, causal inside each row: q (N, H D), k and v (N, K D) give (N, H D) in the
 /// type of q. Query head h reads key head h / (H / K). Differentiable in q, k and v. Rows start at position 0.
 pub fn attention(q: &Array, k: &Array, v: &Array, rows: &Rows, head: Head) -> Result<Array> {
     let (heads, kv_heads) = heads_of(q, k, v, rows, head)?;
@@ -153,8 +170,9 @@ pub fn attention(q: &Array, k: &Array, v: &Array, rows: &Rows, head: Head) -> Re
             Some((start, length as usize))
         });
         let heads = cpu_heads(heads, kv_heads, head);
-        return Causal { heads, rows: Arc::new(starts.collect()) }.apply(q, k, v);
+        return Causal { heads, rows: Arc::new(starts.collect()), angles: head.angles(rows)? }.apply(q, k, v);
     }
+    let (q, k) = (&head.rotated(q, rows)?, &head.rotated(k, rows)?);
     let dim = head.dim;
     match rows.equal_length() {
         Some(length) if length > 0 => {
@@ -198,8 +216,9 @@ pub fn attention_cached(
     }
     #[cfg(graft_cpu)]
     if on_cpu(&[q, k, v]) {
-        return cpu_cached((q, k, v), caches, rows, cpu_heads(heads, kv_heads, head));
+        return cpu_cached((q, k, v), caches, rows, (cpu_heads(heads, kv_heads, head), head.angles(rows)?));
     }
+    let (q, k) = (&head.rotated(q, rows)?, &head.rotated(k, rows)?);
     let borders = rows.borders();
     let split = |x: &Array, n: i32| ops::split_at_indices(x.reshape(&[-1, n, head.dim])?, &borders, 0);
     let (qs, ks, vs) = (split(q, heads)?, split(k, kv_heads)?, split(v, kv_heads)?);
@@ -229,7 +248,7 @@ fn cpu_cached(
     (q, k, v): (&Array, &Array, &Array),
     caches: &mut [&mut KeyValues],
     rows: &Rows,
-    heads: Heads,
+    (heads, angles): (Heads, Option<Angles>),
 ) -> Result<Array> {
     let mut sequences = Vec::with_capacity(caches.len());
     for (cache, (&length, &before)) in caches.iter_mut().zip(rows.lengths.iter().zip(&rows.starts)) {
@@ -258,7 +277,7 @@ fn cpu_cached(
     let before: Vec<Array> = caches.iter_mut().filter_map(|cache| cache.written.take()).collect();
     let inputs: Vec<&Array> = [q, k, v].into_iter().chain(&before).collect();
     let outputs = [(q.shape(), Dtype::Float32), (&[0][..], Dtype::Float32)];
-    let made = apply(Cached { heads, sequences }, &inputs, &outputs)?;
+    let made = apply(Cached { heads, angles, sequences }, &inputs, &outputs)?;
     for cache in caches.iter_mut() {
         cache.written = Some(made[1].clone());
     }

@@ -4,20 +4,7 @@ use mlx_rs::ops;
 
 #[cfg(graft_cpu)]
 use crate::cpu::loss::HeadLoss;
-#[cfg(graft_cpu)]
-use crate::form::on_cpu;
-use crate::{Arranged, Array, Dtype, Exception, PackedRef, Result, ffi, packed_matmul, packed_matmul_t};
-
-/// The weights of the output head, W (V, E).
-#[derive(Clone, Copy)]
-pub enum HeadRef<'a> {
-    /// Dense, (V, E) of any float type.
-    Dense(&'a Array),
-    /// Packed.
-    Packed(PackedRef<'a>),
-    /// Packed, laid out for inference.
-    Arranged(&'a Arranged),
-}
+use crate::{Array, Dtype, Exception, PackedRef, Result, WeightRef, ffi, matmul, matmul_t};
 
 /// An owned head, for the functions that MLX keeps.
 enum Head {
@@ -25,62 +12,31 @@ enum Head {
     Packed { codes: Array, scales: Array, biases: Array, group_size: i32, bits: i32 },
 }
 
-impl HeadRef<'_> {
-    fn shape(&self) -> Result<(i32, i32)> {
-        match self {
-            HeadRef::Packed(w) => w.shape(),
-            HeadRef::Arranged(w) => Ok(w.shape()),
-            HeadRef::Dense(w) => match w.shape() {
-                &[vocabulary, hidden] => Ok((vocabulary, hidden)),
-                other => Err(Exception::custom(format!("the output head must be (V, E), found {other:?}"))),
-            },
-        }
-    }
-
-    fn to_owned(self) -> Result<Head> {
-        Ok(match self {
-            HeadRef::Dense(w) => Head::Dense(w.clone()),
-            HeadRef::Packed(w) => Head::Packed {
+impl Head {
+    fn of(w: WeightRef) -> Result<Head> {
+        Ok(match w {
+            WeightRef::Dense(w) => Head::Dense(w.clone()),
+            WeightRef::Packed(w) => Head::Packed {
                 codes: w.codes.clone(),
                 scales: w.scales.clone(),
                 biases: w.biases.clone(),
                 group_size: w.group_size,
                 bits: w.bits,
             },
-            HeadRef::Arranged(_) => {
+            WeightRef::Arranged(_) => {
                 return Err(Exception::custom(
-                    "weights laid out for our CPU operations need them, and f32 activations",
+                    "weights laid out for our CPU operations take f32 activations only",
                 ));
             }
         })
     }
-}
 
-impl Head {
-    fn packed(&self) -> Option<PackedRef<'_>> {
+    fn view(&self) -> WeightRef<'_> {
         match self {
-            Head::Dense(_) => None,
+            Head::Dense(w) => WeightRef::Dense(w),
             Head::Packed { codes, scales, biases, group_size, bits } => {
-                Some(PackedRef { codes, scales, biases, group_size: *group_size, bits: *bits })
+                WeightRef::Packed(PackedRef { codes, scales, biases, group_size: *group_size, bits: *bits })
             }
-        }
-    }
-
-    /// h W^T
-    fn logits(&self, h: &Array) -> Result<Array> {
-        match (self, self.packed()) {
-            (Head::Dense(w), _) => ops::matmul(h, w.transpose()?),
-            (_, Some(w)) => packed_matmul(h, w),
-            _ => Err(Exception::custom("the output head is neither dense nor packed")),
-        }
-    }
-
-    /// d W
-    fn transposed(&self, d: &Array) -> Result<Array> {
-        match (self, self.packed()) {
-            (Head::Dense(w), _) => ops::matmul(d, w),
-            (_, Some(w)) => packed_matmul_t(d, w),
-            _ => Err(Exception::custom("the output head is neither dense nor packed")),
         }
     }
 }
@@ -117,7 +73,7 @@ fn mlx_cross_entropy(logits: &Array, targets: &Array) -> Result<Array> {
 ///
 /// `chunk` rows of logits exist at a time. The gradient flows to h only. It is computed along with the losses inside
 /// [`ffi::value_and_grad`]; in other transforms the logits are computed twice.
-pub fn linear_cross_entropy(h: &Array, head: HeadRef, targets: &Array, chunk: i32) -> Result<Array> {
+pub fn linear_cross_entropy(h: &Array, head: WeightRef, targets: &Array, chunk: i32) -> Result<Array> {
     let (_, hidden) = head.shape()?;
     let &[rows, width] = h.shape() else {
         return Err(Exception::custom(format!(
@@ -135,14 +91,14 @@ pub fn linear_cross_entropy(h: &Array, head: HeadRef, targets: &Array, chunk: i3
         return ops::zeros_dtype(&[0], Dtype::Float32);
     }
     #[cfg(graft_cpu)]
-    if on_cpu(&[h]) && !matches!(head, HeadRef::Dense(w) if w.dtype() != Dtype::Float32) {
+    if head.on_cpu(h) {
         let targets = targets.as_dtype(Dtype::Int32)?;
         return HeadLoss::apply(h, head, &targets, ffi::differentiating());
     }
     mlx_linear(h, head, targets, chunk.max(1))
 }
 
-fn mlx_linear(h: &Array, head: HeadRef, targets: &Array, chunk: i32) -> Result<Array> {
+fn mlx_linear(h: &Array, head: WeightRef, targets: &Array, chunk: i32) -> Result<Array> {
     let rows = h.dim(0);
     let borders: Vec<i32> = (1..).map(|i| i * chunk).take_while(|&at| at < rows).collect();
     let hs = ops::split_at_indices(h, &borders, 0)?;
@@ -156,12 +112,12 @@ fn mlx_linear(h: &Array, head: HeadRef, targets: &Array, chunk: i32) -> Result<A
             h = ffi::depends(&[h], &before)?.swap_remove(0);
         }
         let (loss, gradient) = if ffi::differentiating() {
-            let (loss, gradient) = loss_and_gradient(&h, &head.to_owned()?, targets)?;
+            let (loss, gradient) = loss_and_gradient(&h, &Head::of(head)?, targets)?;
             (with_gradient(&loss, &h, &gradient)?, Some(gradient))
         } else {
-            let owned = head.to_owned()?;
+            let owned = Head::of(head)?;
             let recomputed = ffi::checkpoint(move |inputs| {
-                Ok(vec![mlx_cross_entropy(&owned.logits(&inputs[0])?, &inputs[1])?])
+                Ok(vec![mlx_cross_entropy(&matmul(&inputs[0], owned.view())?, &inputs[1])?])
             })?;
             (recomputed.call(&[h, targets.clone()])?.swap_remove(0), None)
         };
@@ -175,13 +131,13 @@ fn mlx_linear(h: &Array, head: HeadRef, targets: &Array, chunk: i32) -> Result<A
 /// The losses of some rows and the gradient of each loss with respect to its own row of h.
 fn loss_and_gradient(h: &Array, head: &Head, targets: &Array) -> Result<(Array, Array)> {
     let h = mlx_rs::stop_gradient(h)?;
-    let logits = head.logits(&h)?.as_dtype(Dtype::Float32)?;
+    let logits = matmul(&h, head.view())?.as_dtype(Dtype::Float32)?;
     let loss = mlx_cross_entropy(&logits, targets)?;
     let mut slope = ops::softmax_axis(&logits, 1, true)?;
     let columns = ops::arange::<i32, i32>(None, logits.dim(1), None)?;
     let hit = columns.expand_dims(0)?.eq(targets.expand_dims(1)?)?;
     slope = slope.subtract(hit.as_dtype(Dtype::Float32)?)?;
-    Ok((loss, head.transposed(&slope.as_dtype(h.dtype())?)?))
+    Ok((loss, matmul_t(&slope.as_dtype(h.dtype())?, head.view())?))
 }
 
 /// A value that is `loss`, with `gradient` (M, E) as its derivative by h: a token's loss depends on its own row only.

@@ -243,6 +243,11 @@ impl<'a, T> Shares<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(cells.as_ptr().cast_mut().cast::<T>(), len) }
     }
 
+    /// Whether there is nothing to share.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Where the slice begins, for writers with strides of their own; the same promise holds.
     pub(crate) fn pointer(&self) -> *mut T {
         self.0.as_ptr().cast_mut().cast::<T>()

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use mlx_rs::{fast, ops};
 
 #[cfg(graft_cpu)]
-use crate::cpu::norm::Rotation;
+use crate::cpu::rope::{Angles, Rotation};
 #[cfg(graft_cpu)]
 use crate::form::on_cpu;
 use crate::{Array, Dtype, Exception, Result, Rows};
@@ -49,9 +49,12 @@ impl RopeTable {
         })
     }
 
-    /// The angles of all positions below `positions` at least.
+    /// The angles of all positions that the rows have.
     #[cfg(graft_cpu)]
-    fn angles(&self, positions: usize) -> Result<Arc<Vec<(f32, f32)>>> {
+    pub(crate) fn angles(&self, rows: &Rows) -> Result<Angles> {
+        let ends =
+            rows.lengths.iter().zip(&rows.starts).map(|(&length, &start)| (start + length).max(0) as usize);
+        let positions = ends.max().unwrap_or(0);
         let half = self.dims as usize / 2;
         let mut angles = self.angles.lock().unwrap_or_else(PoisonError::into_inner);
         if angles.len() < positions * half {
@@ -62,49 +65,40 @@ impl RopeTable {
             let all = (0..positions.next_multiple_of(512)).flat_map(angle);
             *angles = Arc::new(all.map(|(sin, cos)| (cos, sin)).collect());
         }
-        Ok(Arc::clone(&angles))
+        Ok(Angles { table: Arc::clone(&angles), dims: self.dims as usize, traditional: self.traditional })
     }
 }
 
-/// Each x (N, H D), of any H, rotated head by head by each token's position (row start + index in the row), in the type
-/// of x. Differentiable in all of them.
-pub fn rope(xs: &[&Array], head_dim: i32, rows: &Rows, table: &RopeTable) -> Result<Vec<Array>> {
-    for x in xs {
-        let &[tokens, width] = x.shape() else {
-            return Err(Exception::custom(format!("rope: x must be (N, H D), found {:?}", x.shape())));
-        };
-        rows.check(tokens)?;
-        if table.dims > head_dim || width % head_dim != 0 {
-            return Err(Exception::custom(format!(
-                "rope: {} dimensions to rotate in heads of {head_dim} of {width}",
-                table.dims
-            )));
-        }
+/// x (N, H D) rotated head by head by each token's position (row start + index in the row), in the type of x.
+/// Differentiable in x. (Attention does this itself.)
+pub fn rope(x: &Array, head_dim: i32, rows: &Rows, table: &RopeTable) -> Result<Array> {
+    let &[tokens, width] = x.shape() else {
+        return Err(Exception::custom(format!("rope: x must be (N, H D), found {:?}", x.shape())));
+    };
+    rows.check(tokens)?;
+    if table.dims > head_dim || width % head_dim != 0 {
+        let dims = table.dims;
+        return Err(Exception::custom(format!(
+            "rope: {dims} dimensions to rotate in heads of {head_dim} of {width}"
+        )));
     }
     #[cfg(graft_cpu)]
-    if on_cpu(xs) {
+    if on_cpu(&[x]) {
         let positions = rows.lengths.iter().zip(&rows.starts).flat_map(|(&n, &start)| start..start + n);
-        let positions: Vec<u32> = positions.map(|p| p as u32).collect();
-        let last = positions.iter().max().map_or(0, |&p| p as usize + 1);
         let rotation = Rotation {
-            table: table.angles(last)?,
-            positions: Arc::new(positions),
+            angles: table.angles(rows)?,
+            positions: Arc::new(positions.map(|p| p as usize).collect()),
             head_dim: head_dim as usize,
-            dims: table.dims as usize,
-            traditional: table.traditional,
             back: false,
         };
-        return rotation.apply(xs);
+        return rotation.apply(x);
     }
-    let rotated = xs.iter().map(|x| {
-        let heads = x.reshape(&[x.dim(0), -1, head_dim])?;
-        match rows.equal_length() {
-            Some(length) if length > 0 => mlx_equal(&heads, rows, length, table),
-            _ => mlx_ragged(&heads, rows, table),
-        }?
-        .reshape(x.shape())
-    });
-    rotated.collect()
+    let heads = x.reshape(&[tokens, -1, head_dim])?;
+    let rotated = match rows.equal_length() {
+        Some(length) if length > 0 => mlx_equal(&heads, rows, length, table),
+        _ => mlx_ragged(&heads, rows, table),
+    };
+    rotated?.reshape(x.shape())
 }
 
 /// Rows of one length are a batch, which MLX's own operation takes with one offset per row.

@@ -1,7 +1,7 @@
 //! A weight, dense or packed: the one place where the difference is decided.
 
 use graft_ops::ffi::{self, Mode};
-use graft_ops::{Arranged, Array, Dtype, Exception, PackedRef, Result};
+use graft_ops::{Arranged, Array, Dtype, Exception, PackedRef, Result, WeightRef};
 
 use crate::Grid;
 
@@ -97,29 +97,21 @@ impl Weight {
         }
     }
 
+    /// The view that operations take.
+    pub fn as_ref(&self) -> WeightRef<'_> {
+        match self {
+            Self::Dense(w) => WeightRef::Dense(w),
+            Self::Packed(w) => WeightRef::Packed(w.as_ref()),
+            Self::Arranged(w) => WeightRef::Arranged(w),
+        }
+    }
+
     /// x W^T: x (..., in) gives (..., out).
     ///
     /// # Errors
     /// When shapes do not fit.
     pub fn matmul(&self, x: &Array) -> Result<Array> {
-        match self {
-            Self::Dense(w) => graft_ops::dense_matmul(x, w),
-            Self::Packed(w) => graft_ops::packed_matmul(x, w.as_ref()),
-            Self::Arranged(w) => graft_ops::arranged_matmul(x, w),
-        }
-    }
-
-    /// [`Weight::matmul`] of one x with each of some weights.
-    ///
-    /// # Errors
-    /// When shapes do not fit.
-    pub fn matmuls(x: &Array, weights: &[&Weight]) -> Result<Vec<Array>> {
-        let arranged =
-            weights.iter().map(|weight| if let Self::Arranged(w) = weight { Some(w) } else { None });
-        match arranged.collect::<Option<Vec<_>>>() {
-            Some(arranged) => graft_ops::arranged_matmuls(x, &arranged),
-            None => weights.iter().map(|weight| weight.matmul(x)).collect(),
-        }
+        graft_ops::matmul(x, self.as_ref())
     }
 
     /// x W: x (..., out) gives (..., in).
@@ -127,13 +119,7 @@ impl Weight {
     /// # Errors
     /// When shapes do not fit.
     pub fn matmul_t(&self, x: &Array) -> Result<Array> {
-        match self {
-            Self::Dense(w) => graft_ops::dense_matmul_t(x, w),
-            Self::Packed(w) => graft_ops::packed_matmul_t(x, w.as_ref()),
-            Self::Arranged(_) => {
-                Err(Exception::custom("weights laid out for inference have no transposed product"))
-            }
-        }
+        graft_ops::matmul_t(x, self.as_ref())
     }
 
     /// Rows `ids` (N,) as (N, in) in `dtype`.
@@ -141,11 +127,7 @@ impl Weight {
     /// # Errors
     /// When shapes do not fit.
     pub fn rows(&self, ids: &Array, dtype: Dtype) -> Result<Array> {
-        match self {
-            Self::Dense(w) => w.take_axis(ids, 0)?.as_dtype(dtype),
-            Self::Packed(w) => graft_ops::packed_rows(ids, w.as_ref(), dtype),
-            Self::Arranged(w) => graft_ops::arranged_rows(ids, w)?.as_dtype(dtype),
-        }
+        graft_ops::rows(ids, self.as_ref(), dtype)
     }
 
     /// W dense in `dtype`.
@@ -158,7 +140,7 @@ impl Weight {
             Self::Packed(w) => w.dequantize(dtype),
             Self::Arranged(w) => {
                 let out = w.shape().0;
-                graft_ops::arranged_rows(&Array::from_iter(0..out, &[out]), w)?.as_dtype(dtype)
+                self.rows(&Array::from_iter(0..out, &[out]), dtype)
             }
         }
     }

@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 use super::level::dispatch;
 use super::primitive::{Backward, Op, Tensor, apply};
-use super::scratch::{PANEL, scratch};
+use super::rope::Angles;
+use super::scratch::{PANEL, ROTATED, Scratch, scratch};
 use super::simd::{Kernel, Simd, Tile, exp, tile, vectors};
 use crate::pool::{self, Shares};
 use crate::{Array, Dtype, Exception, Result};
@@ -188,6 +189,43 @@ fn parts(rows: impl Iterator<Item = (usize, usize, usize)>, heads: Heads) -> Vec
 pub(crate) struct Causal {
     pub(crate) heads: Heads,
     pub(crate) rows: Spans,
+    pub(crate) angles: Option<Angles>,
+}
+
+/// Queries and keys after their rotation. They are not kept for the backward pass, which rotates them again.
+struct Rotated {
+    space: Scratch,
+    queries: usize,
+    keys: usize,
+}
+
+impl Rotated {
+    /// q (N, H D) and k (N, K D) rotated; `position` says where each of the `tokens` stands.
+    fn new(
+        angles: &Angles,
+        [q, k]: [&[f32]; 2],
+        tokens: usize,
+        head_dim: usize,
+        position: impl Fn(usize) -> usize + Sync + Copy,
+    ) -> Rotated {
+        let mut space = scratch(&ROTATED, q.len() + k.len());
+        for (from, to) in [(q, 0..q.len()), (k, q.len()..q.len() + k.len())] {
+            let to = &mut space[to];
+            to.copy_from_slice(from);
+            angles.rotate_all(to, tokens, head_dim, position, false);
+        }
+        Rotated { space, queries: q.len(), keys: k.len() }
+    }
+
+    fn parts(&self) -> (&[f32], &[f32]) {
+        let (q, k) = self.space.split_at(self.queries);
+        (q, &k[..self.keys])
+    }
+}
+
+/// The position of each token of rows that begin at 0.
+fn positions(rows: &[(usize, usize)]) -> Vec<usize> {
+    rows.iter().flat_map(|&(_, length)| 0..length).collect()
 }
 
 impl Causal {
@@ -205,6 +243,11 @@ impl Op for Causal {
 
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
         let (q, k, v) = (inputs[0].f32(), inputs[1].f32(), inputs[2].f32());
+        let rotated = self.angles.as_ref().map(|angles| {
+            let positions = positions(&self.rows);
+            Rotated::new(angles, [q, k], positions.len(), self.heads.dim, |token| positions[token])
+        });
+        let (q, k) = rotated.as_ref().map_or((q, k), Rotated::parts);
         let [o, sums] = outputs else { return };
         let (o, sums) = (Shares::new(o.f32_mut()), Shares::new(sums.f32_mut()));
         let heads = self.heads;
@@ -222,7 +265,8 @@ impl Op for Causal {
         let [q, k, v] = &call.primals[..] else {
             return Err(Exception::custom("attention has three inputs"));
         };
-        let op = CausalGradient { heads: self.heads, rows: Arc::clone(&self.rows) };
+        let op =
+            CausalGradient { heads: self.heads, rows: Arc::clone(&self.rows), angles: self.angles.clone() };
         let shapes = [q, k, v].map(|x| (x.shape(), Dtype::Float32));
         let (o, sums) = (&call.outputs[0], &call.outputs[1]);
         call.choose(&apply(op, &[q, k, v, o, sums, &call.cotangents[0]], &shapes)?)
@@ -367,6 +411,7 @@ fn cut<const N: usize>(mut slice: &mut [f32], sizes: [usize; N]) -> [&mut [f32];
 struct CausalGradient {
     heads: Heads,
     rows: Spans,
+    angles: Option<Angles>,
 }
 
 impl Op for CausalGradient {
@@ -376,7 +421,14 @@ impl Op for CausalGradient {
 
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
         let [q, k, v, o, sums, d_o] = [0, 1, 2, 3, 4, 5].map(|i| inputs[i].f32());
-        let [dq, dk, dv] = outputs else { return };
+        let positions = positions(&self.rows);
+        let position = |token: usize| positions[token];
+        let rotated = self
+            .angles
+            .as_ref()
+            .map(|angles| Rotated::new(angles, [q, k], positions.len(), self.heads.dim, position));
+        let (q, k) = rotated.as_ref().map_or((q, k), Rotated::parts);
+        let [dq, dk, dv] = &mut outputs[..] else { return };
         let [dq, dk, dv] = [dq, dk, dv].map(|x| Shares::new(x.f32_mut()));
         let kv_heads = self.heads.kv_heads;
         pool::run(self.rows.len() * kv_heads, |task| {
@@ -400,6 +452,11 @@ impl Op for CausalGradient {
                 });
             }
         });
+        if let Some(angles) = &self.angles {
+            for gradient in outputs.iter_mut().take(2) {
+                angles.rotate_all(gradient.f32_mut(), positions.len(), self.heads.dim, position, true);
+            }
+        }
     }
 }
 
@@ -582,6 +639,7 @@ impl KvBlock {
 /// give o. The other inputs and the other output are empty and only say what comes before what.
 pub(crate) struct Cached {
     pub(crate) heads: Heads,
+    pub(crate) angles: Option<Angles>,
     pub(crate) sequences: Vec<CachedSequence>,
 }
 
@@ -605,6 +663,12 @@ impl Op for Cached {
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
         let [q, k, v] = [0, 1, 2].map(|i| inputs[i].f32());
         let Heads { kv_heads, dim, .. } = self.heads;
+        let rotated = self.angles.as_ref().map(|angles| {
+            let new = self.sequences.iter().flat_map(|s| s.before..s.before + s.length);
+            let positions: Vec<usize> = new.collect();
+            Rotated::new(angles, [q, k], positions.len(), dim, |token| positions[token])
+        });
+        let (q, k) = rotated.as_ref().map_or((q, k), Rotated::parts);
         let mut start = 0;
         let mut spans = Vec::with_capacity(self.sequences.len());
         for sequence in &self.sequences {

@@ -48,8 +48,16 @@ pub(crate) struct Sizes {
     pub(crate) k: usize,
 }
 
-/// y = x B for x (m, k) and y (m, n), both row by row.
-pub(crate) fn product(x: &[f32], k: usize, b: &impl Right, n: usize, y: &mut [f32], precision: Precision) {
+/// y = x B for x (m, k) and y (m, n), both row by row; y += x B if `add`.
+pub(crate) fn product(
+    x: &[f32],
+    k: usize,
+    b: &impl Right,
+    n: usize,
+    y: &mut [f32],
+    precision: Precision,
+    add: bool,
+) {
     let sizes = Sizes { m: x.len() / k, n, k };
     assert!(y.len() >= sizes.m * n);
     let a = Matrix { data: x.as_ptr(), row: k, column: 1 };
@@ -57,9 +65,9 @@ pub(crate) fn product(x: &[f32], k: usize, b: &impl Right, n: usize, y: &mut [f3
     // SAFETY: x is (m, k), y is (m, n) and borrowed for us alone.
     unsafe {
         if precision >= Precision::Bf16 && has_bf16() {
-            gemm::<_, true>(sizes, a, 1.0, b, &c, n, false);
+            gemm::<_, true>(sizes, a, 1.0, b, &c, n, add);
         } else {
-            gemm::<_, false>(sizes, a, 1.0, b, &c, n, false);
+            gemm::<_, false>(sizes, a, 1.0, b, &c, n, add);
         }
     }
 }

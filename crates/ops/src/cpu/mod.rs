@@ -1,14 +1,15 @@
 //! Our own operations for a CPU: kernels, and the MLX primitive that runs them.
 
 pub(crate) mod attention;
-pub(crate) mod dense;
 pub(crate) mod gemm;
 pub(crate) mod level;
+pub(crate) mod linears;
 pub(crate) mod loss;
 pub(crate) mod norm;
 pub(crate) mod packed;
 pub(crate) mod panels;
 pub(crate) mod primitive;
+pub(crate) mod rope;
 mod scratch;
 mod simd;
 mod simd_portable;
@@ -16,3 +17,4 @@ mod simd_portable;
 mod simd_x86;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
+pub(crate) mod weights;

@@ -1,8 +1,7 @@
-//! The operations of one row or one element at a time: norm, gated activation, rotation.
+//! The operations of one row or one element at a time: norm and gated activation.
 
 use std::ffi::CStr;
 use std::ops::Range;
-use std::sync::Arc;
 
 use super::gemm::share;
 use super::level::dispatch;
@@ -15,14 +14,14 @@ use crate::{Array, Dtype, Result};
 const SMALL: usize = 1 << 14;
 
 /// Calls `run` with ranges that cover `0..rows`, on all threads if the rows of `width` elements are worth it.
-fn by_rows(rows: usize, width: usize, run: impl Fn(Range<usize>) + Sync) {
+pub(super) fn by_rows(rows: usize, width: usize, run: impl Fn(Range<usize>) + Sync) {
     let worth_it = rows * width >= SMALL;
     let each = if worth_it { rows.div_ceil(2 * pool::threads()).max(1) } else { rows.max(1) };
     share(worth_it, rows.div_ceil(each), |task| run(task * each..((task + 1) * each).min(rows)));
 }
 
 /// A row of a matrix with rows of `width`.
-fn row(x: &[f32], width: usize, i: usize) -> &[f32] {
+pub(super) fn row(x: &[f32], width: usize, i: usize) -> &[f32] {
     &x[i * width..(i + 1) * width]
 }
 
@@ -397,84 +396,6 @@ fn gate_gradient<S: Simd>(s: S, [gate, up, dy]: [&[f32]; 3], [dgate, dup]: [&mut
             let slope = s.mul(sigmoid, s.fma(z, s.sub(one, sigmoid), one));
             s.store(dgate.as_mut_ptr().add(i), s.mul(s.mul(dy, up), slope));
             s.store(dup.as_mut_ptr().add(i), s.mul(dy, silu));
-        }
-    }
-}
-
-/// The rotation of pairs by the angles in `table`, or back, of any number of arrays (N, H D).
-#[derive(Clone)]
-pub(crate) struct Rotation {
-    /// (position, dims / 2): cosine and sine.
-    pub(crate) table: Arc<Vec<(f32, f32)>>,
-    /// Position of each token.
-    pub(crate) positions: Arc<Vec<u32>>,
-    pub(crate) head_dim: usize,
-    pub(crate) dims: usize,
-    pub(crate) traditional: bool,
-    pub(crate) back: bool,
-}
-
-impl Rotation {
-    pub(crate) fn apply(self, xs: &[&Array]) -> Result<Vec<Array>> {
-        let shapes: Vec<(&[i32], Dtype)> = xs.iter().map(|x| (x.shape(), Dtype::Float32)).collect();
-        apply(self, xs, &shapes)
-    }
-}
-
-impl Op for Rotation {
-    fn name(&self) -> &'static CStr {
-        c"rope"
-    }
-
-    fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
-        for (x, y) in inputs.iter().zip(outputs) {
-            let in_place = x.is(y);
-            let x = if in_place { &[] } else { x.f32() };
-            let y = y.f32_mut();
-            let width = y.len() / self.positions.len().max(1);
-            let y = Shares::new(y);
-            by_rows(self.positions.len(), width, |tokens| {
-                for token in tokens {
-                    // SAFETY: each token belongs to one task.
-                    let y = unsafe { y.part(token * width, width) };
-                    if !in_place {
-                        y.copy_from_slice(row(x, width, token));
-                    }
-                    let half = self.dims / 2;
-                    let angles = &self.table[self.positions[token] as usize * half..][..half];
-                    for head in y.chunks_exact_mut(self.head_dim) {
-                        self.rotate(&mut head[..self.dims], angles);
-                    }
-                }
-            });
-        }
-    }
-
-    fn gradients(&self, call: &Backward) -> Result<Vec<Array>> {
-        let back = Rotation { back: !self.back, ..self.clone() };
-        call.choose(&back.apply(&call.cotangents.iter().collect::<Vec<_>>())?)
-    }
-
-    fn takes_over(&self, output: usize) -> Option<usize> {
-        Some(output)
-    }
-}
-
-impl Rotation {
-    fn rotate(&self, head: &mut [f32], angles: &[(f32, f32)]) {
-        let turn = |a: &mut f32, b: &mut f32, &(cos, sin): &(f32, f32)| {
-            let sin = if self.back { -sin } else { sin };
-            (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
-        };
-        if self.traditional {
-            for ([a, b], angle) in head.as_chunks_mut::<2>().0.iter_mut().zip(angles) {
-                turn(a, b, angle);
-            }
-        } else {
-            let (first, second) = head.split_at_mut(angles.len());
-            for ((a, b), angle) in first.iter_mut().zip(second).zip(angles) {
-                turn(a, b, angle);
-            }
         }
     }
 }

@@ -4,16 +4,15 @@
 //! few rows, in the first-level cache) and multiplied with all rows of x. With many rows a panel of W is widened and
 //! [`gemm`] does the rest. Either way an element of the result is summed in an order that nothing else decides.
 
-use std::ffi::CStr;
 use std::ops::Range;
 
 use super::gemm::{Matrix, Right, product, share};
 use super::level::dispatch;
-use super::primitive::{Backward, Floats, Op, Tensor, apply_one};
+use super::primitive::{Floats, Tensor};
 use super::scratch::{LEFT, PANEL, scratch};
 use super::simd::{Kernel, Simd, vectors};
 use crate::pool::{self, Shares};
-use crate::{Array, Dtype, PackedRef, Precision, Result};
+use crate::{PackedRef, Precision};
 
 /// Up to so many rows of x are multiplied by rows of W, more by panels.
 pub(crate) const FEW: usize = 32;
@@ -34,11 +33,10 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    /// The layout of weights whose parts were checked.
-    pub(crate) fn of(w: PackedRef) -> Result<Layout> {
-        let (out, inputs) = w.shape()?;
+    /// The layout of weights of that (out, in), whose parts were checked.
+    pub(crate) fn new(w: PackedRef, (out, inputs): (i32, i32)) -> Layout {
         let (out, inputs) = (out as usize, inputs as usize);
-        Ok(Layout { out, inputs, group: w.group_size as usize, bits: w.bits as usize })
+        Layout { out, inputs, group: w.group_size as usize, bits: w.bits as usize }
     }
 
     /// Bytes of a row's codes.
@@ -153,48 +151,13 @@ pub(super) fn widen<S: Simd>(s: S, from: Floats, at: usize, to: &mut [f32]) {
     }
 }
 
-/// x W^T, or x W if `transposed`.
-pub(crate) struct Matmul {
-    pub(crate) layout: Layout,
-    pub(crate) transposed: bool,
-    pub(crate) precision: Precision,
-}
-
-impl Matmul {
-    /// The product as an array: x (..., in) or, transposed, (..., out), f32.
-    pub(crate) fn apply(self, x: &Array, codes: &Array, scales: &Array, biases: &Array) -> Result<Array> {
-        let columns = if self.transposed { self.layout.inputs } else { self.layout.out };
-        let mut shape = x.shape().to_vec();
-        if let Some(last) = shape.last_mut() {
-            *last = columns as i32;
-        }
-        apply_one(self, &[x, codes, scales, biases], &shape, Dtype::Float32)
-    }
-}
-
-impl Op for Matmul {
-    fn name(&self) -> &'static CStr {
-        c"packed matmul"
-    }
-
-    fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
-        let x = inputs[0].f32();
-        let w = Packed::new(self.layout, &inputs[1..4]);
-        let y = outputs[0].f32_mut();
-        let Layout { out, inputs, .. } = self.layout;
-        if self.transposed {
-            product(x, out, &Plain(&w), inputs, y, self.precision);
-        } else if x.len() / inputs > FEW {
-            product(x, inputs, &Transposed(&w), out, y, self.precision);
-        } else {
-            few_rows(x, &w, y);
-        }
-    }
-
-    fn gradients(&self, call: &Backward) -> Result<Vec<Array>> {
-        let other = Matmul { transposed: !self.transposed, ..*self };
-        let p = &call.primals;
-        call.choose(&[other.apply(&call.cotangents[0], &p[1], &p[2], &p[3])?])
+/// y = x W^T for x (m, inputs); by panels if `many` or if m is.
+pub(crate) fn times_transpose(x: &[f32], w: &Packed, y: &mut [f32], precision: Precision, many: bool) {
+    let Layout { out, inputs, .. } = w.layout;
+    if many || x.len() / inputs > FEW {
+        product(x, inputs, &Transposed(w), out, y, precision, false);
+    } else {
+        few_rows(x, w, y);
     }
 }
 
@@ -519,10 +482,11 @@ pub(crate) fn dense_times_transpose(
     inputs: usize,
     y: &mut [f32],
     precision: Precision,
+    many: bool,
 ) {
     let (m, out) = (x.len() / inputs, w.len() / inputs);
-    if m > FEW || !inputs.is_multiple_of(BLOCK) {
-        product(x, inputs, &Matrix { data: w.as_ptr(), row: 1, column: inputs }, out, y, precision);
+    if many || m > FEW || !inputs.is_multiple_of(BLOCK) {
+        product(x, inputs, &Matrix { data: w.as_ptr(), row: 1, column: inputs }, out, y, precision, false);
         return;
     }
     let y = Shares::new(y);
@@ -555,33 +519,12 @@ impl Kernel for DenseRows<'_> {
     }
 }
 
-/// Rows of W by id.
-pub(crate) struct Lookup {
-    pub(crate) layout: Layout,
+/// Row `id` of W.
+pub(crate) struct UnpackRow<'a> {
+    pub(crate) w: &'a Packed<'a>,
+    pub(crate) id: usize,
+    pub(crate) to: &'a mut [f32],
 }
-
-impl Op for Lookup {
-    fn name(&self) -> &'static CStr {
-        c"packed rows"
-    }
-
-    fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
-        let (ids, w) = (inputs[0].i32(), Packed::new(self.layout, &inputs[1..4]));
-        for (&id, to) in ids.iter().zip(outputs[0].f32_mut().chunks_exact_mut(self.layout.inputs)) {
-            match usize::try_from(id).ok().filter(|&id| id < self.layout.out) {
-                Some(id) => dispatch(UnpackRow { w: &w, id, to }),
-                None => to.fill(0.0),
-            }
-        }
-    }
-}
-
-struct UnpackRow<'a> {
-    w: &'a Packed<'a>,
-    id: usize,
-    to: &'a mut [f32],
-}
-
 impl Kernel for UnpackRow<'_> {
     type Output = ();
     #[inline(always)]

@@ -15,7 +15,6 @@ use std::ffi::CStr;
 use std::ops::Range;
 
 use super::gemm::{Right, product, share};
-use super::level::dispatch;
 use super::packed::{Layout, Packed};
 use super::primitive::{Floats, Op, Tensor, apply};
 use super::scratch::{LEFT, scratch};
@@ -70,8 +69,7 @@ impl Arrangement {
 }
 
 /// The parts of W arranged anew: codes (panels, bytes / 4) u32, scales and biases (panels, groups, 16).
-pub(crate) fn arrange(w: PackedRef) -> Result<Vec<Array>> {
-    let layout = Layout::of(w)?;
+pub(crate) fn arrange(w: PackedRef, layout: Layout) -> Result<Vec<Array>> {
     let to = Arrangement::of(layout);
     let codes = [to.panels() as i32, (to.panel_bytes() / 4) as i32];
     let levels = [to.panels() as i32, to.groups() as i32, ROWS as i32];
@@ -167,7 +165,7 @@ pub(crate) fn times_transpose(x: &[f32], ws: &[Panels], ys: Vec<&mut [f32]>, pre
         return;
     }
     for (w, y) in ws.iter().zip(ys) {
-        product(x, w.arrangement.inputs, w, w.arrangement.out, y, precision);
+        product(x, w.arrangement.inputs, w, w.arrangement.out, y, precision, false);
     }
 }
 
@@ -259,52 +257,11 @@ pub(crate) fn pays() -> bool {
     false
 }
 
-/// x W^T for some W.
-pub(crate) struct ArrangedMatmul {
-    pub(crate) arrangements: Vec<Arrangement>,
-    pub(crate) precision: Precision,
-}
-
-impl Op for ArrangedMatmul {
-    fn name(&self) -> &'static CStr {
-        c"arranged matmul"
-    }
-
-    fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
-        let parts = inputs[1..].chunks_exact(3);
-        let ws: Vec<Panels> =
-            self.arrangements.iter().zip(parts).map(|(of, parts)| Panels::new(*of, parts)).collect();
-        let ys = outputs.iter_mut().map(Tensor::f32_mut).collect();
-        times_transpose(inputs[0].f32(), &ws, ys, self.precision);
-    }
-}
-
-/// Rows of W by id.
-pub(crate) struct ArrangedLookup {
-    pub(crate) arrangement: Arrangement,
-}
-
-impl Op for ArrangedLookup {
-    fn name(&self) -> &'static CStr {
-        c"arranged rows"
-    }
-
-    fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
-        let w = Panels::new(self.arrangement, &inputs[1..4]);
-        let rows = outputs[0].f32_mut().chunks_exact_mut(self.arrangement.inputs);
-        for (&id, to) in inputs[0].i32().iter().zip(rows) {
-            match usize::try_from(id).ok().filter(|&id| id < self.arrangement.out) {
-                Some(row) => dispatch(ArrangedRow { w: &w, row, to }),
-                None => to.fill(0.0),
-            }
-        }
-    }
-}
-
-struct ArrangedRow<'a> {
-    w: &'a Panels<'a>,
-    row: usize,
-    to: &'a mut [f32],
+/// Row `row` of W.
+pub(crate) struct ArrangedRow<'a> {
+    pub(crate) w: &'a Panels<'a>,
+    pub(crate) row: usize,
+    pub(crate) to: &'a mut [f32],
 }
 
 impl Kernel for ArrangedRow<'_> {

@@ -18,6 +18,10 @@ thread_local! {
     pub(crate) static LEFT: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
     /// A panel of the right side, or what else a task needs.
     pub(crate) static PANEL: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    /// Turned or padded factors of a side path, or slopes with a factor.
+    pub(crate) static SIDE: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    /// Rotated queries and keys.
+    pub(crate) static ROTATED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
     /// Logits of some rows.
     pub(crate) static LOGITS: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }

@@ -1,8 +1,8 @@
 //! Weights laid out for inference, and activations rounded to 16 bits.
 
 use graft_ops::{
-    Arranged, Array, Dtype, HeadRef, Precision, arrange, arranged_matmul, arranged_rows,
-    linear_cross_entropy, packed_matmul, packed_rows, set_precision, set_threads, with_precision,
+    Arranged, Array, Dtype, Precision, WeightRef, arrange, linear_cross_entropy, matmul, rows, set_precision,
+    set_threads, with_precision,
 };
 use graft_testkit::{Tolerance, assert_close, close, mlx, tolerance};
 
@@ -12,7 +12,7 @@ use crate::support::{bits, every_level, random, values};
 /// The weights in both layouts, or none where the processor has no use for the second.
 fn both(out: i32, inputs: i32, width: i32, group: i32, dtype: Dtype) -> Option<(Weights, Arranged)> {
     let w = Weights::new(out, inputs, width, group, dtype);
-    let arranged = with_precision(Precision::Int16, || arrange(w.view())).unwrap()?;
+    let arranged = with_precision(Precision::Int16, || arrange(w.parts())).unwrap()?;
     mlx_rs::transforms::eval(arranged.arrays()).unwrap();
     Some((w, arranged))
 }
@@ -33,15 +33,19 @@ fn the_layout_keeps_every_weight() {
             let Some((w, arranged)) = both(50, 256, width, group, dtype) else { return };
             assert_eq!(arranged.shape(), (50, 256));
             let ids = Array::from_iter((0..50).rev(), &[50]);
-            let rows = packed_rows(&ids, w.view(), Dtype::Float32).unwrap();
-            assert_close(&arranged_rows(&ids, &arranged).unwrap(), &rows, tolerance::F32);
+            let expected = rows(&ids, w.view(), Dtype::Float32).unwrap();
+            assert_close(
+                &rows(&ids, WeightRef::Arranged(&arranged), Dtype::Float32).unwrap(),
+                &expected,
+                tolerance::F32,
+            );
             let x = random(1, &[40, 256]);
-            let exact = packed_matmul(&x, w.view()).unwrap();
+            let exact = matmul(&x, w.view()).unwrap();
             exact.eval().unwrap();
             every_level(|level| {
                 // In f32 the layout makes no difference, whatever the number of rows.
                 for m in [1, 40] {
-                    let y = arranged_matmul(&first(&x, m), &arranged).unwrap();
+                    let y = matmul(&first(&x, m), WeightRef::Arranged(&arranged)).unwrap();
                     if let Err(e) = close(&y, &first(&exact, m), tolerance::F32) {
                         panic!("{level:?}, {width} bits, {m} rows: {e}");
                     }
@@ -49,9 +53,11 @@ fn the_layout_keeps_every_weight() {
             });
         }
         let Some((_, arranged)) = both(50, 256, 4, 32, Dtype::Float16) else { return };
-        let outside = arranged_rows(&Array::from_slice(&[50, -1], &[2]), &arranged).unwrap();
+        let outside =
+            rows(&Array::from_slice(&[50, -1], &[2]), WeightRef::Arranged(&arranged), Dtype::Float32)
+                .unwrap();
         assert!(values(&outside).iter().all(|x| *x == 0.0));
-        let e = arranged_matmul(&random(1, &[2, 64]), &arranged).unwrap_err().to_string();
+        let e = matmul(&random(1, &[2, 64]), WeightRef::Arranged(&arranged)).unwrap_err().to_string();
         assert!(e.contains("256") && e.contains("64"), "{e}");
     });
 }
@@ -70,10 +76,11 @@ fn sixteen_bits_round_the_activations_and_nothing_else() {
                     block[7] *= 20.0;
                 }
                 let x = Array::from_slice(&x, &[m, inputs]);
-                let y = with_precision(Precision::Int16, || arranged_matmul(&x, &arranged)).unwrap();
+                let y =
+                    with_precision(Precision::Int16, || matmul(&x, WeightRef::Arranged(&arranged))).unwrap();
                 // Half a step of max / (127 * 254) for each of 32 terms of a block, whose largest is many times the others.
                 let cost = Tolerance { name: "16-bit activations", absolute: 1e-6, relative: 2e-4 };
-                assert_close(&y, &packed_matmul(&x, w.view()).unwrap(), cost);
+                assert_close(&y, &matmul(&x, w.view()).unwrap(), cost);
             }
         }
     });
@@ -87,7 +94,7 @@ fn a_row_does_not_depend_on_its_neighbours_or_on_the_threads() {
             let x = random(1, &[200, 320]);
             let product = |x: &Array| {
                 set_precision(Precision::Int16);
-                let y = bits(&arranged_matmul(x, &arranged).unwrap());
+                let y = bits(&matmul(x, WeightRef::Arranged(&arranged)).unwrap());
                 set_precision(Precision::F32);
                 y
             };
@@ -111,8 +118,8 @@ fn the_head_rounds_as_the_product_does() {
         let Some((_, arranged)) = both(300, 64, 4, 32, Dtype::Float16) else { return };
         let (h, targets) = (random(1, &[5, 64]), Array::from_slice(&[0, 299, 7, 7, 100], &[5]));
         let (folded, logits) = with_precision(Precision::Int16, || {
-            let folded = linear_cross_entropy(&h, HeadRef::Arranged(&arranged), &targets, 64).unwrap();
-            (folded, arranged_matmul(&h, &arranged).unwrap())
+            let folded = linear_cross_entropy(&h, WeightRef::Arranged(&arranged), &targets, 64).unwrap();
+            (folded, matmul(&h, WeightRef::Arranged(&arranged)).unwrap())
         });
         assert_close(&folded, &graft_ops::cross_entropy(&logits, &targets).unwrap(), tolerance::F32);
     });
@@ -126,7 +133,9 @@ fn nothing_that_is_not_a_number_gets_lost() {
             let mut x = vec![0.5_f32; 128];
             x[40] = broken;
             let x = Array::from_slice(&x, &[2, 64]);
-            let y = values(&with_precision(Precision::Int16, || arranged_matmul(&x, &arranged)).unwrap());
+            let y = values(
+                &with_precision(Precision::Int16, || matmul(&x, WeightRef::Arranged(&arranged))).unwrap(),
+            );
             assert!(
                 y[..20].iter().all(|y| !y.is_finite()) && y[20..].iter().all(|y| y.is_finite()),
                 "{broken}"

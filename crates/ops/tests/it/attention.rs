@@ -1,13 +1,13 @@
 //! Attention of whole rows and of new tokens after cached ones.
 
-use graft_ops::{Array, Head, KeyValues, Rows, attention, attention_cached, set_threads};
+use graft_ops::{Array, Head, KeyValues, RopeTable, Rows, attention, attention_cached, rope, set_threads};
 use graft_testkit::{assert_close, mlx, tolerance};
 
-use crate::support::{bits, check, check_differences, every_level, mlx_form, random};
+use crate::support::{bits, check, check_differences, every_level, mlx_form, random, with_gradients};
 
 /// A head of attention.
-fn head(dim: i32, scale: f32) -> Head {
-    Head { dim, scale }
+fn head(dim: i32, scale: f32) -> Head<'static> {
+    Head { dim, scale, rope: None }
 }
 
 /// q (N, H D), k and v (N, K D).
@@ -30,6 +30,31 @@ fn attention_and_its_gradients_are_mlxs() {
             let args = inputs(rows.tokens(), heads, kv_heads, dim);
             check(tolerance::F32_DEEP, &args, |x| attention(&x[0], &x[1], &x[2], &rows, head(dim, scale)));
         }
+    });
+}
+
+#[test]
+fn queries_and_keys_are_rotated_first() {
+    mlx(|| {
+        let frequencies: Vec<f32> = (0..8).map(|i| 10_f32.powf(-i as f32 / 2.0)).collect();
+        let table = RopeTable::new(&Array::from_slice(&frequencies, &[8]), false).unwrap();
+        let rows = Rows::new(vec![40, 3, 70]);
+        let rotated = Head { dim: 20, scale: 0.3, rope: Some(&table) };
+        let args = inputs(113, 4, 2, 20);
+        let apart = |x: &[Array]| {
+            let (q, k) = (rope(&x[0], 20, &rows, &table)?, rope(&x[1], 20, &rows, &table)?);
+            attention(&q, &k, &x[2], &rows, head(20, 0.3))
+        };
+        let expected = mlx_form(|| with_gradients(&args, apart));
+        every_level(|_| {
+            let together = with_gradients(&args, |x| attention(&x[0], &x[1], &x[2], &rows, rotated));
+            for (a, b) in together.iter().zip(&expected) {
+                assert_close(a, b, tolerance::F32_DEEP);
+            }
+            // After cached tokens the positions go on.
+            let whole = attention(&args[0], &args[1], &args[2], &Rows::new(vec![113]), rotated).unwrap();
+            assert_close(&in_steps(&args, &[50, 51, 113], rotated), &whole, tolerance::F32_DEEP);
+        });
     });
 }
 

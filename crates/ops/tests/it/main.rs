@@ -5,6 +5,7 @@
 mod arranged;
 mod attention;
 mod blas;
+mod linears;
 mod loss;
 mod packed;
 mod rows;

@@ -2,8 +2,7 @@
 
 use graft_ops::ffi::{Mode, quantize};
 use graft_ops::{
-    Array, Dtype, Level, PackedRef, Precision, dense_matmul, dense_matmul_t, packed_matmul, packed_matmul_t,
-    packed_rows, set_precision, set_threads,
+    Array, Dtype, Level, PackedRef, Precision, WeightRef, matmul, matmul_t, rows, set_precision, set_threads,
 };
 use graft_testkit::{mlx, tolerance};
 
@@ -26,7 +25,11 @@ impl Weights {
         Weights { parts, group_size, bits }
     }
 
-    pub(crate) fn view(&self) -> PackedRef<'_> {
+    pub(crate) fn view(&self) -> WeightRef<'_> {
+        WeightRef::Packed(self.parts())
+    }
+
+    pub(crate) fn parts(&self) -> PackedRef<'_> {
         let [codes, scales, biases] = &self.parts[..] else { unreachable!() };
         PackedRef { codes, scales, biases, group_size: self.group_size, bits: self.bits }
     }
@@ -52,7 +55,7 @@ fn products_are_mlxs_at_every_width() {
                 let wide = w.wide();
                 for m in [1, 3, 6, 32, 33, 61] {
                     let x = random(m as u64, &[m, 384]);
-                    let of = |form: &Weights, x: &Array| packed_matmul(x, form.view());
+                    let of = |form: &Weights, x: &Array| matmul(x, form.view());
                     let theirs = mlx_form(|| of(&wide, &x).unwrap());
                     theirs.eval().unwrap();
                     every_level(|level| {
@@ -62,10 +65,10 @@ fn products_are_mlxs_at_every_width() {
                         }
                     });
                     let y = random(m as u64, &[m, 77]);
-                    let theirs = mlx_form(|| packed_matmul_t(&y, wide.view()).unwrap());
+                    let theirs = mlx_form(|| matmul_t(&y, wide.view()).unwrap());
                     theirs.eval().unwrap();
                     every_level(|level| {
-                        let ours = packed_matmul_t(&y, w.view()).unwrap();
+                        let ours = matmul_t(&y, w.view()).unwrap();
                         if let Err(e) = graft_testkit::close(&ours, &theirs, tolerance::F32) {
                             panic!("{level:?}, transposed, {width} bits, groups of {group}, {m} rows: {e}");
                         }
@@ -82,8 +85,8 @@ fn deep_and_wide_products_cross_every_border_of_blocks() {
         // More inputs than panels hold at a time, more rows than are laid out at a time.
         for (m, inputs, out) in [(1100, 96, 40), (40, 4608, 33), (70, 2304, 130)] {
             let w = Weights::new(out, inputs, 4, 32, Dtype::Float32);
-            check(tolerance::F32, &[random(1, &[m, inputs])], |x| packed_matmul(&x[0], w.view()));
-            check(tolerance::F32, &[random(1, &[m, out])], |x| packed_matmul_t(&x[0], w.view()));
+            check(tolerance::F32, &[random(1, &[m, inputs])], |x| matmul(&x[0], w.view()));
+            check(tolerance::F32, &[random(1, &[m, out])], |x| matmul_t(&x[0], w.view()));
         }
     });
 }
@@ -93,14 +96,14 @@ fn gradients_are_the_transposed_products() {
     mlx(|| {
         let w = Weights::new(96, 128, 4, 64, Dtype::Float32);
         for m in [2, 50] {
-            check(tolerance::F32, &[random(1, &[m, 128])], |x| packed_matmul(&x[0], w.view()));
-            check(tolerance::F32, &[random(1, &[m, 96])], |x| packed_matmul_t(&x[0], w.view()));
+            check(tolerance::F32, &[random(1, &[m, 128])], |x| matmul(&x[0], w.view()));
+            check(tolerance::F32, &[random(1, &[m, 96])], |x| matmul_t(&x[0], w.view()));
         }
         for (m, inputs) in [(2, 128), (50, 128), (3, 40)] {
             let args = [random(1, &[m, inputs]), random(2, &[96, inputs])];
-            check(tolerance::F32, &args, |x| dense_matmul(&x[0], &x[1]));
+            check(tolerance::F32, &args, |x| matmul(&x[0], WeightRef::Dense(&x[1])));
             let args = [random(1, &[m, 96]), random(2, &[96, inputs])];
-            check(tolerance::F32, &args, |x| dense_matmul_t(&x[0], &x[1]));
+            check(tolerance::F32, &args, |x| matmul_t(&x[0], WeightRef::Dense(&x[1])));
         }
     });
 }
@@ -129,11 +132,12 @@ fn rows_are_alone(precision: Precision) {
                 let few = random(1, &[32, inputs]);
                 let many = random(2, &[1100, inputs]);
                 let all = |x: &Array| {
-                    let products = [packed_matmul(x, w.view()), dense_matmul(x, &dense)];
+                    let products = [matmul(x, w.view()), matmul(&x, WeightRef::Dense(&dense))];
                     products.map(|y| bits(&y.unwrap()))
                 };
-                let back =
-                    |x: &Array| bits(&packed_matmul_t(&dense_matmul(x, &dense).unwrap(), w.view()).unwrap());
+                let back = |x: &Array| {
+                    bits(&matmul_t(&matmul(&x, WeightRef::Dense(&dense)).unwrap(), w.view()).unwrap())
+                };
                 set_threads(2);
                 let (whole_few, whole_many, whole_back) = (all(&few), all(&many), back(&many));
                 for threads in [1, 2, 3] {
@@ -180,13 +184,10 @@ fn bf16_rounds_both_sides_and_nothing_else() {
             {
                 let w = Weights::new(out, inputs, width, 32, Dtype::Float32);
                 // Our own lookup: an f32 that differs in its last bit may be rounded to another bf16.
-                let dense = packed_rows(&Array::from_iter(0..out, &[out]), w.view(), Dtype::Float32).unwrap();
+                let dense = rows(&Array::from_iter(0..out, &[out]), w.view(), Dtype::Float32).unwrap();
                 for (x, ours) in [
-                    (
-                        random(1, &[m, inputs]),
-                        packed_matmul as fn(&Array, PackedRef) -> graft_ops::Result<Array>,
-                    ),
-                    (random(2, &[m, out]), packed_matmul_t),
+                    (random(1, &[m, inputs]), matmul as fn(&Array, WeightRef) -> graft_ops::Result<Array>),
+                    (random(2, &[m, out]), matmul_t),
                 ] {
                     let y = ours(&x, w.view()).unwrap();
                     let (x, dense) = if rounds { (round(&x), round(&dense)) } else { (x, dense.clone()) };
@@ -213,15 +214,15 @@ fn rows_are_looked_up_in_f32() {
         for (width, group) in [(2, 32), (3, 64), (4, 128), (5, 32), (6, 32), (8, 64)] {
             let w = Weights::new(50, 128, width, group, Dtype::Float16);
             let ids = Array::from_slice(&[49, 0, 7, 7, 12], &[5]);
-            let theirs = mlx_form(|| packed_rows(&ids, w.view(), Dtype::Float32).unwrap());
+            let theirs = mlx_form(|| rows(&ids, w.view(), Dtype::Float32).unwrap());
             theirs.eval().unwrap();
             every_level(|_| {
-                let ours = packed_rows(&ids, w.view(), Dtype::Float32).unwrap();
+                let ours = rows(&ids, w.view(), Dtype::Float32).unwrap();
                 graft_testkit::assert_close(&ours, &theirs, tolerance::F32);
             });
         }
         let w = Weights::new(50, 128, 4, 32, Dtype::Float16);
-        let outside = packed_rows(&Array::from_slice(&[50, -1], &[2]), w.view(), Dtype::Float32).unwrap();
+        let outside = rows(&Array::from_slice(&[50, -1], &[2]), w.view(), Dtype::Float32).unwrap();
         assert!(values(&outside).iter().all(|x| *x == 0.0));
     });
 }
@@ -230,17 +231,17 @@ fn rows_are_looked_up_in_f32() {
 fn what_does_not_fit_is_an_error() {
     mlx(|| {
         let w = Weights::new(8, 64, 4, 32, Dtype::Float32);
-        let e = packed_matmul(&random(1, &[2, 60]), w.view()).unwrap_err().to_string();
+        let e = matmul(&random(1, &[2, 60]), w.view()).unwrap_err().to_string();
         assert!(e.contains("64") && e.contains("60"), "{e}");
-        let wrong = PackedRef { bits: 8, ..w.view() };
-        let e = packed_matmul(&random(1, &[2, 64]), wrong).unwrap_err().to_string();
+        let wrong = WeightRef::Packed(PackedRef { bits: 8, ..w.parts() });
+        let e = matmul(&random(1, &[2, 64]), wrong).unwrap_err().to_string();
         assert!(e.contains("do not fit 8 bits"), "{e}");
-        let e = dense_matmul(&random(1, &[2, 60]), &random(1, &[4, 64])).unwrap_err().to_string();
+        let e = matmul(&random(1, &[2, 60]), WeightRef::Dense(&random(1, &[4, 64]))).unwrap_err().to_string();
         assert!(e.contains("64") && e.contains("60"), "{e}");
         // Transposed and broadcast views are laid out anew before a kernel sees them.
         let x = random(3, &[64, 5]).transpose().unwrap();
         let straight = Array::from_slice(&values(&x.contiguous().unwrap()), &[5, 64]);
-        let (a, b) = (packed_matmul(&x, w.view()).unwrap(), packed_matmul(&straight, w.view()).unwrap());
+        let (a, b) = (matmul(&x, w.view()).unwrap(), matmul(&straight, w.view()).unwrap());
         assert_eq!(bits(&a), bits(&b));
     });
 }

@@ -1,0 +1,85 @@
+//! Linears with a low-rank update: the frozen product, the side path, DoRA's factor and the bias, in one operation.
+
+use mlx_rs::ops;
+
+#[cfg(graft_cpu)]
+use crate::cpu::linears::Linears;
+use crate::weight::check_last;
+use crate::{Array, Dtype, Exception, Result, WeightRef, matmul};
+
+/// A low-rank update of a weight W (out, in): s A B beside it, and perhaps a factor of each row.
+#[derive(Clone, Copy)]
+pub struct LowRank<'a> {
+    /// A (in, R) f32.
+    pub a: &'a Array,
+    /// B (R, out) f32.
+    pub b: &'a Array,
+    /// s.
+    pub scale: f32,
+    /// DoRA's c (out,) f32, not zero where a gradient is wanted.
+    pub factor: Option<&'a Array>,
+    /// What takes the place of x in the side path: x after dropout.
+    pub input: Option<&'a Array>,
+}
+
+/// y = c (W x + s (x A) B) + b; without an update y = W x + b.
+#[derive(Clone, Copy)]
+pub struct LinearRef<'a> {
+    /// W (out, in), frozen.
+    pub weight: WeightRef<'a>,
+    /// b (out,), frozen, in x's type.
+    pub bias: Option<&'a Array>,
+    /// The update.
+    pub low_rank: Option<LowRank<'a>>,
+}
+
+/// Each linear's y (..., out) for one x (..., in), in the type of x. The side path is summed in f32 and rounded before it
+/// meets W x. Differentiable in x, A, B, c and the side path's own input.
+pub fn linears(x: &Array, linears: &[LinearRef]) -> Result<Vec<Array>> {
+    for linear in linears {
+        check(x, linear)?;
+    }
+    #[cfg(graft_cpu)]
+    if linears.iter().all(|linear| linear.weight.on_cpu(x)) {
+        return Linears::apply(x, linears);
+    }
+    linears.iter().map(|linear| mlx_linear(x, linear)).collect()
+}
+
+fn check(x: &Array, linear: &LinearRef) -> Result<()> {
+    let (out, inputs) = linear.weight.shape()?;
+    check_last("linear", x, inputs)?;
+    let vector = |name: &str, v: Option<&Array>| match v {
+        Some(v) if v.shape() != [out] => {
+            let found = v.shape();
+            Err(Exception::custom(format!("linear: {name} of {out} outputs has shape {found:?}")))
+        }
+        _ => Ok(()),
+    };
+    vector("the bias", linear.bias)?;
+    let Some(update) = &linear.low_rank else { return Ok(()) };
+    vector("the factor", update.factor)?;
+    let (a, b) = (update.a.shape(), update.b.shape());
+    let fits = matches!((a, b), (&[i, r], &[q, o]) if i == inputs && r == q && o == out);
+    if !fits || update.input.is_some_and(|own| own.shape() != x.shape()) {
+        return Err(Exception::custom(format!(
+            "linear: A {a:?} and B {b:?} (and what x {:?} becomes by dropout) do not fit a weight of ({out}, {inputs})",
+            x.shape()
+        )));
+    }
+    Ok(())
+}
+
+fn mlx_linear(x: &Array, linear: &LinearRef) -> Result<Array> {
+    let mut y = matmul(x, linear.weight)?;
+    if let Some(update) = &linear.low_rank {
+        let x32 = update.input.unwrap_or(x).as_dtype(Dtype::Float32)?;
+        // The scale where it costs least: at R columns.
+        let z = ops::matmul(&x32, update.a)?.multiply(Array::from_f32(update.scale))?;
+        y = y.add(ops::matmul(&z, update.b)?.as_dtype(y.dtype())?)?;
+        if let Some(c) = update.factor {
+            y = y.multiply(c.as_dtype(y.dtype())?)?;
+        }
+    }
+    linear.bias.map_or(Ok(y.clone()), |bias| y.add(bias))
+}

@@ -1,0 +1,227 @@
+//! Weights W (out, in) of a linear, dense or packed, and the products with them.
+
+use mlx_rs::ops;
+
+#[cfg(graft_cpu)]
+use crate::cpu::{
+    packed::Layout,
+    panels::{self, Arrangement},
+    weights::{Lookup, Product},
+};
+use crate::ffi::{self, Mode};
+#[cfg(graft_cpu)]
+use crate::form::on_cpu;
+use crate::{Array, Dtype, Exception, Result, form, precision};
+
+/// Affine packed weights W (out, in), as MLX stores them: in group g of row o, W = scales[o, g] * code + biases[o, g].
+#[derive(Clone, Copy)]
+pub struct PackedRef<'a> {
+    /// (out, in * bits / 32) u32: codes of `bits` bits, a little-endian bit stream by row.
+    pub codes: &'a Array,
+    /// (out, in / group_size) f32, f16 or bf16.
+    pub scales: &'a Array,
+    /// The same shape and type as `scales`.
+    pub biases: &'a Array,
+    /// Inputs that share a scale and a bias: 32, 64 or 128.
+    pub group_size: i32,
+    /// 2, 3, 4, 5, 6 or 8.
+    pub bits: i32,
+}
+
+impl PackedRef<'_> {
+    /// (out, in). Fails if the parts do not belong together.
+    fn shape(&self) -> Result<(i32, i32)> {
+        let wrong = |what: String| Err(Exception::custom(format!("packed weights: {what}")));
+        let (codes, scales, biases) = (self.codes.shape(), self.scales.shape(), self.biases.shape());
+        let (&[out, words], &[scale_rows, groups]) = (codes, scales) else {
+            return wrong(format!(
+                "codes and scales must have two dimensions, found {codes:?} and {scales:?}"
+            ));
+        };
+        if !matches!(self.bits, 2 | 3 | 4 | 5 | 6 | 8) || !matches!(self.group_size, 32 | 64 | 128) {
+            return wrong(format!(
+                "{} bits in groups of {} are not supported (2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128)",
+                self.bits, self.group_size
+            ));
+        }
+        if self.codes.dtype() != Dtype::Uint32 {
+            return wrong(format!("codes must be uint32, found {:?}", self.codes.dtype()));
+        }
+        let float = matches!(self.scales.dtype(), Dtype::Float32 | Dtype::Float16 | Dtype::Bfloat16);
+        if !float || self.biases.dtype() != self.scales.dtype() {
+            return wrong(format!(
+                "scales and biases must share one float type, found {:?} and {:?}",
+                self.scales.dtype(),
+                self.biases.dtype()
+            ));
+        }
+        let inputs = groups * self.group_size;
+        if scale_rows != out
+            || biases != scales
+            || i64::from(words) * 32 != i64::from(inputs) * i64::from(self.bits)
+        {
+            return wrong(format!(
+                "codes {codes:?}, scales {scales:?} and biases {biases:?} do not fit {} bits in groups of {}",
+                self.bits, self.group_size
+            ));
+        }
+        Ok((out, inputs))
+    }
+}
+
+/// Packed weights W (out, in) in the layout that our CPU products of [`crate::Precision::Int16`] read. Made by [`arrange`].
+#[derive(Debug, Clone)]
+pub struct Arranged {
+    /// Codes, scales and biases.
+    parts: Vec<Array>,
+    shape: (i32, i32),
+    #[cfg(graft_cpu)]
+    pub(crate) arrangement: Arrangement,
+}
+
+impl Arranged {
+    /// (out, in)
+    pub fn shape(&self) -> (i32, i32) {
+        self.shape
+    }
+
+    /// The arrays, for evaluation and for counting bytes.
+    pub fn arrays(&self) -> &[Array] {
+        &self.parts
+    }
+}
+
+/// W laid out anew, if that pays here: our CPU form, the precision [`crate::Precision::Int16`], a processor that multiplies
+/// bytes. The result takes as much memory, or somewhat more where W has 2, 3, 5 or 6 bits; W is not needed any more.
+pub fn arrange(w: PackedRef) -> Result<Option<Arranged>> {
+    let shape = w.shape()?;
+    #[cfg(graft_cpu)]
+    if form() == crate::Form::Cpu && precision() == crate::Precision::Int16 && panels::pays() {
+        let layout = Layout::new(w, shape);
+        let (parts, arrangement) = (panels::arrange(w, layout)?, Arrangement::of(layout));
+        return Ok(Some(Arranged { parts, shape, arrangement }));
+    }
+    let _ = (shape, form(), precision());
+    Ok(None)
+}
+
+/// W (out, in) in any of its forms.
+#[derive(Clone, Copy)]
+pub enum WeightRef<'a> {
+    /// Of any float type.
+    Dense(&'a Array),
+    /// Packed.
+    Packed(PackedRef<'a>),
+    /// Packed, laid out for inference.
+    Arranged(&'a Arranged),
+}
+
+impl<'a> WeightRef<'a> {
+    /// (out, in). Fails if the parts do not belong together.
+    pub fn shape(&self) -> Result<(i32, i32)> {
+        match self {
+            WeightRef::Packed(w) => w.shape(),
+            WeightRef::Arranged(w) => Ok(w.shape),
+            WeightRef::Dense(w) => match w.shape() {
+                &[out, inputs] => Ok((out, inputs)),
+                other => Err(Exception::custom(format!("a weight must be (out, in), found {other:?}"))),
+            },
+        }
+    }
+
+    /// The arrays that it is made of.
+    pub(crate) fn arrays(&self) -> Vec<&'a Array> {
+        match *self {
+            WeightRef::Dense(w) => vec![w],
+            WeightRef::Packed(w) => vec![w.codes, w.scales, w.biases],
+            WeightRef::Arranged(w) => w.parts.iter().collect(),
+        }
+    }
+
+    /// Whether products of x with it take our CPU form.
+    #[cfg(graft_cpu)]
+    pub(crate) fn on_cpu(&self, x: &Array) -> bool {
+        match self {
+            WeightRef::Dense(w) => on_cpu(&[x, w]),
+            WeightRef::Packed(_) => on_cpu(&[x]),
+            WeightRef::Arranged(_) => x.dtype() == Dtype::Float32,
+        }
+    }
+}
+
+/// Weights laid out for our CPU operations have no other.
+fn not_here() -> Exception {
+    Exception::custom("weights laid out for our CPU operations take f32 activations only")
+}
+
+pub(crate) fn check_last(name: &str, x: &Array, expected: i32) -> Result<()> {
+    match x.shape().last() {
+        Some(&found) if found == expected => Ok(()),
+        _ => {
+            let found = x.shape();
+            Err(Exception::custom(format!(
+                "{name}: the last dimension must be {expected}, found shape {found:?}"
+            )))
+        }
+    }
+}
+
+/// y = x W^T for x (..., in): (..., out), in the type of x. Differentiable in x, and in W where it is dense. With
+/// [`crate::Precision::Int16`] arranged weights round x to 16 bits by blocks of 32.
+pub fn matmul(x: &Array, w: WeightRef) -> Result<Array> {
+    check_last("matmul", x, w.shape()?.1)?;
+    #[cfg(graft_cpu)]
+    if w.on_cpu(x) {
+        return Product::new(w, false)?.apply(x, &w.arrays());
+    }
+    match w {
+        WeightRef::Dense(w) => ops::matmul(x, w.transpose()?),
+        WeightRef::Packed(w) => mlx_matmul(x, w, true),
+        WeightRef::Arranged(_) => Err(not_here()),
+    }
+}
+
+/// y = x W for x (..., out): (..., in), in the type of x. Differentiable in x, and in W where it is dense. Arranged weights
+/// have no such product.
+pub fn matmul_t(x: &Array, w: WeightRef) -> Result<Array> {
+    check_last("transposed matmul", x, w.shape()?.0)?;
+    #[cfg(graft_cpu)]
+    if w.on_cpu(x) {
+        return Product::new(w, true)?.apply(x, &w.arrays());
+    }
+    match w {
+        WeightRef::Dense(w) => ops::matmul(x, w),
+        WeightRef::Packed(w) => mlx_matmul(x, w, false),
+        WeightRef::Arranged(_) => Err(not_here()),
+    }
+}
+
+fn mlx_matmul(x: &Array, w: PackedRef, transpose: bool) -> Result<Array> {
+    let y = ops::quantized_matmul(x, w.codes, w.scales, w.biases, transpose, w.group_size, w.bits)?;
+    // MLX promotes over x and the scales, which need not have x's type.
+    if y.dtype() == x.dtype() { Ok(y) } else { y.as_dtype(x.dtype()) }
+}
+
+/// Rows `ids` (N,) of W as (N, in) in `dtype`. An id outside 0..out is undefined in the MLX form, zero in ours.
+pub fn rows(ids: &Array, w: WeightRef, dtype: Dtype) -> Result<Array> {
+    w.shape()?;
+    if ids.ndim() != 1 {
+        let found = ids.shape();
+        return Err(Exception::custom(format!("rows: ids must have one dimension, found {found:?}")));
+    }
+    #[cfg(graft_cpu)]
+    if !matches!(w, WeightRef::Dense(_)) && (on_cpu(&[]) || matches!(w, WeightRef::Arranged(_))) {
+        return Lookup::apply(&ids.as_dtype(Dtype::Int32)?, w)?.as_dtype(dtype);
+    }
+    match w {
+        WeightRef::Dense(w) => w.take_axis(ids, 0)?.as_dtype(dtype),
+        WeightRef::Packed(w) => {
+            let codes = w.codes.take_axis(ids, 0)?;
+            // In the scales' own type MLX would round each product to it, also where more is wanted.
+            let scales = w.scales.take_axis(ids, 0)?.as_dtype(Dtype::Float32)?;
+            let biases = w.biases.take_axis(ids, 0)?.as_dtype(Dtype::Float32)?;
+            ffi::dequantize(&codes, &scales, Some(&biases), w.group_size, w.bits, Mode::Affine, dtype)
+        }
+        WeightRef::Arranged(_) => Err(not_here()),
+    }
+}

@@ -1,0 +1,163 @@
+//! Linears with a side path, a factor and a bias.
+
+use graft_ops::{
+    Array, Dtype, LinearRef, LowRank, Precision, WeightRef, arrange, linears, set_threads, with_precision,
+};
+use graft_testkit::{assert_close, mlx, tolerance};
+
+use crate::packed::{Weights, first};
+use crate::support::{bits, check, check_differences, every_level, mlx_form, random};
+
+/// What the arguments are, in the order of the tests: x, then A, B and perhaps c of each linear.
+struct Case<'a> {
+    weights: Vec<WeightRef<'a>>,
+    bias: Option<&'a Array>,
+    factor: bool,
+    own_input: bool,
+}
+
+impl Case<'_> {
+    fn args(&self, rows: i32, rank: i32) -> Vec<Array> {
+        let inputs = self.weights[0].shape().unwrap().1;
+        let mut args = vec![random(1, &[rows, inputs])];
+        for (i, w) in self.weights.iter().enumerate() {
+            let out = w.shape().unwrap().0;
+            let seed = 10 * i as u64;
+            args.extend([random(seed + 2, &[inputs, rank]), random(seed + 3, &[rank, out])]);
+            if self.factor {
+                // Away from zero, as a ratio of norms is.
+                let c = random(seed + 4, &[out]).abs().unwrap().add(Array::from_f32(0.5)).unwrap();
+                args.push(c);
+            }
+            if self.own_input {
+                args.push(random(seed + 5, &[rows, inputs]));
+            }
+        }
+        args
+    }
+
+    /// All outputs side by side.
+    fn run(&self, args: &[Array]) -> graft_ops::Result<Array> {
+        let mut rest = args[1..].iter();
+        let parts: Vec<LinearRef> = self
+            .weights
+            .iter()
+            .map(|weight| {
+                let (a, b) = (rest.next().unwrap(), rest.next().unwrap());
+                let factor = self.factor.then(|| rest.next().unwrap());
+                let input = self.own_input.then(|| rest.next().unwrap());
+                let low_rank = Some(LowRank { a, b, scale: 0.5, factor, input });
+                LinearRef { weight: *weight, bias: self.bias, low_rank }
+            })
+            .collect();
+        mlx_rs::ops::concatenate(&linears(&args[0], &parts)?, 1)
+    }
+}
+
+#[test]
+fn linears_and_their_gradients_are_mlxs() {
+    mlx(|| {
+        let (first, second) =
+            (Weights::new(77, 96, 4, 32, Dtype::Float32), Weights::new(77, 96, 3, 32, Dtype::Float32));
+        let dense = random(9, &[77, 96]).multiply(Array::from_f32(0.1)).unwrap();
+        let bias = random(8, &[77]);
+        for (weights, bias, factor, own_input) in [
+            (vec![first.view()], None, false, false),
+            (vec![first.view(), second.view(), WeightRef::Dense(&dense)], None, false, false),
+            (vec![first.view(), WeightRef::Dense(&dense)], Some(&bias), true, false),
+            (vec![WeightRef::Dense(&dense)], Some(&bias), false, true),
+            (vec![second.view(), first.view()], None, true, true),
+        ] {
+            let case = Case { weights, bias, factor, own_input };
+            for (rows, rank) in [(1, 1), (5, 8), (50, 3), (35, 16), (20, 130)] {
+                check(tolerance::F32_DEEP, &case.args(rows, rank), |args| case.run(args));
+            }
+        }
+    });
+}
+
+#[test]
+fn gradients_are_differences() {
+    mlx(|| {
+        let w = Weights::new(12, 64, 4, 32, Dtype::Float32);
+        let case = Case { weights: vec![w.view()], bias: None, factor: true, own_input: false };
+        check_differences(&case.args(3, 2), |args| case.run(args));
+    });
+}
+
+#[test]
+fn what_has_no_update_is_the_product_and_the_bias() {
+    mlx(|| {
+        let w = Weights::new(50, 64, 4, 32, Dtype::Float32);
+        let bias = random(2, &[50]);
+        for bias in [None, Some(&bias)] {
+            check(tolerance::F32, &[random(1, &[7, 64])], |x| {
+                let parts = [LinearRef { weight: w.view(), bias, low_rank: None }; 2];
+                mlx_rs::ops::concatenate(&linears(&x[0], &parts)?, 1)
+            });
+        }
+    });
+}
+
+#[test]
+fn arranged_weights_take_updates_too() {
+    mlx(|| {
+        let w = Weights::new(77, 96, 4, 32, Dtype::Float16);
+        let Some(arranged) = with_precision(Precision::Int16, || arrange(w.parts())).unwrap() else { return };
+        let bias = random(8, &[77]);
+        let of =
+            |weight| Case { weights: vec![weight; 2], bias: Some(&bias), factor: true, own_input: false };
+        let plain = of(w.view());
+        let args = plain.args(9, 8);
+        let expected = mlx_form(|| plain.run(&args).unwrap());
+        expected.eval().unwrap();
+        let ours =
+            with_precision(Precision::Int16, || of(WeightRef::Arranged(&arranged)).run(&args)).unwrap();
+        // The arranged product rounds x to 16 bits, and MLX's form computes with scales of 16 bits.
+        let tolerance =
+            graft_testkit::Tolerance { name: "16-bit activations", absolute: 1e-6, relative: 1e-3 };
+        assert_close(&ours, &expected, tolerance);
+    });
+}
+
+#[test]
+fn a_row_does_not_depend_on_its_neighbours_or_on_the_threads() {
+    mlx(|| {
+        let w = Weights::new(300, 320, 4, 32, Dtype::Float16);
+        let case = Case { weights: vec![w.view(), w.view()], bias: None, factor: true, own_input: false };
+        let args = case.args(100, 8);
+        every_level(|level| {
+            let run = |n: i32| {
+                let mut args = args.clone();
+                args[0] = first(&args[0], n);
+                bits(&case.run(&args).unwrap())
+            };
+            set_threads(2);
+            let (few, many) = (run(32), run(100));
+            for threads in [1, 2, 3] {
+                set_threads(threads);
+                for n in [1, 7, 16, 17, 32, 33, 70, 100] {
+                    let part = run(n);
+                    let whole = if n > 32 { &many } else { &few };
+                    assert!(part[..] == whole[..part.len()], "{level:?}, {n} rows, {threads} threads");
+                }
+            }
+        });
+        set_threads(2);
+    });
+}
+
+#[test]
+fn what_does_not_fit_is_an_error() {
+    mlx(|| {
+        let w = Weights::new(50, 64, 4, 32, Dtype::Float32);
+        let (x, a, b) = (random(1, &[3, 64]), random(2, &[64, 4]), random(3, &[5, 50]));
+        let low_rank = Some(LowRank { a: &a, b: &b, scale: 1.0, factor: None, input: None });
+        let e = linears(&x, &[LinearRef { weight: w.view(), bias: None, low_rank }]).unwrap_err().to_string();
+        assert!(e.contains("[64, 4]") && e.contains("[5, 50]") && e.contains("(50, 64)"), "{e}");
+        let short = random(4, &[49]);
+        let e =
+            linears(&x, &[LinearRef { weight: w.view(), bias: Some(&short), low_rank: None }]).unwrap_err();
+        assert!(e.to_string().contains("the bias of 50 outputs"), "{e}");
+    });
+}
