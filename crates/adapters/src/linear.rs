@@ -22,7 +22,16 @@ impl Linear {
     /// # Errors
     /// When shapes do not fit.
     pub fn forward(&self, x: &Array, route: &Route) -> Result<Array> {
-        let [y] = Self::forward_each([self], x, route)?;
+        let [y] = Self::all([self], x, None, route)?;
+        Ok(y)
+    }
+
+    /// h (..., out) + [`Linear::forward`] of x.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn forward_onto(&self, h: &Array, x: &Array, route: &Route) -> Result<Array> {
+        let [y] = Self::all([self], x, Some(h), route)?;
         Ok(y)
     }
 
@@ -35,8 +44,17 @@ impl Linear {
         x: &Array,
         route: &Route,
     ) -> Result<[Array; N]> {
+        Self::all(linears, x, None, route)
+    }
+
+    fn all<const N: usize>(
+        linears: [&Linear; N],
+        x: &Array,
+        residual: Option<&Array>,
+        route: &Route,
+    ) -> Result<[Array; N]> {
         let ys = if linears.iter().any(|linear| route.tensor(&linear.path, "weight").is_some()) {
-            linears.iter().map(|linear| linear.trained(x, route)).collect::<Result<Vec<_>>>()?
+            linears.iter().map(|linear| linear.trained(x, residual, route)).collect::<Result<Vec<_>>>()?
         } else {
             let sites = linears.map(|linear| route.site(&linear.path));
             let mut inputs = Vec::with_capacity(N);
@@ -51,6 +69,7 @@ impl Linear {
                 .map(|((linear, site), input)| LinearRef {
                     weight: linear.weight.as_ref(),
                     bias: linear.bias.as_ref(),
+                    residual,
                     low_rank: site.map(|site| site.low_rank(input.as_ref())),
                 })
                 .collect();
@@ -59,13 +78,16 @@ impl Linear {
         ys.try_into().map_err(|_| Exception::custom("a linear has no output"))
     }
 
-    /// W x + b with the tensors of the route (`full` fine-tuning).
-    fn trained(&self, x: &Array, route: &Route) -> Result<Array> {
-        let y = match route.tensor(&self.path, "weight") {
+    /// W x + b with the tensors of the route (`full` fine-tuning), onto the residual.
+    fn trained(&self, x: &Array, residual: Option<&Array>, route: &Route) -> Result<Array> {
+        let mut y = match route.tensor(&self.path, "weight") {
             Some(weight) => graft_ops::matmul(x, WeightRef::Dense(weight))?,
             None => self.weight.matmul(x)?,
         };
-        route.tensor(&self.path, "bias").or(self.bias.as_ref()).map_or(Ok(y.clone()), |bias| y.add(bias))
+        if let Some(bias) = route.tensor(&self.path, "bias").or(self.bias.as_ref()) {
+            y = y.add(bias)?;
+        }
+        residual.map_or(Ok(y.clone()), |h| h.add(&y))
     }
 }
 
@@ -86,19 +108,7 @@ impl Norm {
     /// # Errors
     /// When shapes do not fit.
     pub fn forward(&self, x: &Array, route: &Route) -> Result<Array> {
-        graft_ops::rms_norm(x, self.weight_in(route), self.eps)
-    }
-
-    /// x + r and its norm, both (..., E).
-    ///
-    /// # Errors
-    /// When shapes do not fit.
-    pub fn forward_sum(&self, x: &Array, r: &Array, route: &Route) -> Result<(Array, Array)> {
-        graft_ops::add_rms_norm(x, r, self.weight_in(route), self.eps)
-    }
-
-    fn weight_in<'a>(&'a self, route: &Route<'a>) -> &'a Array {
-        route.tensor(&self.path, "weight").unwrap_or(&self.weight)
+        graft_ops::rms_norm(x, route.tensor(&self.path, "weight").unwrap_or(&self.weight), self.eps)
     }
 }
 

@@ -64,8 +64,8 @@ struct Pass<'a> {
 }
 
 impl Attention {
-    /// x (N, E) to (N, E); `index` is the block's place in the caches.
-    fn forward(&self, x: &Array, pass: &Pass, caches: Caches, index: usize) -> Result<Array> {
+    /// h (N, E) plus the attention of its norm x (N, E); `index` is the block's place in the caches.
+    fn forward(&self, h: &Array, x: &Array, pass: &Pass, caches: Caches, index: usize) -> Result<Array> {
         let normed = |y: Array, norm: &Option<Norm>| match norm {
             Some(norm) => norm.forward(&y, pass.route),
             None => Ok(y),
@@ -79,37 +79,17 @@ impl Attention {
                 graft_ops::attention_cached(&q, &k, &v, &mut layers, pass.rows, pass.head)?
             }
         };
-        Ok(self.o.forward(&y, pass.route)?)
-    }
-}
-
-/// The state between two blocks: h (N, E), and what is yet to be added to it, since the next norm does that on its way.
-struct Between {
-    h: Array,
-    added: Option<Array>,
-}
-
-impl Between {
-    /// h with everything added, and its norm.
-    fn normed(self, norm: &Norm, route: &Route) -> graft_ops::Result<(Array, Array)> {
-        match self.added {
-            Some(added) => norm.forward_sum(&self.h, &added, route),
-            None => {
-                let x = norm.forward(&self.h, route)?;
-                Ok((self.h, x))
-            }
-        }
+        Ok(self.o.forward_onto(h, &y, pass.route)?)
     }
 }
 
 impl Block {
-    fn forward(&self, state: Between, pass: &Pass, caches: Caches, index: usize) -> Result<Between> {
-        let (h, x) = state.normed(&self.input_norm, pass.route)?;
-        let added = Some(self.attention.forward(&x, pass, caches, index)?);
-        let (h, x) = Between { h, added }.normed(&self.post_norm, pass.route)?;
+    fn forward(&self, h: &Array, pass: &Pass, caches: Caches, index: usize) -> Result<Array> {
+        let x = self.input_norm.forward(h, pass.route)?;
+        let h = self.attention.forward(h, &x, pass, caches, index)?;
+        let x = self.post_norm.forward(&h, pass.route)?;
         let [gate, up] = Linear::forward_each([&self.mlp.gate, &self.mlp.up], &x, pass.route)?;
-        let added = Some(self.mlp.down.forward(&graft_ops::swiglu(&gate, &up)?, pass.route)?);
-        Ok(Between { h, added })
+        Ok(self.mlp.down.forward_onto(&h, &graft_ops::swiglu(&gate, &up)?, pass.route)?)
     }
 
     fn linears(&self) -> [&Linear; 7] {
@@ -198,16 +178,16 @@ impl Model {
     ) -> Result<Array> {
         self.check_rows(tokens, rows, caches.as_deref())?;
         let pass = self.pass(rows, route);
-        let mut state = Between { h: self.embed.forward(tokens, self.dtype, route)?, added: None };
+        let mut h = self.embed.forward(tokens, self.dtype, route)?;
         for (index, block) in self.blocks.iter().enumerate() {
-            state = block.forward(state, &pass, caches.as_deref_mut(), index)?;
+            h = block.forward(&h, &pass, caches.as_deref_mut(), index)?;
         }
         if let Some(caches) = caches {
             for (cache, &length) in caches.iter_mut().zip(&rows.lengths) {
                 cache.advance(length);
             }
         }
-        Ok(state.normed(&self.norm, route)?.1)
+        Ok(self.norm.forward(&h, route)?)
     }
 
     /// One block after another, for what needs them apart (recomputation, observation): h (N, E) to (N, E).
@@ -216,9 +196,7 @@ impl Model {
     /// When an array operation fails.
     pub fn block(&self, index: usize, h: &Array, rows: &Rows, route: &Route) -> Result<Array> {
         let block = self.blocks.get(index).ok_or_else(|| Error::Request(format!("no block {index}")))?;
-        let state = Between { h: h.clone(), added: None };
-        let Between { h, added } = block.forward(state, &self.pass(rows, route), None, index)?;
-        Ok(added.map_or(Ok(h.clone()), |added| h.add(added))?)
+        block.forward(h, &self.pass(rows, route), None, index)
     }
 
     /// Tokens (N,) to the first block's input (N, E).

@@ -32,7 +32,7 @@ pub use linears::{LinearRef, LowRank, linears};
 pub use loss::{cross_entropy, linear_cross_entropy};
 pub use mlx_rs::error::Exception;
 pub use mlx_rs::{Array, Dtype};
-pub use norm::{add_rms_norm, rms_norm, swiglu};
+pub use norm::{rms_norm, swiglu};
 pub use pool::{set_threads, threads};
 pub use rope::{RopeTable, rope};
 pub use rows::Rows;

@@ -22,19 +22,21 @@ pub struct LowRank<'a> {
     pub input: Option<&'a Array>,
 }
 
-/// y = c (W x + s (x A) B) + b; without an update y = W x + b.
+/// y = c (W x + s (x A) B) + b + h; without an update y = W x + b + h.
 #[derive(Clone, Copy)]
 pub struct LinearRef<'a> {
     /// W (out, in), frozen.
     pub weight: WeightRef<'a>,
     /// b (out,), frozen, in x's type.
     pub bias: Option<&'a Array>,
+    /// h (..., out), what the result is added to.
+    pub residual: Option<&'a Array>,
     /// The update.
     pub low_rank: Option<LowRank<'a>>,
 }
 
 /// Each linear's y (..., out) for one x (..., in), in the type of x. The side path is summed in f32 and rounded before it
-/// meets W x. Differentiable in x, A, B, c and the side path's own input.
+/// meets W x. Differentiable in x, A, B, c, h and the side path's own input.
 pub fn linears(x: &Array, linears: &[LinearRef]) -> Result<Vec<Array>> {
     for linear in linears {
         check(x, linear)?;
@@ -57,6 +59,12 @@ fn check(x: &Array, linear: &LinearRef) -> Result<()> {
         _ => Ok(()),
     };
     vector("the bias", linear.bias)?;
+    if let Some(h) = linear.residual
+        && (h.shape().last() != Some(&out) || h.size() / out as usize != x.size() / inputs.max(1) as usize)
+    {
+        let (h, x) = (h.shape(), x.shape());
+        return Err(Exception::custom(format!("linear: {out} outputs of {x:?} cannot be added to {h:?}")));
+    }
     let Some(update) = &linear.low_rank else { return Ok(()) };
     vector("the factor", update.factor)?;
     let (a, b) = (update.a.shape(), update.b.shape());
@@ -81,5 +89,8 @@ fn mlx_linear(x: &Array, linear: &LinearRef) -> Result<Array> {
             y = y.multiply(c.as_dtype(y.dtype())?)?;
         }
     }
-    linear.bias.map_or(Ok(y.clone()), |bias| y.add(bias))
+    if let Some(bias) = linear.bias {
+        y = y.add(bias)?;
+    }
+    linear.residual.map_or(Ok(y.clone()), |h| h.add(&y))
 }

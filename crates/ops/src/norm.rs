@@ -3,7 +3,7 @@
 use mlx_rs::{fast, nn};
 
 #[cfg(graft_cpu)]
-use crate::cpu::norm::{AddRmsNorm, RmsNorm, Swiglu};
+use crate::cpu::norm::{RmsNorm, Swiglu};
 #[cfg(graft_cpu)]
 use crate::form::on_cpu;
 use crate::{Array, Exception, Result};
@@ -31,22 +31,6 @@ pub fn rms_norm(x: &Array, weight: &Array, eps: f32) -> Result<Array> {
         return fast::rms_norm(x, Some(weight), eps);
     }
     fast::rms_norm(x.reshape(&[-1, part])?, Some(weight), eps)?.reshape(x.shape())
-}
-
-/// h = x + r and [`rms_norm`] of h: x and r (..., E), weight (E,). Differentiable in all three.
-pub fn add_rms_norm(x: &Array, r: &Array, weight: &Array, eps: f32) -> Result<(Array, Array)> {
-    check_weight(x, weight)?;
-    if x.shape() != r.shape() {
-        let (x, r) = (x.shape(), r.shape());
-        return Err(Exception::custom(format!("rms norm of a sum: {x:?} and {r:?} must agree")));
-    }
-    #[cfg(graft_cpu)]
-    if on_cpu(&[x, r, weight]) {
-        return AddRmsNorm { eps }.apply(x, r, weight);
-    }
-    let h = x.add(r)?;
-    let y = rms_norm(&h, weight, eps)?;
-    Ok((h, y))
 }
 
 /// y = silu(gate) * up with silu(z) = z / (1 + exp(-z)); gate and up have one shape and type. Differentiable in both.

@@ -1,8 +1,8 @@
-//! y = c (W x + s (x A) B) + b for one x and some linears, and the gradient.
+//! y = c (W x + s (x A) B) + b + h for one x and some linears, and the gradient.
 //!
 //! The side path has R columns, eight where W has hundreds: it is bound by reading x and y, so it runs over blocks of rows
 //! while they are in the cache. A and B are laid out with whole vectors of R. For the gradient z = x A is kept, and of a
-//! linear with a factor its output, from which W x + s (x A) B is (y - b) / c.
+//! linear with a factor its output, from which W x + s (x A) B is (y - h - b) / c: of h and y others keep a copy anyway.
 
 use std::ffi::CStr;
 
@@ -29,6 +29,7 @@ const SMALL: usize = 1 << 16;
 struct Part {
     kind: Kind,
     bias: bool,
+    residual: bool,
     side: Option<Side>,
 }
 
@@ -45,6 +46,7 @@ struct Side {
 struct Places {
     weight: usize,
     bias: Option<usize>,
+    residual: Option<usize>,
     a: usize,
     b: usize,
     factor: Option<usize>,
@@ -61,12 +63,12 @@ impl Part {
             place
         };
         let side = self.side;
-        let bias = take(self.bias);
+        let (bias, residual) = (take(self.bias), take(self.residual));
         let a = take(side.is_some()).unwrap_or(0);
         let b = take(side.is_some()).unwrap_or(0);
         let factor = take(side.is_some_and(|side| side.factor));
         let input = take(side.is_some_and(|side| side.own_input)).unwrap_or(0);
-        Places { weight: first, bias, a, b, factor, input, end: next }
+        Places { weight: first, bias, residual, a, b, factor, input, end: next }
     }
 }
 
@@ -95,6 +97,7 @@ impl Linears {
         for linear in linears {
             inputs.extend(linear.weight.arrays());
             inputs.extend(linear.bias);
+            inputs.extend(linear.residual);
             let mut side = None;
             if let Some(update) = &linear.low_rank {
                 inputs.extend([update.a, update.b]);
@@ -107,7 +110,8 @@ impl Linears {
                     own_input: update.input.is_some(),
                 });
             }
-            parts.push(Part { kind: Kind::of(linear.weight)?, bias: linear.bias.is_some(), side });
+            let (bias, residual) = (linear.bias.is_some(), linear.residual.is_some());
+            parts.push(Part { kind: Kind::of(linear.weight)?, bias, residual, side });
         }
         let rows = x.size() as i32 / x.dim(-1).max(1);
         let mut shapes: Vec<Vec<i32>> = Vec::new();
@@ -154,12 +158,13 @@ impl Op for Linears {
         let mut zs = zs.iter_mut();
         for ((part, at), y) in self.parts.iter().zip(&places).zip(ys) {
             let bias = at.bias.map(|i| inputs[i].f32());
+            let residual = at.residual.map(|i| inputs[i].f32());
             let factor = at.factor.map(|i| inputs[i].f32());
             let (inputs_wide, out) = (part.kind.inputs(), part.kind.out());
             let side = part.side;
             let z = match side.and_then(|_| zs.next()) {
                 Some(z) => z.f32_mut(),
-                None if bias.is_none() => continue,
+                None if bias.is_none() && residual.is_none() => continue,
                 None => &mut [],
             };
             let width = side.map_or(0, |side| side.rank.next_multiple_of(WIDTH));
@@ -185,6 +190,7 @@ impl Op for Linears {
                     b,
                     factor,
                     bias,
+                    residual: residual.map(|h| &h[first * out..(first + count) * out]),
                     y,
                     z,
                     count,
@@ -224,6 +230,9 @@ impl Op for Linears {
         // x, then A, B, c and the own input of each part: all of them, empty where not wanted.
         let mut gradients = vec![made[0].clone(); call.primals.len()];
         for (i, at) in places.iter().enumerate() {
+            if let Some(residual) = at.residual {
+                gradients[residual] = call.cotangents[i].clone();
+            }
             for (place, gradient) in
                 [Some(at.a), Some(at.b), at.factor, Some(at.input)].into_iter().zip(&made[1 + 4 * i..])
             {
@@ -344,7 +353,7 @@ impl Slim<'_> {
     }
 }
 
-/// The side path of a block of rows, then factor and bias.
+/// The side path of a block of rows, then factor, bias and what the result is added to.
 struct Forward<'a> {
     x: &'a [f32],
     /// A (in, width), padded.
@@ -355,6 +364,7 @@ struct Forward<'a> {
     b: &'a [f32],
     factor: Option<&'a [f32]>,
     bias: Option<&'a [f32]>,
+    residual: Option<&'a [f32]>,
     y: &'a mut [f32],
     z: &'a mut [f32],
     count: usize,
@@ -365,7 +375,7 @@ impl Kernel for Forward<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Forward { x, a, width, side, b, factor, bias, y, z, count } = self;
+        let Forward { x, a, width, side, b, factor, bias, residual, y, z, count } = self;
         let out = y.len() / count.max(1);
         if let Some(Side { rank, scale, .. }) = side {
             let inputs = x.len() / count.max(1);
@@ -422,6 +432,9 @@ impl Kernel for Forward<'_> {
                 y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
             }
         }
+        if let Some(residual) = residual {
+            y.iter_mut().zip(residual).for_each(|(y, h)| *y += h);
+        }
     }
 }
 
@@ -434,7 +447,7 @@ struct Wanted {
 }
 
 /// With g = c dy: dx = sum over parts of g W + s (g B^T) A^T, dA = s x^T (g B^T), dB = s z^T g, dc = sum over rows of
-/// dy (y - b) / c. The outputs are dx and, of each part, dA, dB, dc and the gradient of its own input; empty if not wanted.
+/// dy (y - h - b) / c, dh = dy. The outputs are dx and, of each part, dA, dB, dc and the gradient of its own input; empty if not wanted.
 struct LinearsGradient {
     parts: Vec<Part>,
     wanted: Vec<Wanted>,
@@ -478,10 +491,11 @@ impl Op for LinearsGradient {
             let [da, db, dc, d_input] = &mut outputs[4 * i..4 * i + 4] else { return };
             let factor = at.factor.map(|i| inputs[i].f32());
             if wanted.factor {
-                let bias = at.bias.map(|i| inputs[i].f32());
+                let (bias, residual) =
+                    (at.bias.map(|i| inputs[i].f32()), at.residual.map(|i| inputs[i].f32()));
                 let y = inputs[next_y].f32();
                 next_y += 1;
-                factor_gradient(dy, y, bias, factor.unwrap_or_default(), dc.f32_mut());
+                factor_gradient(dy, y, (bias, residual), factor.unwrap_or_default(), dc.f32_mut());
             }
             let mut scaled = scratch(&SIDE, if factor.is_some() { dy.len() } else { 0 });
             let g = match factor {
@@ -529,8 +543,14 @@ impl Op for LinearsGradient {
     }
 }
 
-/// dc_o = sum over rows of dy (y - b) / c.
-fn factor_gradient(dy: &[f32], y: &[f32], bias: Option<&[f32]>, factor: &[f32], dc: &mut [f32]) {
+/// dc_o = sum over rows of dy (y - h - b) / c.
+fn factor_gradient(
+    dy: &[f32],
+    y: &[f32],
+    (bias, residual): (Option<&[f32]>, Option<&[f32]>),
+    factor: &[f32],
+    dc: &mut [f32],
+) {
     const COLUMNS: usize = 256;
     let out = factor.len();
     let rows = dy.len() / out.max(1);
@@ -540,16 +560,18 @@ fn factor_gradient(dy: &[f32], y: &[f32], bias: Option<&[f32]>, factor: &[f32], 
         // SAFETY: each block of columns belongs to one task.
         let to = unsafe { to.part(first, count) };
         to.fill(0.0);
+        let mut before = [0.0; COLUMNS];
         for row in 0..rows {
             let at = row * out + first;
-            let pairs = dy[at..at + count].iter().zip(&y[at..at + count]);
-            match bias {
-                Some(bias) => {
-                    let pairs = pairs.zip(&bias[first..]);
-                    to.iter_mut().zip(pairs).for_each(|(to, ((dy, y), b))| *to += dy * (y - b));
-                }
-                None => to.iter_mut().zip(pairs).for_each(|(to, (dy, y))| *to += dy * y),
+            let before = &mut before[..count];
+            before.copy_from_slice(&y[at..at + count]);
+            if let Some(h) = residual {
+                before.iter_mut().zip(&h[at..]).for_each(|(y, h)| *y -= h);
             }
+            if let Some(bias) = bias {
+                before.iter_mut().zip(&bias[first..]).for_each(|(y, b)| *y -= b);
+            }
+            to.iter_mut().zip(dy[at..].iter().zip(&*before)).for_each(|(to, (dy, y))| *to += dy * y);
         }
         to.iter_mut().zip(&factor[first..]).for_each(|(to, c)| *to /= c);
     });

@@ -46,51 +46,16 @@ impl Op for RmsNorm {
         let width = weight.len();
         let y = Shares::new(outputs[0].f32_mut());
         by_rows(x.len() / width.max(1), width, |rows| {
-            dispatch(NormRows { x, added: None, weight, eps: self.eps, y: &y, rows });
+            dispatch(NormRows { x, weight, eps: self.eps, y: &y, rows });
         });
     }
 
     fn gradients(&self, call: &Backward) -> Result<Vec<Array>> {
         let (x, weight) = (&call.primals[0], &call.primals[1]);
         let op = RmsNormGradient { eps: self.eps, weight: call.wanted.contains(&1) };
-        call.choose(&op.apply(x, weight, &[&call.cotangents[0]])?)
-    }
-}
-
-/// The sum h = x + r and its norm.
-pub(crate) struct AddRmsNorm {
-    pub(crate) eps: f32,
-}
-
-impl AddRmsNorm {
-    pub(crate) fn apply(self, x: &Array, r: &Array, weight: &Array) -> Result<(Array, Array)> {
-        let shape = (x.shape(), Dtype::Float32);
-        let mut both = apply(self, &[x, r, weight], &[shape, shape])?;
-        let normed = both.swap_remove(1);
-        Ok((both.swap_remove(0), normed))
-    }
-}
-
-impl Op for AddRmsNorm {
-    fn name(&self) -> &'static CStr {
-        c"sum and rms norm"
-    }
-
-    fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
-        let [x, r, weight] = [0, 1, 2].map(|i| inputs[i].f32());
-        let width = weight.len();
-        let [h, y] = outputs else { return };
-        let (h, y) = (Shares::new(h.f32_mut()), Shares::new(y.f32_mut()));
-        by_rows(x.len() / width.max(1), width, |rows| {
-            dispatch(NormRows { x, added: Some((r, &h)), weight, eps: self.eps, y: &y, rows });
-        });
-    }
-
-    fn gradients(&self, call: &Backward) -> Result<Vec<Array>> {
-        let op = RmsNormGradient { eps: self.eps, weight: call.wanted.contains(&2) };
-        let through =
-            op.apply(&call.outputs[0], &call.primals[2], &[&call.cotangents[1], &call.cotangents[0]])?;
-        call.choose(&[through[0].clone(), through[0].clone(), through[1].clone()])
+        let shape = if op.weight { weight.shape() } else { &[0] };
+        let shapes = [(x.shape(), Dtype::Float32), (shape, Dtype::Float32)];
+        call.choose(&apply(op, &[x, weight, &call.cotangents[0]], &shapes)?)
     }
 }
 
@@ -115,8 +80,6 @@ fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
 
 struct NormRows<'a> {
     x: &'a [f32],
-    /// What is added to x first, and where the sum goes.
-    added: Option<(&'a [f32], &'a Shares<'a, f32>)>,
     weight: &'a [f32],
     eps: f32,
     y: &'a Shares<'a, f32>,
@@ -129,17 +92,9 @@ impl Kernel for NormRows<'_> {
     fn run<S: Simd>(self, s: S) {
         let width = self.weight.len();
         for i in self.rows {
-            let mut x = row(self.x, width, i);
-            if let Some((r, sum)) = self.added {
-                // SAFETY: each row belongs to one task, here and below.
-                let sum = unsafe { sum.part(i * width, width) };
-                for ((sum, x), r) in sum.iter_mut().zip(x).zip(row(r, width, i)) {
-                    *sum = x + r;
-                }
-                x = sum;
-            }
+            let x = row(self.x, width, i);
             let scale = inverse_rms(s, x, self.eps);
-            // SAFETY: as above.
+            // SAFETY: each row belongs to one task.
             let y = unsafe { self.y.part(i * width, width) };
             for ((y, x), w) in y.iter_mut().zip(x).zip(self.weight) {
                 *y = x * scale * w;
@@ -148,20 +103,10 @@ impl Kernel for NormRows<'_> {
     }
 }
 
-/// With r = 1 / sqrt(mean(x^2) + eps) and g = w dy: dx = r (g - x r^2 mean(g x)), dw = sum over rows of dy x r. What comes
-/// to x by another way may follow dy, and is added to dx.
+/// With r = 1 / sqrt(mean(x^2) + eps) and g = w dy: dx = r (g - x r^2 mean(g x)), dw = sum over rows of dy x r.
 struct RmsNormGradient {
     eps: f32,
     weight: bool,
-}
-
-impl RmsNormGradient {
-    /// dx and dw.
-    fn apply(self, x: &Array, weight: &Array, slopes: &[&Array]) -> Result<Vec<Array>> {
-        let shape = if self.weight { weight.shape() } else { &[0] };
-        let inputs: Vec<&Array> = [x, weight].into_iter().chain(slopes.iter().copied()).collect();
-        apply(self, &inputs, &[(x.shape(), Dtype::Float32), (shape, Dtype::Float32)])
-    }
 }
 
 impl Op for RmsNormGradient {
@@ -171,13 +116,12 @@ impl Op for RmsNormGradient {
 
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
         let [x, weight, dy] = [0, 1, 2].map(|i| inputs[i].f32());
-        let other = inputs.get(3).map(Tensor::f32);
         let width = weight.len();
         let rows = x.len() / width.max(1);
         let [dx, dw] = outputs else { return };
         let dx = Shares::new(dx.f32_mut());
         by_rows(rows, width, |rows| {
-            dispatch(NormGradientRows { x, weight, dy, other, eps: self.eps, dx: &dx, rows });
+            dispatch(NormGradientRows { x, weight, dy, eps: self.eps, dx: &dx, rows });
         });
         if self.weight {
             // In the order of the rows, whatever the number of threads.
@@ -194,7 +138,6 @@ struct NormGradientRows<'a> {
     x: &'a [f32],
     weight: &'a [f32],
     dy: &'a [f32],
-    other: Option<&'a [f32]>,
     eps: f32,
     dx: &'a Shares<'a, f32>,
     rows: Range<usize>,
@@ -216,11 +159,6 @@ impl Kernel for NormGradientRows<'_> {
             let along = dot(s, dx, x) / width as f32 * r * r;
             for (dx, x) in dx.iter_mut().zip(x) {
                 *dx = r * (*dx - x * along);
-            }
-            if let Some(other) = self.other {
-                for (dx, other) in dx.iter_mut().zip(row(other, width, i)) {
-                    *dx += other;
-                }
             }
         }
     }

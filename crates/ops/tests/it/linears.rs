@@ -14,6 +14,7 @@ struct Case<'a> {
     bias: Option<&'a Array>,
     factor: bool,
     own_input: bool,
+    residual: bool,
 }
 
 impl Case<'_> {
@@ -32,6 +33,9 @@ impl Case<'_> {
             if self.own_input {
                 args.push(random(seed + 5, &[rows, inputs]));
             }
+            if self.residual {
+                args.push(random(seed + 6, &[rows, out]));
+            }
         }
         args
     }
@@ -46,8 +50,9 @@ impl Case<'_> {
                 let (a, b) = (rest.next().unwrap(), rest.next().unwrap());
                 let factor = self.factor.then(|| rest.next().unwrap());
                 let input = self.own_input.then(|| rest.next().unwrap());
+                let residual = self.residual.then(|| rest.next().unwrap());
                 let low_rank = Some(LowRank { a, b, scale: 0.5, factor, input });
-                LinearRef { weight: *weight, bias: self.bias, low_rank }
+                LinearRef { weight: *weight, bias: self.bias, residual, low_rank }
             })
             .collect();
         mlx_rs::ops::concatenate(&linears(&args[0], &parts)?, 1)
@@ -61,14 +66,14 @@ fn linears_and_their_gradients_are_mlxs() {
             (Weights::new(77, 96, 4, 32, Dtype::Float32), Weights::new(77, 96, 3, 32, Dtype::Float32));
         let dense = random(9, &[77, 96]).multiply(Array::from_f32(0.1)).unwrap();
         let bias = random(8, &[77]);
-        for (weights, bias, factor, own_input) in [
-            (vec![first.view()], None, false, false),
-            (vec![first.view(), second.view(), WeightRef::Dense(&dense)], None, false, false),
-            (vec![first.view(), WeightRef::Dense(&dense)], Some(&bias), true, false),
-            (vec![WeightRef::Dense(&dense)], Some(&bias), false, true),
-            (vec![second.view(), first.view()], None, true, true),
+        for (weights, bias, factor, own_input, residual) in [
+            (vec![first.view()], None, false, false, false),
+            (vec![first.view(), second.view(), WeightRef::Dense(&dense)], None, false, false, false),
+            (vec![first.view(), WeightRef::Dense(&dense)], Some(&bias), true, false, true),
+            (vec![WeightRef::Dense(&dense)], Some(&bias), false, true, false),
+            (vec![second.view()], None, true, true, true),
         ] {
-            let case = Case { weights, bias, factor, own_input };
+            let case = Case { weights, bias, factor, own_input, residual };
             for (rows, rank) in [(1, 1), (5, 8), (50, 3), (35, 16), (20, 130)] {
                 check(tolerance::F32_DEEP, &case.args(rows, rank), |args| case.run(args));
             }
@@ -80,7 +85,8 @@ fn linears_and_their_gradients_are_mlxs() {
 fn gradients_are_differences() {
     mlx(|| {
         let w = Weights::new(12, 64, 4, 32, Dtype::Float32);
-        let case = Case { weights: vec![w.view()], bias: None, factor: true, own_input: false };
+        let case =
+            Case { weights: vec![w.view()], bias: None, factor: true, own_input: false, residual: true };
         check_differences(&case.args(3, 2), |args| case.run(args));
     });
 }
@@ -92,7 +98,7 @@ fn what_has_no_update_is_the_product_and_the_bias() {
         let bias = random(2, &[50]);
         for bias in [None, Some(&bias)] {
             check(tolerance::F32, &[random(1, &[7, 64])], |x| {
-                let parts = [LinearRef { weight: w.view(), bias, low_rank: None }; 2];
+                let parts = [LinearRef { weight: w.view(), bias, residual: None, low_rank: None }; 2];
                 mlx_rs::ops::concatenate(&linears(&x[0], &parts)?, 1)
             });
         }
@@ -105,8 +111,13 @@ fn arranged_weights_take_updates_too() {
         let w = Weights::new(77, 96, 4, 32, Dtype::Float16);
         let Some(arranged) = with_precision(Precision::Int16, || arrange(w.parts())).unwrap() else { return };
         let bias = random(8, &[77]);
-        let of =
-            |weight| Case { weights: vec![weight; 2], bias: Some(&bias), factor: true, own_input: false };
+        let of = |weight| Case {
+            weights: vec![weight; 2],
+            bias: Some(&bias),
+            factor: true,
+            own_input: false,
+            residual: true,
+        };
         let plain = of(w.view());
         let args = plain.args(9, 8);
         let expected = mlx_form(|| plain.run(&args).unwrap());
@@ -124,12 +135,22 @@ fn arranged_weights_take_updates_too() {
 fn a_row_does_not_depend_on_its_neighbours_or_on_the_threads() {
     mlx(|| {
         let w = Weights::new(300, 320, 4, 32, Dtype::Float16);
-        let case = Case { weights: vec![w.view(), w.view()], bias: None, factor: true, own_input: false };
+        let case = Case {
+            weights: vec![w.view(), w.view()],
+            bias: None,
+            factor: true,
+            own_input: false,
+            residual: true,
+        };
         let args = case.args(100, 8);
         every_level(|level| {
             let run = |n: i32| {
                 let mut args = args.clone();
-                args[0] = first(&args[0], n);
+                for arg in &mut args {
+                    if arg.dim(0) == 100 {
+                        *arg = first(arg, n);
+                    }
+                }
                 bits(&case.run(&args).unwrap())
             };
             set_threads(2);
@@ -153,11 +174,20 @@ fn what_does_not_fit_is_an_error() {
         let w = Weights::new(50, 64, 4, 32, Dtype::Float32);
         let (x, a, b) = (random(1, &[3, 64]), random(2, &[64, 4]), random(3, &[5, 50]));
         let low_rank = Some(LowRank { a: &a, b: &b, scale: 1.0, factor: None, input: None });
-        let e = linears(&x, &[LinearRef { weight: w.view(), bias: None, low_rank }]).unwrap_err().to_string();
+        let e = linears(&x, &[LinearRef { weight: w.view(), bias: None, residual: None, low_rank }])
+            .unwrap_err()
+            .to_string();
         assert!(e.contains("[64, 4]") && e.contains("[5, 50]") && e.contains("(50, 64)"), "{e}");
         let short = random(4, &[49]);
-        let e =
-            linears(&x, &[LinearRef { weight: w.view(), bias: Some(&short), low_rank: None }]).unwrap_err();
+        let e = linears(
+            &x,
+            &[LinearRef { weight: w.view(), bias: Some(&short), residual: None, low_rank: None }],
+        )
+        .unwrap_err();
         assert!(e.to_string().contains("the bias of 50 outputs"), "{e}");
+        let h = random(5, &[2, 50]);
+        let parts = [LinearRef { weight: w.view(), bias: None, residual: Some(&h), low_rank: None }];
+        let e = linears(&x, &parts).unwrap_err().to_string();
+        assert!(e.contains("cannot be added to [2, 50]"), "{e}");
     });
 }
