@@ -50,7 +50,7 @@ impl Site {
     pub fn low_rank(&self, x: &Array) -> Result<Array> {
         let dropped = self.dropout.as_ref().map(|d| d.apply(x)).transpose()?;
         let x32 = dropped.as_ref().unwrap_or(x).as_dtype(Dtype::Float32)?;
-        self.scaled(x32.matmul(&self.a)?)?.matmul(&self.b)?.as_dtype(x.dtype())
+        self.scaled(&x32.matmul(&self.a)?)?.matmul(&self.b)?.as_dtype(x.dtype())
     }
 
     /// `s (x B^T) A^T` in x's dtype: the update of a tied head, x (..., E) gives (..., V).
@@ -59,7 +59,7 @@ impl Site {
     /// When an array operation fails.
     pub fn low_rank_tied(&self, x: &Array) -> Result<Array> {
         let x32 = x.as_dtype(Dtype::Float32)?;
-        self.scaled(x32.matmul(self.b.transpose()?)?)?.matmul(self.a.transpose()?)?.as_dtype(x.dtype())
+        self.scaled(&x32.matmul(self.b.transpose()?)?)?.matmul(self.a.transpose()?)?.as_dtype(x.dtype())
     }
 
     /// `s A[ids] B` in `dtype`: the update of embedding rows, ids (N,) gives (N, E).
@@ -67,11 +67,11 @@ impl Site {
     /// # Errors
     /// When an array operation fails.
     pub fn low_rank_rows(&self, ids: &Array, dtype: Dtype) -> Result<Array> {
-        self.scaled(self.a.take_axis(ids, 0)?)?.matmul(&self.b)?.as_dtype(dtype)
+        self.scaled(&self.a.take_axis(ids, 0)?)?.matmul(&self.b)?.as_dtype(dtype)
     }
 
     /// s times the part of R columns, where it costs least.
-    fn scaled(&self, z: Array) -> Result<Array> {
+    fn scaled(&self, z: &Array) -> Result<Array> {
         z.multiply(Array::from_f32(self.scale))
     }
 }

@@ -67,7 +67,7 @@ pub fn parts(config: &DecoderConfig) -> Vec<Part> {
 }
 
 /// Tensors that some checkpoints carry and no one reads: buffers of old exports, and the head of a tied model.
-pub fn ignored(config: &DecoderConfig, name: &str) -> bool {
+pub(crate) fn ignored(config: &DecoderConfig, name: &str) -> bool {
     name.ends_with("rotary_emb.inv_freq") || (config.tied && name.starts_with("lm_head."))
 }
 
@@ -148,7 +148,7 @@ fn verify(checkpoint: &Checkpoint, config: &DecoderConfig) -> Result<()> {
         }
     }
     for name in checkpoint.names() {
-        if !known.contains(name.as_str()) && !ignored(config, &name) {
+        if !known.contains(name.as_str()) && !ignored(config, name) {
             problems.push(format!("{name}: a {} model has no such tensor", config.model_type));
         }
     }
