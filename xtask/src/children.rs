@@ -7,6 +7,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 use crate::sh;
 
@@ -23,7 +25,11 @@ fn ours() -> MutexGuard<'static, Ours> {
 
 /// From here on an interrupt or termination signal ends what is ours, then us with status 130.
 pub(crate) fn end_at_signals() -> Result<()> {
-    let end = || {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot watch for signals")?;
+    std::thread::spawn(move || {
+        if signals.forever().next().is_none() {
+            return;
+        }
         // The lock is kept to the end: nothing new starts meanwhile.
         let mut ours = ours();
         for child in &mut ours.children {
@@ -34,8 +40,8 @@ pub(crate) fn end_at_signals() -> Result<()> {
             let _ = fs::remove_dir_all(folder);
         }
         std::process::exit(130);
-    };
-    ctrlc::set_handler(end).context("cannot watch for Ctrl-C")
+    });
+    Ok(())
 }
 
 /// A program that runs; it is ended when this is dropped.

@@ -214,13 +214,13 @@ fn refuse(file: &Path, raw: &Map<String, Value>) -> Result<()> {
     if raw.get("bias").and_then(Value::as_str).is_some_and(|b| b != "none") {
         return Err(unsupported("option `bias`".into(), "biases of the base were trained"));
     }
-    if let Some(init) = raw.get("init_lora_weights").and_then(Value::as_str)
-        && REWRITES_BASE.iter().any(|name| init.to_lowercase().starts_with(name))
-    {
-        return Err(unsupported(
-            format!("init_lora_weights {init:?}"),
-            "it rewrites the base, so the adapter means nothing on the original weights",
-        ));
+    if let Some(init) = raw.get("init_lora_weights").and_then(Value::as_str) {
+        if REWRITES_BASE.iter().any(|name| init.to_lowercase().starts_with(name)) {
+            return Err(unsupported(
+                format!("init_lora_weights {init:?}"),
+                "it rewrites the base, so the adapter means nothing on the original weights",
+            ));
+        }
     }
     Ok(())
 }
