@@ -147,7 +147,7 @@ fn check_keys(part: &Map<String, Value>) -> Result<()> {
     ];
     let unset = |v: &Value| v.is_null() || v.as_object().is_some_and(Map::is_empty);
     for (key, value) in part {
-        if !KNOWN.contains(&key.as_str()) && (key != "config" || !unset(value)) {
+        if !KNOWN.contains(&key.as_str()) && !(key == "config" && unset(value)) {
             bail!(Usage(format!(
                 "hf_dataset: `{key}` is not supported: graft reads JSON-lines files ({} are known)",
                 KNOWN.join(", ")

@@ -108,11 +108,8 @@ fn address(host: &str, port: u16) -> Result<SocketAddr> {
     found.next().with_context(|| format!("--host {host} has no address"))
 }
 
-/// Adapter directories by the name that selects them.
-type Named = Vec<(String, PathBuf)>;
-
 /// `--adapter NAME=DIR` of all, then `--adapter-path` under its directory's name, which is then the default.
-fn adapters(args: &ServerArgs) -> Result<(Named, Option<String>)> {
+fn adapters(args: &ServerArgs) -> Result<(Vec<(String, PathBuf)>, Option<String>)> {
     let mut all = Vec::new();
     for given in &args.adapter {
         let Some((name, dir)) =
