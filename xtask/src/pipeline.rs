@@ -17,7 +17,7 @@ use crate::rows::{self, Held, Row};
 use crate::{data, model, record, setup, sh};
 
 /// The demo's steps and `graft train` flags: what gives most in a minute on two cores.
-const DEMO: (u64, &str) = (120, "--batch-size 4 --rank 16 --learning-rate 1e-3");
+const DEMO: (u64, &str) = (160, "--num-layers 16 --rank 16 --batch-size 4 --learning-rate 2e-3");
 
 /// Rows whose answers are shown, and how many tokens of them.
 const SHOWN: (usize, usize) = (3, 40);
@@ -146,7 +146,7 @@ impl Plan {
         if self.keep {
             let question = report["questions"][0].as_str().unwrap_or_default();
             let generate = words(&["generate", "--model", &fused, "--prompt", question]);
-            println!("Adapter and fused model are kept. What you can type next:\n");
+            println!("Adapter and fused model are kept in {}. What you can type next:\n", folder.display());
             println!("  {}\n  {}", graft.line(&generate), graft.line(&both));
         } else {
             println!("Nothing is kept without --keep. What ran, for you to change:\n");
