@@ -1,6 +1,6 @@
 //! One low-rank update: its tensors and the formulas that every other place uses.
 
-use graft_ops::{Array, Dtype, Result};
+use graft_ops::{Array, Dtype, Precision, Result, with_precision};
 use graft_quant::Weight;
 
 /// The update of one weight; DoRA when `magnitude` is there, LoRA when it is not.
@@ -122,7 +122,8 @@ impl Adapter {
 /// When an array operation fails.
 pub fn row_norms(a: &Array, b: &Array, scale: f32, weight: &Weight, n0: &Array) -> Result<Array> {
     let at = a.transpose()?;
-    let pt = weight.matmul(&at)?.as_dtype(Dtype::Float32)?;
+    // A few rows once per update or load, of which everything after is a multiple: no place to save.
+    let pt = with_precision(Precision::F32, || weight.matmul(&at))?.as_dtype(Dtype::Float32)?;
     let gb = at.matmul(a)?.matmul(b)?;
     let cross = b.multiply(&pt)?.sum_axis(0, false)?.multiply(Array::from_f32(2.0 * scale))?;
     let own = b.multiply(&gb)?.sum_axis(0, false)?.multiply(Array::from_f32(scale * scale))?;

@@ -68,7 +68,10 @@ pub(crate) fn resolve(argument: &str, what: What) -> Result<PathBuf> {
         return Ok(path.to_path_buf());
     }
     if path.exists() {
-        bail!("the {} argument `{argument}` is a file; a directory was expected", what.name());
+        bail!(
+            "the {} argument `{argument}` is a file; a directory was expected (graft convert makes one of a .gguf file)",
+            what.name()
+        );
     }
     if !is_id(argument) {
         bail!(
@@ -179,7 +182,8 @@ fn fetch(id: &str, what: What, cache: &Path) -> Result<PathBuf> {
         bail!("the repository `{id}` holds no {key}, so it is no {} that graft can read", what.name());
     };
     if what == What::Model && !names.iter().any(|n| n.ends_with(".safetensors")) {
-        bail!("the repository `{id}` holds no model*.safetensors; graft reads safetensors only");
+        let hint = "graft fetches safetensors only; a .gguf file goes through graft convert";
+        bail!("the repository `{id}` holds no model*.safetensors; {hint}");
     }
     // The key file comes last: a snapshot that has it is complete.
     let last = names.remove(at);

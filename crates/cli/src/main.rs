@@ -13,7 +13,7 @@ mod ui;
 
 use anyhow::{Context, Result, bail};
 use args::Command;
-use graft_ops::Form;
+use graft_ops::{Form, Precision};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -62,6 +62,14 @@ fn run(arguments: Vec<String>) -> Result<()> {
         ui::note(&format!("note: {note}"));
     }
     choose_form(cli.threads)?;
+    graft_ops::set_precision(match &cli.command {
+        _ if cli.exact => Precision::F32,
+        Command::Lora(_) | Command::Train(_) => Precision::Bf16,
+        Command::Generate(_) | Command::Chat(_) | Command::Server(_) | Command::Perplexity(_) => {
+            Precision::Int16
+        }
+        _ => Precision::F32,
+    });
     match cli.command {
         Command::Lora(args) => commands::lora(&args, settings::Defaults::MlxLm),
         Command::Train(args) => commands::lora(&args, settings::Defaults::Recipe),

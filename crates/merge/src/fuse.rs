@@ -8,7 +8,7 @@ use graft_ops::Dtype;
 use graft_quant::convert::companion_files;
 use graft_quant::{Checkpoint, DirWriter, Packed, Quantization, StoredDtype, Tensor, Weight};
 
-use crate::layer::{Update, fuse_weight};
+use crate::layer::{NOT_STORED, Update, fuse_weight};
 use crate::{Error, FuseReport, LayerReport, Policy, REPORT_FILE, Result, Totals};
 
 /// How to fuse.
@@ -240,6 +240,7 @@ impl Job<'_> {
                 self.add(&part("scales"), &Tensor::from_array(scales)?)?;
                 self.add(&part("biases"), &Tensor::from_array(biases)?)
             }
+            Weight::Arranged(_) => Err(graft_quant::Error::Request(format!("{path}: {NOT_STORED}")).into()),
         }
     }
 

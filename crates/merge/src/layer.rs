@@ -106,6 +106,7 @@ fn store(exact: &Array, weight: &Weight, policy: Policy) -> Result<Weight> {
     let packed = match weight {
         Weight::Dense(w) => return Ok(Weight::Dense(exact.as_dtype(w.dtype())?)),
         Weight::Packed(packed) => packed,
+        Weight::Arranged(_) => return Err(graft_quant::Error::Request(NOT_STORED.into()).into()),
     };
     let dtype = packed.scales.dtype();
     let old = Levels { scales: packed.scales.clone(), biases: packed.biases.clone() };
@@ -129,8 +130,12 @@ pub(crate) fn form(weight: &Weight) -> String {
             Dtype::Bfloat16 => "bfloat16".into(),
             other => format!("{other:?}"),
         },
+        Weight::Arranged(_) => "packed".into(),
     }
 }
+
+/// Checkpoints are read as they are stored; a weight in a layout of inference has no place here.
+pub(crate) const NOT_STORED: &str = "weights laid out for inference cannot be stored";
 
 /// The Frobenius norm.
 fn norm(array: &Array) -> Result<f64> {

@@ -8,10 +8,11 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, ValueKind};
-use minijinja::{Environment, ErrorKind, Value as Jinja};
+use minijinja::value::{Kwargs, StringInput, ValueKind};
+use minijinja::{Environment, ErrorKind, State, Value as Jinja, escape_formatter, filters};
 use serde_json::{Map, Value};
 
+use crate::python::{self, invalid};
 use crate::tokenizer::{read_json_object, special_tokens, token_text};
 use crate::{Error, Result};
 
@@ -191,6 +192,14 @@ fn environment() -> Environment<'static> {
     );
     environment.add_function("strftime_now", strftime_now);
     environment.add_filter("tojson", tojson);
+    environment.add_filter("string", string);
+    environment.add_filter("join", join);
+    environment.set_formatter(|out, state, value| {
+        if python::differs(value) {
+            return Ok(out.write_str(&python::str(value)?)?);
+        }
+        escape_formatter(out, state, value)
+    });
     environment
 }
 
@@ -201,10 +210,6 @@ fn strftime_now(format: &str) -> std::result::Result<String, minijinja::Error> {
         Ok(()) => Ok(text),
         Err(_) => Err(invalid(format!("strftime_now: {format:?} is not a date format"))),
     }
-}
-
-fn invalid(message: String) -> minijinja::Error {
-    minijinja::Error::new(ErrorKind::InvalidOperation, message)
 }
 
 /// JSON as the template sees it.
@@ -257,13 +262,28 @@ fn tolerate_generation(text: &str) -> String {
     out
 }
 
-/// How JSON is laid out; the defaults are those of Python's `json.dumps`.
-struct Layout {
-    indent: Option<String>,
-    item: String,
-    key: String,
-    ascii: bool,
-    sort: bool,
+/// `str(x)`.
+#[allow(clippy::needless_pass_by_value, reason = "the signature of a filter")]
+fn string(state: &State, x: Jinja) -> std::result::Result<Jinja, minijinja::Error> {
+    if python::differs(&x) { Ok(python::str(&x)?.into()) } else { filters::string(state, &x) }
+}
+
+/// minijinja's `join`, its items printed as Python prints them.
+#[allow(clippy::needless_pass_by_value, reason = "the signature of a filter")]
+fn join(
+    state: &mut State,
+    x: Jinja,
+    joiner: Option<StringInput<'_>>,
+    attribute: Option<&str>,
+    kwargs: Kwargs,
+) -> std::result::Result<Jinja, minijinja::Error> {
+    if attribute.is_some() || kwargs.has("attribute") || x.kind() != ValueKind::Seq {
+        return filters::join(state, &x, joiner, attribute, kwargs);
+    }
+    let printed =
+        |item: Jinja| if python::differs(&item) { python::str(&item).map(Jinja::from) } else { Ok(item) };
+    let items = x.try_iter()?.map(printed).collect::<std::result::Result<Vec<_>, _>>()?;
+    filters::join(state, &items.into(), joiner, attribute, kwargs)
 }
 
 /// `json.dumps(x, ensure_ascii=False, indent, separators, sort_keys)`.
@@ -295,127 +315,6 @@ fn tojson(
         let [a, b] = two.as_slice() else { return Err(invalid("tojson: separators are two strings".into())) };
         (item, key) = (a.to_string(), b.to_string());
     }
-    let layout = Layout { indent, item, key, ascii: ascii.is_true(), sort: sort.is_true() };
-    let mut out = String::new();
-    write_json(&mut out, x, &layout, 0)?;
-    Ok(out)
-}
-
-fn write_json(
-    out: &mut String,
-    x: &Jinja,
-    layout: &Layout,
-    depth: usize,
-) -> std::result::Result<(), minijinja::Error> {
-    match x.kind() {
-        ValueKind::None => out.push_str("null"),
-        ValueKind::Bool => out.push_str(if x.is_true() { "true" } else { "false" }),
-        ValueKind::Number => write_number(out, x),
-        ValueKind::String => write_string(out, x.as_str().unwrap_or_default(), layout.ascii),
-        ValueKind::Seq | ValueKind::Iterable => {
-            let items: Vec<Jinja> = x.try_iter()?.collect();
-            write_items(out, ['[', ']'], &items, layout, depth, |out, item| {
-                write_json(out, item, layout, depth + 1)
-            })?;
-        }
-        ValueKind::Map => {
-            let mut keys: Vec<Jinja> = x.try_iter()?.collect();
-            if layout.sort {
-                keys.sort();
-            }
-            write_items(out, ['{', '}'], &keys, layout, depth, |out, key| {
-                write_string(out, &key_text(key), layout.ascii);
-                out.push_str(&layout.key);
-                write_json(out, &x.get_item(key)?, layout, depth + 1)
-            })?;
-        }
-        kind => return Err(invalid(format!("tojson: a value that is {kind} is not JSON"))),
-    }
-    Ok(())
-}
-
-/// Keys that are not strings are written as JSON writes their values.
-fn key_text(key: &Jinja) -> String {
-    match key.kind() {
-        ValueKind::None => "null".into(),
-        ValueKind::Bool => key.is_true().to_string(),
-        _ => key.to_string(),
-    }
-}
-
-fn write_items(
-    out: &mut String,
-    [open, close]: [char; 2],
-    items: &[Jinja],
-    layout: &Layout,
-    depth: usize,
-    mut write: impl FnMut(&mut String, &Jinja) -> std::result::Result<(), minijinja::Error>,
-) -> std::result::Result<(), minijinja::Error> {
-    let line = |out: &mut String, depth: usize| {
-        if let Some(indent) = &layout.indent {
-            out.push('\n');
-            out.push_str(&indent.repeat(depth));
-        }
-    };
-    out.push(open);
-    for (i, item) in items.iter().enumerate() {
-        if i > 0 {
-            out.push_str(&layout.item);
-        }
-        line(out, depth + 1);
-        write(out, item)?;
-    }
-    if !items.is_empty() {
-        line(out, depth);
-    }
-    out.push(close);
-    Ok(())
-}
-
-/// Integers in full; floats as Python writes them: the shortest digits that come back, an exponent from 1e16 up and
-/// below 1e-4.
-fn write_number(out: &mut String, x: &Jinja) {
-    let Ok(value) = f64::try_from(x.clone()) else {
-        out.push_str(&x.to_string());
-        return;
-    };
-    if x.is_integer() {
-        out.push_str(&x.to_string());
-        return;
-    }
-    let text = format!("{value:e}");
-    let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
-    let exponent: i32 = exponent.parse().unwrap_or(0);
-    if value.is_nan() {
-        out.push_str("NaN");
-    } else if value.is_infinite() {
-        out.push_str(if value > 0.0 { "Infinity" } else { "-Infinity" });
-    } else if value != 0.0 && !(-4..16).contains(&exponent) {
-        let sign = if exponent < 0 { '-' } else { '+' };
-        let _ = write!(out, "{digits}e{sign}{:02}", exponent.abs());
-    } else {
-        let _ = write!(out, "{value:?}");
-    }
-}
-
-fn write_string(out: &mut String, text: &str, ascii: bool) {
-    out.push('"');
-    for c in text.chars() {
-        match c {
-            '"' => out.push_str("\\\""),
-            '\\' => out.push_str("\\\\"),
-            '\n' => out.push_str("\\n"),
-            '\r' => out.push_str("\\r"),
-            '\t' => out.push_str("\\t"),
-            '\u{8}' => out.push_str("\\b"),
-            '\u{c}' => out.push_str("\\f"),
-            c if (c as u32) < 0x20 || (ascii && !(' '..='~').contains(&c)) => {
-                for unit in c.encode_utf16(&mut [0; 2]) {
-                    let _ = write!(out, "\\u{unit:04x}");
-                }
-            }
-            c => out.push(c),
-        }
-    }
-    out.push('"');
+    let layout = python::Layout { indent, item, key, ascii: ascii.is_true(), sort: sort.is_true() };
+    python::json(x, &layout)
 }

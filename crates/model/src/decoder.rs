@@ -8,7 +8,7 @@
 //! ```
 
 use graft_adapters::{Embedding, Kind, Linear, Norm, Route, Target};
-use graft_ops::{Array, Dtype, HeadRef, RopeTable, Rows};
+use graft_ops::{Array, Dtype, Head, HeadRef, RopeTable, Rows};
 use graft_quant::Weight;
 
 use crate::cache::rows_of;
@@ -47,9 +47,7 @@ pub(crate) struct Attention {
     pub(crate) o: Linear,
     pub(crate) q_norm: Option<Norm>,
     pub(crate) k_norm: Option<Norm>,
-    pub(crate) heads: i32,
-    pub(crate) kv_heads: i32,
-    pub(crate) head_dim: i32,
+    pub(crate) head: Head,
 }
 
 /// The gated feed-forward part.
@@ -70,55 +68,52 @@ struct Pass<'a> {
 impl Attention {
     /// x (N, E) to (N, E); `index` is the block's place in the caches.
     fn forward(&self, x: &Array, pass: &Pass, caches: Caches, index: usize) -> Result<Array> {
-        let n = x.dim(0);
-        let split = |y: Array, heads: i32| y.reshape(&[n, heads, self.head_dim]);
         let normed = |y: Array, norm: &Option<Norm>| match norm {
             Some(norm) => norm.forward(&y, pass.route),
             None => Ok(y),
         };
-        let q = normed(split(self.q.forward(x, pass.route)?, self.heads)?, &self.q_norm)?;
-        let k = normed(split(self.k.forward(x, pass.route)?, self.kv_heads)?, &self.k_norm)?;
-        let v = split(self.v.forward(x, pass.route)?, self.kv_heads)?;
-        let q = graft_ops::rope(&q, pass.rows, pass.rope)?;
-        let k = graft_ops::rope(&k, pass.rows, pass.rope)?;
-        let scale = 1.0 / (self.head_dim as f32).sqrt();
+        let [q, k, v] = Linear::forward_each([&self.q, &self.k, &self.v], x, pass.route)?;
+        let (q, k) = (normed(q, &self.q_norm)?, normed(k, &self.k_norm)?);
+        let rotated = graft_ops::rope(&[&q, &k], self.head.dim, pass.rows, pass.rope)?;
+        let (q, k) = (&rotated[0], &rotated[1]);
         let y = match caches {
-            None => graft_ops::attention(&q, &k, &v, pass.rows, scale)?,
-            Some(caches) => attend_cached(&q, &k, &v, pass.rows, caches, (index, scale))?,
+            None => graft_ops::attention(q, k, &v, pass.rows, self.head)?,
+            Some(caches) => {
+                let mut layers: Vec<_> = caches.iter_mut().filter_map(|cache| cache.layer(index)).collect();
+                graft_ops::attention_cached(q, k, &v, &mut layers, pass.rows, self.head)?
+            }
         };
-        Ok(self.o.forward(&y.reshape(&[n, self.heads * self.head_dim])?, pass.route)?)
+        Ok(self.o.forward(&y, pass.route)?)
     }
 }
 
-/// Appends each row's keys and values to its cache and attends to all of them.
-fn attend_cached(
-    q: &Array,
-    k: &Array,
-    v: &Array,
-    rows: &Rows,
-    caches: &mut [&mut KvCache],
-    (index, scale): (usize, f32),
-) -> Result<Array> {
-    let mut start = 0;
-    for (cache, &length) in caches.iter_mut().zip(&rows.lengths) {
-        let end = start + length;
-        cache.append(index, &rows_of(k, start, end)?, &rows_of(v, start, end)?)?;
-        start = end;
+/// The state between two blocks: h (N, E), and what is yet to be added to it, since the next norm does that on its way.
+struct Between {
+    h: Array,
+    added: Option<Array>,
+}
+
+impl Between {
+    /// h with everything added, and its norm.
+    fn normed(self, norm: &Norm, route: &Route) -> graft_ops::Result<(Array, Array)> {
+        match self.added {
+            Some(added) => norm.forward_sum(&self.h, &added, route),
+            None => {
+                let x = norm.forward(&self.h, route)?;
+                Ok((self.h, x))
+            }
+        }
     }
-    let cached: Vec<_> = caches.iter().zip(&rows.lengths).filter_map(|(c, &n)| c.row(index, n)).collect();
-    Ok(graft_ops::attention_cached(q, &cached, rows, scale)?)
 }
 
 impl Block {
-    fn forward(&self, h: &Array, pass: &Pass, caches: Caches, index: usize) -> Result<Array> {
-        let x = self.input_norm.forward(h, pass.route)?;
-        let h = h.add(self.attention.forward(&x, pass, caches, index)?)?;
-        let x = self.post_norm.forward(&h, pass.route)?;
-        let gated = graft_ops::swiglu(
-            &self.mlp.gate.forward(&x, pass.route)?,
-            &self.mlp.up.forward(&x, pass.route)?,
-        )?;
-        Ok(h.add(self.mlp.down.forward(&gated, pass.route)?)?)
+    fn forward(&self, state: Between, pass: &Pass, caches: Caches, index: usize) -> Result<Between> {
+        let (h, x) = state.normed(&self.input_norm, pass.route)?;
+        let added = Some(self.attention.forward(&x, pass, caches, index)?);
+        let (h, x) = Between { h, added }.normed(&self.post_norm, pass.route)?;
+        let [gate, up] = Linear::forward_each([&self.mlp.gate, &self.mlp.up], &x, pass.route)?;
+        let added = Some(self.mlp.down.forward(&graft_ops::swiglu(&gate, &up)?, pass.route)?);
+        Ok(Between { h, added })
     }
 
     fn linears(&self) -> [&Linear; 7] {
@@ -201,16 +196,16 @@ impl Model {
     ) -> Result<Array> {
         self.check_rows(tokens, rows, caches.as_deref())?;
         let pass = Pass { rows, rope: &self.rope, route };
-        let mut h = self.embed.forward(tokens, self.dtype, route)?;
+        let mut state = Between { h: self.embed.forward(tokens, self.dtype, route)?, added: None };
         for (index, block) in self.blocks.iter().enumerate() {
-            h = block.forward(&h, &pass, caches.as_deref_mut(), index)?;
+            state = block.forward(state, &pass, caches.as_deref_mut(), index)?;
         }
         if let Some(caches) = caches {
             for (cache, &length) in caches.iter_mut().zip(&rows.lengths) {
                 cache.advance(length);
             }
         }
-        Ok(self.norm.forward(&h, route)?)
+        Ok(state.normed(&self.norm, route)?.1)
     }
 
     /// One block after another, for what needs them apart (recomputation, observation): h (N, E) to (N, E).
@@ -219,7 +214,10 @@ impl Model {
     /// When an array operation fails.
     pub fn block(&self, index: usize, h: &Array, rows: &Rows, route: &Route) -> Result<Array> {
         let block = self.blocks.get(index).ok_or_else(|| Error::Request(format!("no block {index}")))?;
-        block.forward(h, &Pass { rows, rope: &self.rope, route }, None, index)
+        let state = Between { h: h.clone(), added: None };
+        let Between { h, added } =
+            block.forward(state, &Pass { rows, rope: &self.rope, route }, None, index)?;
+        Ok(added.map_or(Ok(h.clone()), |added| h.add(added))?)
     }
 
     /// Tokens (N,) to the first block's input (N, E).
@@ -284,6 +282,7 @@ impl Model {
             let head = match weight {
                 Weight::Dense(w) => HeadRef::Dense(w),
                 Weight::Packed(w) => HeadRef::Packed(w.as_ref()),
+                Weight::Arranged(w) => HeadRef::Arranged(w),
             };
             return Ok(graft_ops::linear_cross_entropy(h, head, targets, HEAD_CHUNK)?);
         }

@@ -65,9 +65,19 @@ pub enum Error {
         /// What it was.
         found: String,
     },
+    /// A GGUF file's tensors are not those of its architecture: all of them, one a line.
+    #[error("{file}: the tensors do not fit the metadata:\n  {}", problems.join("\n  "))]
+    Tensors {
+        /// The file.
+        file: PathBuf,
+        /// One sentence each.
+        problems: Vec<String>,
+    },
     /// GGUF metadata that is missing or that we cannot express.
-    #[error("gguf metadata `{key}`: expected {expected}, found {found}")]
+    #[error("{file}: `{key}`: expected {expected}, found {found}")]
     Import {
+        /// The file.
+        file: PathBuf,
         /// The key.
         key: String,
         /// What it should have been.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use graft_adapters::{Embedding, Linear, Norm};
-use graft_ops::{Array, Dtype};
+use graft_ops::{Array, Dtype, Head};
 use graft_quant::{Checkpoint, Weight};
 
 use crate::decoder::{Attention, Block, Mlp};
@@ -72,7 +72,8 @@ pub(crate) fn ignored(config: &DecoderConfig, name: &str) -> bool {
 }
 
 impl Model {
-    /// Loads a model directory with activations in `dtype`; packed weights stay packed, their scales as stored.
+    /// Loads a model directory with activations in `dtype`; packed weights stay packed, their scales as stored. The precision
+    /// in use decides how they are laid out.
     ///
     /// # Errors
     /// When the directory is no model, its family is unknown, or its tensors are not exactly those that config.json
@@ -170,7 +171,7 @@ impl Source<'_> {
     fn weight(&self, path: &str) -> Result<Weight> {
         let weight = match self.checkpoint.weight(path)? {
             Weight::Dense(w) => Weight::Dense(w.as_dtype(self.dtype)?),
-            packed @ Weight::Packed(_) => packed,
+            packed => packed.arranged()?,
         };
         // Evaluated one by one, so that a cast never holds two copies of more than one tensor.
         weight.eval()?;
@@ -205,9 +206,7 @@ impl Source<'_> {
             o: self.linear(at("self_attn.o_proj"))?,
             q_norm: qk_norm("self_attn.q_norm")?,
             k_norm: qk_norm("self_attn.k_norm")?,
-            heads: config.heads,
-            kv_heads: config.kv_heads,
-            head_dim: config.head_dim,
+            head: Head { dim: config.head_dim, scale: 1.0 / (config.head_dim as f32).sqrt() },
         };
         let mlp = Mlp {
             gate: self.linear(at("mlp.gate_proj"))?,

@@ -11,7 +11,7 @@ pub(crate) fn table(config: &DecoderConfig) -> graft_ops::Result<RopeTable> {
 }
 
 /// theta^(-2i/D), then the scaling.
-fn frequencies(config: &DecoderConfig) -> Vec<f32> {
+pub(crate) fn frequencies(config: &DecoderConfig) -> Vec<f32> {
     let plain = (0..config.head_dim / 2).map(|i| {
         let exponent = (2 * i) as f32 / config.head_dim as f32;
         1.0 / config.rope.base.powf(exponent)
@@ -28,7 +28,7 @@ fn frequencies(config: &DecoderConfig) -> Vec<f32> {
                     f
                 } else {
                     let smooth = (original / wavelength - low) / (high - low);
-                    f / ((1.0 - smooth) * factor + smooth)
+                    f * ((1.0 - smooth) / factor + smooth)
                 }
             })
             .collect(),
@@ -71,6 +71,15 @@ mod tests {
         // Between the two borders the factor falls steadily from 8 to 1.
         let ratios: Vec<f32> = plain.iter().zip(&scaled).map(|(p, s)| p / s).collect();
         assert!(ratios.windows(2).all(|w| w[1] >= w[0] - 1e-6), "{ratios:?}");
-        assert!(ratios.iter().any(|r| *r > 1.1 && *r < 7.9));
+        // mlx_lm 0.32.2's Llama3RoPE, where the step is.
+        for (i, expected) in [
+            (28, 0.003_211_446),
+            (29, 0.002_166_570_6),
+            (31, 0.000_856_751_5),
+            (34, 0.000_178_507_79),
+            (35, 9.556_212e-5),
+        ] {
+            assert!((scaled[i] / expected - 1.0_f32).abs() < 1e-5, "{i}: {} {expected}", scaled[i]);
+        }
     }
 }

@@ -86,6 +86,16 @@ fn hostile_templates_end_in_errors() {
     let nested = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}";
     assert!(render(nested).unwrap_err().to_string().contains("fuel"));
     assert!(render("{{ [1]|tojson(indent=99999999999) }}").is_err());
+    for print in ["ns.x", "ns.x | string", "ns.x | tojson", "[ns.x] | join"] {
+        let after = |n: usize, step: &str| {
+            let set = format!(
+                "{{% set ns = namespace(x=[]) %}}{{% for i in range({n}) %}}{{% set ns.x = {step} %}}"
+            );
+            render(&format!("{set}{{% endfor %}}{{{{ {print} }}}}")).unwrap_err().to_string()
+        };
+        assert!(after(1000, "[ns.x]").contains("nested deeper"), "{print}");
+        assert!(after(40, "[ns.x, ns.x]").contains("more than 16 MB"), "{print}");
+    }
 }
 
 #[test]

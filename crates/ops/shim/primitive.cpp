@@ -32,24 +32,23 @@ struct GraftStrided {
   size_t item;
 };
 
+struct GraftBackward {
+  void* const* primals;
+  size_t primal_count;
+  void* const* cotangents; // one for each output
+  void* const* outputs;
+  size_t output_count;
+  const int* wanted; // the primals that need a gradient
+  size_t wanted_count;
+};
+
 struct GraftHooks {
   const char* (*name)(const void* op);
-  bool (*equal)(const void* a, const void* b);
   void (*drop)(void* op);
-  int (*run)(const void* op, const GraftTensor* in, size_t n, const GraftTensor* out, size_t m);
-  void (*copy)(const void* from, void* to, const GraftStrided* layout);
-  int (*vjp)(
-      const void* op,
-      void* const* primals,
-      size_t n,
-      void* const* cotangents,
-      size_t m,
-      const int* argnums,
-      size_t k,
-      void* const* outputs,
-      void** gradients,
-      char* message,
-      size_t capacity);
+  int (*takes_over)(const void* op, size_t output); // an input, or -1
+  int (*run)(const void* op, const GraftTensor* in, size_t n, GraftTensor* out, size_t m);
+  void (*copy)(const char* from, char* to, const GraftStrided* layout);
+  int (*gradients)(const void* op, const GraftBackward* request, void** gradients, char* message, size_t capacity);
 };
 
 struct GraftShape {
@@ -90,12 +89,19 @@ class GraftPrimitive : public mx::Primitive {
     for (const auto& input : inputs) {
       in.push_back(input.flags().row_contiguous ? view(input) : copied(input, encoder));
     }
-    for (auto& output : outputs) {
-      output.set_data(mx::allocator::malloc(output.nbytes()));
+    for (size_t i = 0; i < outputs.size(); i++) {
+      auto& output = outputs[i];
+      int from = hooks_->takes_over(op_.get(), i);
+      if (from >= 0 && inputs[from].is_donatable() && inputs[from].flags().row_contiguous &&
+          inputs[from].nbytes() == output.nbytes()) {
+        output.copy_shared_buffer(inputs[from]);
+      } else {
+        output.set_data(mx::allocator::malloc(output.nbytes()));
+      }
       out.push_back(view(output));
     }
     // MLX keeps the buffers of inputs and outputs alive until the stream has passed this task.
-    encoder.dispatch([op = op_, hooks = hooks_, in = std::move(in), out = std::move(out)]() {
+    encoder.dispatch([op = op_, hooks = hooks_, in = std::move(in), out = std::move(out)]() mutable {
       if (hooks->run(op.get(), in.data(), in.size(), out.data(), out.size()) != 0) {
         throw std::runtime_error(std::string("graft: the operation ") + hooks->name(op.get()) + " failed");
       }
@@ -120,20 +126,11 @@ class GraftPrimitive : public mx::Primitive {
       return raw;
     };
     auto ins = handles(primals), cots = handles(cotangents), outs = handles(outputs);
+    GraftBackward request{
+        ins.data(), ins.size(), cots.data(), outs.data(), outs.size(), argnums.data(), argnums.size()};
     std::vector<void*> gradients(argnums.size(), nullptr);
     char message[512] = {0};
-    int status = hooks_->vjp(
-        op_.get(),
-        ins.data(),
-        ins.size(),
-        cots.data(),
-        cots.size(),
-        argnums.data(),
-        argnums.size(),
-        outs.data(),
-        gradients.data(),
-        message,
-        sizeof(message));
+    int status = hooks_->gradients(op_.get(), &request, gradients.data(), message, sizeof(message));
     std::vector<mx::array> result;
     for (void* gradient : gradients) {
       if (gradient != nullptr) {
@@ -154,7 +151,7 @@ class GraftPrimitive : public mx::Primitive {
 
   bool is_equivalent(const mx::Primitive& other) const override {
     auto* same = dynamic_cast<const GraftPrimitive*>(&other);
-    return same != nullptr && hooks_->equal(op_.get(), same->op_.get());
+    return same != nullptr && op_ == same->op_;
   }
 
   // output_shapes stays MLX's own, which refuses: shapes are fixed when Rust builds the graph, so a
@@ -171,8 +168,8 @@ class GraftPrimitive : public mx::Primitive {
     mx::array copy(input.shape(), input.dtype(), nullptr, {});
     copy.set_data(mx::allocator::malloc(copy.nbytes()));
     encoder.dispatch([hooks = hooks_,
-                      from = static_cast<const void*>(input.data<char>()),
-                      to = static_cast<void*>(copy.data<char>()),
+                      from = input.data<char>(),
+                      to = copy.data<char>(),
                       shape = std::vector<int>(input.shape().begin(), input.shape().end()),
                       strides = std::vector<int64_t>(input.strides().begin(), input.strides().end()),
                       item = input.itemsize()]() {

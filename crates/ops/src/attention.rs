@@ -1,58 +1,167 @@
 //! Causal attention over rows of different length, with grouped key/value heads.
 
+#[cfg(graft_cpu)]
+use std::sync::Arc;
+
 use mlx_rs::fast::{self, ScaledDotProductAttentionMask as Mask};
 use mlx_rs::ops;
+use mlx_rs::ops::indexing::TryIndexMutOp as _;
 
+#[cfg(graft_cpu)]
+use crate::Dtype;
+#[cfg(graft_cpu)]
+use crate::cpu::{
+    attention::{Cached, CachedSequence, Causal, Heads, KEYS, KvBlock},
+    primitive::apply,
+};
+#[cfg(graft_cpu)]
+use crate::form::on_cpu;
 use crate::{Array, Exception, Result, Rows};
 
-/// The keys and values of one sequence as a cache holds them.
-#[derive(Clone, Copy)]
-pub struct CachedRow<'a> {
-    /// (K, capacity, D).
-    pub k: &'a Array,
-    /// (K, capacity, D).
-    pub v: &'a Array,
-    /// How many of the capacity's positions are valid, the new tokens' included.
-    pub len: i32,
+/// The keys and values of one sequence in one layer. How they are laid out is the business of [`attention_cached`].
+#[derive(Default)]
+pub struct KeyValues {
+    /// MLX's form: (K, capacity, D) each.
+    kv: Option<(Array, Array)>,
+    /// Ours.
+    #[cfg(graft_cpu)]
+    blocks: Vec<Arc<KvBlock>>,
+    /// The last block is another sequence's too, and has to be copied before it is written.
+    #[cfg(graft_cpu)]
+    shared: bool,
+    /// An output of the last operation that wrote to the blocks and an input of the next one, so that MLX, which sees no
+    /// other connection between them, runs them in this order.
+    #[cfg(graft_cpu)]
+    written: Option<Array>,
 }
 
-fn heads_of(name: &str, q: &Array, kv_heads: i32, kv_dim: i32) -> Result<(i32, i32, i32)> {
-    let &[tokens, heads, dim] = q.shape() else {
-        return Err(Exception::custom(format!("{name}: queries must be (N, H, D), found {:?}", q.shape())));
-    };
-    if kv_dim != dim || kv_heads == 0 || heads % kv_heads != 0 {
-        return Err(Exception::custom(format!(
-            "{name}: {heads} query heads of {dim} do not fit {kv_heads} key heads of {kv_dim}"
-        )));
+impl std::fmt::Debug for KeyValues {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KeyValues").field("nbytes", &self.nbytes()).finish()
     }
-    Ok((tokens, heads, dim))
 }
 
-/// o = softmax(scale * q k^T) v for each head, causal inside each row: q (N, H, D), k and v (N, K, D) give (N, H, D)
-/// in the type of q. Query head h reads key head h / (H / K). Differentiable in q, k and v. Rows start at position 0.
-pub fn attention(q: &Array, k: &Array, v: &Array, rows: &Rows, scale: f32) -> Result<Array> {
-    let &[kv_tokens, kv_heads, kv_dim] = k.shape() else {
-        return Err(Exception::custom(format!("attention: keys must be (N, K, D), found {:?}", k.shape())));
+impl KeyValues {
+    /// What has to be evaluated for new tokens to be in the buffers, besides the outputs of [`attention_cached`].
+    pub fn arrays(&self) -> impl Iterator<Item = &Array> {
+        let arrays = self.kv.iter().flat_map(|(k, v)| [k, v]);
+        #[cfg(graft_cpu)]
+        let arrays = arrays.chain(&self.written);
+        arrays
+    }
+
+    /// Bytes that the buffers take.
+    pub fn nbytes(&self) -> usize {
+        let bytes: usize = self.kv.iter().map(|(k, v)| k.nbytes() + v.nbytes()).sum();
+        #[cfg(graft_cpu)]
+        let bytes = bytes + self.blocks.iter().map(|block| block.nbytes()).sum::<usize>();
+        bytes
+    }
+
+    /// The same first `len` tokens for another sequence, which goes its own way from there. Memory is shared as far as
+    /// it stays the same.
+    pub fn fork(&self, len: i32) -> KeyValues {
+        KeyValues {
+            kv: self.kv.clone(),
+            #[cfg(graft_cpu)]
+            blocks: self.blocks[..(len.max(0) as usize).div_ceil(KEYS).min(self.blocks.len())].to_vec(),
+            #[cfg(graft_cpu)]
+            shared: true,
+            #[cfg(graft_cpu)]
+            written: self.written.clone(),
+        }
+    }
+
+    /// MLX's form: appends k and v (n, K, D) behind the first `len` tokens of buffers (K, capacity, D).
+    fn mlx_append(&mut self, k: &Array, v: &Array, len: i32) -> Result<()> {
+        let &[new, heads, dim] = k.shape() else { return Err(Exception::custom("keys must be (N, K, D)")) };
+        let end = len + new;
+        let grown = |old: Option<Array>| -> Result<Array> {
+            let capacity = old.as_ref().map_or(0, |a| a.dim(1));
+            if end <= capacity
+                && let Some(old) = old
+            {
+                return Ok(old);
+            }
+            let target = (end + STEP - 1) / STEP * STEP;
+            let more = ops::zeros_dtype(&[heads, target - capacity, dim], k.dtype())?;
+            match old {
+                Some(old) => ops::concatenate(&[old, more], 1),
+                None => Ok(more),
+            }
+        };
+        let (old_k, old_v) = self.kv.take().unzip();
+        let (mut keys, mut values) = (grown(old_k)?, grown(old_v)?);
+        keys.try_index_mut((.., len..end, ..), k.swap_axes(0, 1)?)?;
+        values.try_index_mut((.., len..end, ..), v.swap_axes(0, 1)?)?;
+        self.kv = Some((keys, values));
+        Ok(())
+    }
+}
+
+/// Tokens by which a buffer grows, so that most steps write in place.
+const STEP: i32 = 256;
+
+/// How wide a head is, and the factor of its scores.
+#[derive(Debug, Clone, Copy)]
+pub struct Head {
+    /// D.
+    pub dim: i32,
+    /// Usually 1 / sqrt(D).
+    pub scale: f32,
+}
+
+/// H and K of q (N, H D) and k and v (N, K D), which have to fit each other and the rows.
+fn heads_of(q: &Array, k: &Array, v: &Array, rows: &Rows, head: Head) -> Result<(i32, i32)> {
+    let wrong = |what: &str| {
+        let (q, k, v) = (q.shape(), k.shape(), v.shape());
+        Err(Exception::custom(format!(
+            "attention: queries {q:?}, keys {k:?} and values {v:?} of heads of {} {what}",
+            head.dim
+        )))
     };
-    let (tokens, heads, dim) = heads_of("attention", q, kv_heads, kv_dim)?;
+    let (&[tokens, q_width], &[kv_tokens, kv_width]) = (q.shape(), k.shape()) else {
+        return wrong("must have two dimensions");
+    };
     if kv_tokens != tokens || v.shape() != k.shape() {
-        return Err(Exception::custom(format!(
-            "attention: queries {:?}, keys {:?} and values {:?} do not fit together",
-            q.shape(),
-            k.shape(),
-            v.shape()
-        )));
+        return wrong("do not fit together");
+    }
+    if head.dim <= 0
+        || q_width % head.dim != 0
+        || kv_width % head.dim != 0
+        || kv_width == 0
+        || q_width % kv_width != 0
+    {
+        return wrong("do not fit together");
     }
     rows.check(tokens)?;
+    Ok((q_width / head.dim, kv_width / head.dim))
+}
+
+/// o = softmax(scale * q k^T) v for each head, causal inside each row: q (N, H D), k and v (N, K D) give (N, H D) in the
+/// type of q. Query head h reads key head h / (H / K). Differentiable in q, k and v. Rows start at position 0.
+pub fn attention(q: &Array, k: &Array, v: &Array, rows: &Rows, head: Head) -> Result<Array> {
+    let (heads, kv_heads) = heads_of(q, k, v, rows, head)?;
     if rows.starts.iter().any(|&start| start != 0) {
         return Err(Exception::custom("attention: rows with cached tokens need attention_cached"));
     }
+    #[cfg(graft_cpu)]
+    if on_cpu(&[q, k, v]) {
+        let starts = rows.lengths.iter().scan(0, |at, &length| {
+            let start = *at;
+            *at += length as usize;
+            Some((start, length as usize))
+        });
+        let heads = cpu_heads(heads, kv_heads, head);
+        return Causal { heads, rows: Arc::new(starts.collect()) }.apply(q, k, v);
+    }
+    let dim = head.dim;
     match rows.equal_length() {
         Some(length) if length > 0 => {
             let batch = rows.lengths.len() as i32;
             let fold = |x: &Array, n: i32| x.reshape(&[batch, length, n, dim])?.transpose_axes(&[0, 2, 1, 3]);
-            let o = mlx_causal(&fold(q, heads)?, &fold(k, kv_heads)?, &fold(v, kv_heads)?, scale)?;
-            o.transpose_axes(&[0, 2, 1, 3])?.reshape(&[tokens, heads, dim])
+            let o = mlx_causal(&fold(q, heads)?, &fold(k, kv_heads)?, &fold(v, kv_heads)?, head.scale)?;
+            o.transpose_axes(&[0, 2, 1, 3])?.reshape(q.shape())
         }
         _ => {
             let borders = rows.borders();
@@ -61,8 +170,10 @@ pub fn attention(q: &Array, k: &Array, v: &Array, rows: &Rows, scale: f32) -> Re
             let mut outputs = Vec::with_capacity(qs.len());
             for ((q, k), v) in qs.iter().zip(&ks).zip(&vs) {
                 if q.dim(0) > 0 {
-                    let fold = |x: &Array| x.transpose_axes(&[1, 0, 2])?.expand_dims(0);
-                    outputs.push(unfold(&mlx_causal(&fold(q)?, &fold(k)?, &fold(v)?, scale)?)?);
+                    let fold = |x: &Array, n: i32| x.reshape(&[1, -1, n, dim])?.transpose_axes(&[0, 2, 1, 3]);
+                    let o =
+                        mlx_causal(&fold(q, heads)?, &fold(k, kv_heads)?, &fold(v, kv_heads)?, head.scale)?;
+                    outputs.push(o.transpose_axes(&[0, 2, 1, 3])?.reshape(q.shape())?);
                 }
             }
             if outputs.is_empty() { Ok(q.clone()) } else { ops::concatenate(&outputs, 0) }
@@ -70,50 +181,88 @@ pub fn attention(q: &Array, k: &Array, v: &Array, rows: &Rows, scale: f32) -> Re
     }
 }
 
-/// The same for tokens that follow `starts` cached ones: q (N, H, D) of all rows, one cache per row, whose last
-/// positions are the row's new tokens. (N, H, D) in the type of q. Has no gradient.
-pub fn attention_cached(q: &Array, cache: &[CachedRow], rows: &Rows, scale: f32) -> Result<Array> {
-    rows.check(q.shape().first().copied().unwrap_or(0))?;
-    if cache.len() != rows.lengths.len() {
-        return Err(Exception::custom(format!(
-            "attention: {} rows, but {} caches",
-            rows.lengths.len(),
-            cache.len()
-        )));
+/// The same for new tokens that follow `starts` cached ones: q (N, H D), k and v (N, K D) of all rows and one cache per row,
+/// to which k and v are appended. (N, H D) in the type of q. Has no gradient.
+pub fn attention_cached(
+    q: &Array,
+    k: &Array,
+    v: &Array,
+    caches: &mut [&mut KeyValues],
+    rows: &Rows,
+    head: Head,
+) -> Result<Array> {
+    let (heads, kv_heads) = heads_of(q, k, v, rows, head)?;
+    if caches.len() != rows.lengths.len() {
+        let (rows, caches) = (rows.lengths.len(), caches.len());
+        return Err(Exception::custom(format!("attention: {rows} rows have {caches} caches")));
     }
-    for (i, row) in cache.iter().enumerate() {
-        let &[kv_heads, capacity, kv_dim] = row.k.shape() else {
-            return Err(Exception::custom(format!(
-                "attention: cached keys must be (K, capacity, D), found {:?}",
-                row.k.shape()
-            )));
-        };
-        heads_of("attention", q, kv_heads, kv_dim)?;
-        if row.v.shape() != row.k.shape() || row.k.shape()[0] != cache[0].k.shape()[0] {
-            return Err(Exception::custom(format!(
-                "attention: cached values {:?} do not fit the keys {:?}",
-                row.v.shape(),
-                row.k.shape()
-            )));
-        }
-        if row.len > capacity || row.len != rows.starts[i] + rows.lengths[i] {
-            return Err(Exception::custom(format!(
-                "attention: row {i} has {} cached and {} new tokens, but {} valid keys of {capacity}",
-                rows.starts[i], rows.lengths[i], row.len
-            )));
-        }
+    #[cfg(graft_cpu)]
+    if on_cpu(&[q, k, v]) {
+        return cpu_cached((q, k, v), caches, rows, cpu_heads(heads, kv_heads, head));
     }
-    let qs = ops::split_at_indices(q, &rows.borders(), 0)?;
+    let borders = rows.borders();
+    let split = |x: &Array, n: i32| ops::split_at_indices(x.reshape(&[-1, n, head.dim])?, &borders, 0);
+    let (qs, ks, vs) = (split(q, heads)?, split(k, kv_heads)?, split(v, kv_heads)?);
     let mut outputs = Vec::with_capacity(qs.len());
-    for (q, row) in qs.iter().zip(cache) {
-        if q.dim(0) == 0 {
+    for (i, cache) in caches.iter_mut().enumerate() {
+        let (q, len) = (&qs[i], rows.starts[i] + rows.lengths[i]);
+        if rows.lengths[i] == 0 {
             continue;
         }
-        let valid = |x: &Array| ops::split_at_indices(x, &[row.len], 1)?[0].expand_dims(0);
+        cache.mlx_append(&ks[i], &vs[i], rows.starts[i])?;
+        let Some((keys, values)) = &cache.kv else { continue };
+        let valid = |x: &Array| ops::split_at_indices(x, &[len], 1)?[0].expand_dims(0);
         let folded = q.transpose_axes(&[1, 0, 2])?.expand_dims(0)?;
-        outputs.push(unfold(&mlx_causal(&folded, &valid(row.k)?, &valid(row.v)?, scale)?)?);
+        let o = mlx_causal(&folded, &valid(keys)?, &valid(values)?, head.scale)?;
+        outputs.push(o.transpose_axes(&[0, 2, 1, 3])?.reshape(&[-1, heads * head.dim])?);
     }
     if outputs.is_empty() { Ok(q.clone()) } else { ops::concatenate(&outputs, 0) }
+}
+
+#[cfg(graft_cpu)]
+fn cpu_heads(heads: i32, kv_heads: i32, head: Head) -> Heads {
+    Heads { heads: heads as usize, kv_heads: kv_heads as usize, dim: head.dim as usize, scale: head.scale }
+}
+
+#[cfg(graft_cpu)]
+fn cpu_cached(
+    (q, k, v): (&Array, &Array, &Array),
+    caches: &mut [&mut KeyValues],
+    rows: &Rows,
+    heads: Heads,
+) -> Result<Array> {
+    let mut sequences = Vec::with_capacity(caches.len());
+    for (cache, (&length, &before)) in caches.iter_mut().zip(rows.lengths.iter().zip(&rows.starts)) {
+        let (length, before) = (length as usize, before as usize);
+        if before > cache.blocks.len() * KEYS {
+            let blocks = cache.blocks.len();
+            return Err(Exception::custom(format!(
+                "attention: {before} tokens are not in {blocks} blocks of a cache"
+            )));
+        }
+        // The first block that is written; what comes after it was forgotten.
+        let written = before / KEYS;
+        cache.blocks.truncate(before.div_ceil(KEYS));
+        let mut copied = None;
+        if cache.shared && length > 0 {
+            cache.shared = false;
+            if cache.blocks.len() > written {
+                copied = cache.blocks.pop();
+            }
+        }
+        while cache.blocks.len() * KEYS < before + length {
+            cache.blocks.push(Arc::new(KvBlock::new(heads)));
+        }
+        sequences.push(CachedSequence { length, before, blocks: cache.blocks.clone(), copied });
+    }
+    let before: Vec<Array> = caches.iter_mut().filter_map(|cache| cache.written.take()).collect();
+    let inputs: Vec<&Array> = [q, k, v].into_iter().chain(&before).collect();
+    let outputs = [(q.shape(), Dtype::Float32), (&[0][..], Dtype::Float32)];
+    let made = apply(Cached { heads, sequences }, &inputs, &outputs)?;
+    for cache in caches.iter_mut() {
+        cache.written = Some(made[1].clone());
+    }
+    Ok(made[0].clone())
 }
 
 /// (B, H, L, D) against (B, K, S, D): the last query sees every key.
@@ -121,9 +270,4 @@ fn mlx_causal(q: &Array, k: &Array, v: &Array, scale: f32) -> Result<Array> {
     // One new token sees everything; without a mask MLX takes its kernel for single queries.
     let mask = (q.dim(2) > 1).then_some(Mask::Causal);
     fast::scaled_dot_product_attention(q, k, v, scale, mask, None)
-}
-
-/// (1, H, L, D) back to (L, H, D).
-fn unfold(o: &Array) -> Result<Array> {
-    o.squeeze_axes(&[0])?.transpose_axes(&[1, 0, 2])
 }

@@ -18,7 +18,7 @@ pub(crate) fn linked() -> *const () {
 /// The matrices must have the sizes that the arguments say, and C must not overlap A or B.
 #[unsafe(no_mangle)]
 #[allow(clippy::too_many_arguments, reason = "CBLAS decides them")]
-pub unsafe extern "C" fn cblas_sgemm(
+pub(crate) unsafe extern "C" fn cblas_sgemm(
     order: i32,
     transpose_a: i32,
     transpose_b: i32,
@@ -61,5 +61,7 @@ pub unsafe extern "C" fn cblas_sgemm(
         }
     }
     // SAFETY: the caller's A and B, of the sizes that were said.
-    unsafe { gemm(sizes, matrix(left), alpha, &matrix(right), &Shares::new(c), c_row, beta != 0.0) };
+    unsafe {
+        gemm::<_, false>(sizes, matrix(left), alpha, &matrix(right), &Shares::new(c), c_row, beta != 0.0)
+    };
 }

@@ -35,3 +35,49 @@ pub fn set_form(form: Form) {
     };
     FORM.store(value, Ordering::Relaxed);
 }
+
+/// How our CPU operations multiply. MLX's form follows the types of its arrays instead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Precision {
+    /// f32 throughout.
+    F32,
+    /// Products of many rows round both sides to bf16 and sum in f32, where the processor has instructions for that.
+    Bf16,
+    /// As [`Precision::Bf16`]; products with weights laid out by [`crate::arrange`] round the other side to 16 bits by block,
+    /// and sum blocks in integers, then in f32. For inference only: such weights have no gradient.
+    Int16,
+}
+
+static PRECISION: AtomicU8 = AtomicU8::new(0);
+
+/// The precision in use: [`Precision::F32`] unless [`set_precision`] chose another.
+pub fn precision() -> Precision {
+    match PRECISION.load(Ordering::Relaxed) {
+        1 => Precision::Bf16,
+        2 => Precision::Int16,
+        _ => Precision::F32,
+    }
+}
+
+/// Chooses the precision of all operations built from now on.
+pub fn set_precision(precision: Precision) {
+    PRECISION.store(precision as u8, Ordering::Relaxed);
+}
+
+/// Builds some operations with another precision than the one in use.
+pub fn with_precision<T>(precision: Precision, build: impl FnOnce() -> T) -> T {
+    struct Back(u8);
+    impl Drop for Back {
+        fn drop(&mut self) {
+            PRECISION.store(self.0, Ordering::Relaxed);
+        }
+    }
+    let _back = Back(PRECISION.swap(precision as u8, Ordering::Relaxed));
+    build()
+}
+
+/// Whether an operation on these floats takes our CPU form, which knows f32 alone.
+#[cfg(graft_cpu)]
+pub(crate) fn on_cpu(arrays: &[&crate::Array]) -> bool {
+    form() == Form::Cpu && arrays.iter().all(|array| array.dtype() == crate::Dtype::Float32)
+}

@@ -8,6 +8,7 @@
 //! D head dimension, E hidden, V vocabulary, M rows of a matrix.
 #![allow(unsafe_code, reason = "this is the crate that talks to MLX and to the processor")]
 
+mod arranged;
 mod attention;
 #[cfg(graft_cpu)]
 mod blas;
@@ -23,15 +24,16 @@ mod pool;
 mod rope;
 mod rows;
 
-pub use attention::{CachedRow, attention, attention_cached};
+pub use arranged::{Arranged, arrange, arranged_matmul, arranged_matmuls, arranged_rows};
+pub use attention::{Head, KeyValues, attention, attention_cached};
 #[cfg(graft_cpu)]
 pub use cpu::level::{Level, best_cpu_level, cpu_level, set_cpu_level};
-pub use form::{Form, form, set_form};
+pub use form::{Form, Precision, form, precision, set_form, set_precision, with_precision};
 pub use loss::{HeadRef, cross_entropy, linear_cross_entropy};
 pub use mlx_rs::error::Exception;
 pub use mlx_rs::{Array, Dtype};
-pub use norm::{rms_norm, swiglu};
-pub use packed::{PackedRef, packed_matmul, packed_matmul_t, packed_rows};
+pub use norm::{add_rms_norm, rms_norm, swiglu};
+pub use packed::{PackedRef, dense_matmul, dense_matmul_t, packed_matmul, packed_matmul_t, packed_rows};
 pub use pool::{set_threads, threads};
 pub use rope::{RopeTable, rope};
 pub use rows::Rows;

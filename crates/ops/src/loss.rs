@@ -2,7 +2,11 @@
 
 use mlx_rs::ops;
 
-use crate::{Array, Dtype, Exception, PackedRef, Result, ffi, packed_matmul, packed_matmul_t};
+#[cfg(graft_cpu)]
+use crate::cpu::loss::HeadLoss;
+#[cfg(graft_cpu)]
+use crate::form::on_cpu;
+use crate::{Arranged, Array, Dtype, Exception, PackedRef, Result, ffi, packed_matmul, packed_matmul_t};
 
 /// The weights of the output head, W (V, E).
 #[derive(Clone, Copy)]
@@ -11,6 +15,8 @@ pub enum HeadRef<'a> {
     Dense(&'a Array),
     /// Packed.
     Packed(PackedRef<'a>),
+    /// Packed, laid out for inference.
+    Arranged(&'a Arranged),
 }
 
 /// An owned head, for the functions that MLX keeps.
@@ -23,6 +29,7 @@ impl HeadRef<'_> {
     fn shape(&self) -> Result<(i32, i32)> {
         match self {
             HeadRef::Packed(w) => w.shape(),
+            HeadRef::Arranged(w) => Ok(w.shape()),
             HeadRef::Dense(w) => match w.shape() {
                 &[vocabulary, hidden] => Ok((vocabulary, hidden)),
                 other => Err(Exception::custom(format!("the output head must be (V, E), found {other:?}"))),
@@ -30,8 +37,8 @@ impl HeadRef<'_> {
         }
     }
 
-    fn to_owned(self) -> Head {
-        match self {
+    fn to_owned(self) -> Result<Head> {
+        Ok(match self {
             HeadRef::Dense(w) => Head::Dense(w.clone()),
             HeadRef::Packed(w) => Head::Packed {
                 codes: w.codes.clone(),
@@ -40,7 +47,12 @@ impl HeadRef<'_> {
                 group_size: w.group_size,
                 bits: w.bits,
             },
-        }
+            HeadRef::Arranged(_) => {
+                return Err(Exception::custom(
+                    "weights laid out for our CPU operations need them, and f32 activations",
+                ));
+            }
+        })
     }
 }
 
@@ -122,6 +134,11 @@ pub fn linear_cross_entropy(h: &Array, head: HeadRef, targets: &Array, chunk: i3
     if rows == 0 {
         return ops::zeros_dtype(&[0], Dtype::Float32);
     }
+    #[cfg(graft_cpu)]
+    if on_cpu(&[h]) && !matches!(head, HeadRef::Dense(w) if w.dtype() != Dtype::Float32) {
+        let targets = targets.as_dtype(Dtype::Int32)?;
+        return HeadLoss::apply(h, head, &targets, ffi::differentiating());
+    }
     mlx_linear(h, head, targets, chunk.max(1))
 }
 
@@ -139,10 +156,10 @@ fn mlx_linear(h: &Array, head: HeadRef, targets: &Array, chunk: i32) -> Result<A
             h = ffi::depends(&[h], &before)?.swap_remove(0);
         }
         let (loss, gradient) = if ffi::differentiating() {
-            let (loss, gradient) = loss_and_gradient(&h, &head.to_owned(), targets)?;
+            let (loss, gradient) = loss_and_gradient(&h, &head.to_owned()?, targets)?;
             (with_gradient(&loss, &h, &gradient)?, Some(gradient))
         } else {
-            let owned = head.to_owned();
+            let owned = head.to_owned()?;
             let recomputed = ffi::checkpoint(move |inputs| {
                 Ok(vec![mlx_cross_entropy(&owned.logits(&inputs[0])?, &inputs[1])?])
             })?;

@@ -2,7 +2,15 @@
 
 use mlx_rs::ops;
 
+#[cfg(graft_cpu)]
+use crate::cpu::{
+    dense::DenseMatmul,
+    packed::{Layout, Lookup, Matmul},
+    primitive::apply_one,
+};
 use crate::ffi::{self, Mode};
+#[cfg(graft_cpu)]
+use crate::form::{on_cpu, precision};
 use crate::{Array, Dtype, Exception, Result};
 
 /// Affine packed weights W (out, in), as MLX stores them: in group g of row o, W = scales[o, g] * code + biases[o, g].
@@ -75,6 +83,11 @@ fn check_last(name: &str, x: &Array, expected: i32) -> Result<()> {
 pub fn packed_matmul(x: &Array, w: PackedRef) -> Result<Array> {
     let (_, inputs) = w.shape()?;
     check_last("packed matmul", x, inputs)?;
+    #[cfg(graft_cpu)]
+    if on_cpu(&[x]) {
+        return Matmul { layout: Layout::of(w)?, transposed: false, precision: precision() }
+            .apply(x, w.codes, w.scales, w.biases);
+    }
     mlx_matmul(x, w, true)
 }
 
@@ -82,6 +95,11 @@ pub fn packed_matmul(x: &Array, w: PackedRef) -> Result<Array> {
 pub fn packed_matmul_t(x: &Array, w: PackedRef) -> Result<Array> {
     let (outputs, _) = w.shape()?;
     check_last("transposed packed matmul", x, outputs)?;
+    #[cfg(graft_cpu)]
+    if on_cpu(&[x]) {
+        return Matmul { layout: Layout::of(w)?, transposed: true, precision: precision() }
+            .apply(x, w.codes, w.scales, w.biases);
+    }
     mlx_matmul(x, w, false)
 }
 
@@ -89,6 +107,38 @@ fn mlx_matmul(x: &Array, w: PackedRef, transpose: bool) -> Result<Array> {
     let y = ops::quantized_matmul(x, w.codes, w.scales, w.biases, transpose, w.group_size, w.bits)?;
     // MLX promotes over x and the scales, which need not have x's type.
     if y.dtype() == x.dtype() { Ok(y) } else { y.as_dtype(x.dtype()) }
+}
+
+/// y = x W^T for dense W (out, in) and x (..., in): (..., out), in the type of x. Differentiable in both.
+pub fn dense_matmul(x: &Array, w: &Array) -> Result<Array> {
+    let &[_, inputs] = w.shape() else {
+        return Err(Exception::custom(format!(
+            "matmul: the weight must be (out, in), found {:?}",
+            w.shape()
+        )));
+    };
+    check_last("matmul", x, inputs)?;
+    #[cfg(graft_cpu)]
+    if on_cpu(&[x, w]) {
+        return DenseMatmul { transposed: false, precision: precision() }.apply(x, w);
+    }
+    ops::matmul(x, w.transpose()?)
+}
+
+/// y = x W for dense W (out, in) and x (..., out): (..., in), in the type of x. Differentiable in both.
+pub fn dense_matmul_t(x: &Array, w: &Array) -> Result<Array> {
+    let &[outputs, _] = w.shape() else {
+        return Err(Exception::custom(format!(
+            "matmul: the weight must be (out, in), found {:?}",
+            w.shape()
+        )));
+    };
+    check_last("transposed matmul", x, outputs)?;
+    #[cfg(graft_cpu)]
+    if on_cpu(&[x, w]) {
+        return DenseMatmul { transposed: true, precision: precision() }.apply(x, w);
+    }
+    ops::matmul(x, w)
 }
 
 /// Rows `ids` (N,) of W as (N, in) in `dtype`. An id outside 0..out is undefined in the MLX form, zero in ours.
@@ -99,6 +149,12 @@ pub fn packed_rows(ids: &Array, w: PackedRef, dtype: Dtype) -> Result<Array> {
             "packed rows: ids must have one dimension, found {:?}",
             ids.shape()
         )));
+    }
+    #[cfg(graft_cpu)]
+    if on_cpu(&[]) && dtype == Dtype::Float32 && ids.dtype() == Dtype::Int32 {
+        let layout = Layout::of(w)?;
+        let shape = [ids.dim(0), layout.inputs as i32];
+        return apply_one(Lookup { layout }, &[ids, w.codes, w.scales, w.biases], &shape, dtype);
     }
     let codes = w.codes.take_axis(ids, 0)?;
     // In the scales' own type MLX would round each product to it, also where more is wanted.

@@ -1,7 +1,14 @@
 //! Rotary position embedding over rows of different length.
 
+#[cfg(graft_cpu)]
+use std::sync::{Arc, Mutex, PoisonError};
+
 use mlx_rs::{fast, ops};
 
+#[cfg(graft_cpu)]
+use crate::cpu::norm::Rotation;
+#[cfg(graft_cpu)]
+use crate::form::on_cpu;
 use crate::{Array, Dtype, Exception, Result, Rows};
 
 /// The frequencies of a rotary embedding, after whatever scaling the model's config asks for.
@@ -15,6 +22,9 @@ pub struct RopeTable {
     pub traditional: bool,
     /// 1 / inv_freq, which is what MLX's own operation takes.
     periods: Array,
+    /// Cosine and sine of each pair's angle, (positions, dims / 2), for the positions seen so far.
+    #[cfg(graft_cpu)]
+    angles: Mutex<Arc<Vec<(f32, f32)>>>,
 }
 
 impl RopeTable {
@@ -29,26 +39,72 @@ impl RopeTable {
         let inv_freq = inv_freq.as_dtype(Dtype::Float32)?;
         let periods = inv_freq.reciprocal()?;
         mlx_rs::transforms::eval([&inv_freq, &periods])?;
-        Ok(RopeTable { dims: 2 * inv_freq.dim(0), inv_freq, traditional, periods })
+        Ok(RopeTable {
+            dims: 2 * inv_freq.dim(0),
+            inv_freq,
+            traditional,
+            periods,
+            #[cfg(graft_cpu)]
+            angles: Mutex::default(),
+        })
+    }
+
+    /// The angles of all positions below `positions` at least.
+    #[cfg(graft_cpu)]
+    fn angles(&self, positions: usize) -> Result<Arc<Vec<(f32, f32)>>> {
+        let half = self.dims as usize / 2;
+        let mut angles = self.angles.lock().unwrap_or_else(PoisonError::into_inner);
+        if angles.len() < positions * half {
+            let frequencies =
+                self.inv_freq.try_as_slice::<f32>().map_err(|e| Exception::custom(e.to_string()))?;
+            // Some more than are asked for, since decoding asks for one more each time.
+            let angle = |p: usize| frequencies.iter().map(move |f| (p as f32 * f).sin_cos());
+            let all = (0..positions.next_multiple_of(512)).flat_map(angle);
+            *angles = Arc::new(all.map(|(sin, cos)| (cos, sin)).collect());
+        }
+        Ok(Arc::clone(&angles))
     }
 }
 
-/// x (N, H, D) rotated by each token's position (row start + index in the row), in the type of x. Differentiable in x.
-pub fn rope(x: &Array, rows: &Rows, table: &RopeTable) -> Result<Array> {
-    let &[tokens, _, head_dim] = x.shape() else {
-        return Err(Exception::custom(format!("rope: x must be (N, H, D), found {:?}", x.shape())));
-    };
-    rows.check(tokens)?;
-    if table.dims > head_dim {
-        return Err(Exception::custom(format!(
-            "rope: {} dimensions to rotate, but the head has {head_dim}",
-            table.dims
-        )));
+/// Each x (N, H D), of any H, rotated head by head by each token's position (row start + index in the row), in the type
+/// of x. Differentiable in all of them.
+pub fn rope(xs: &[&Array], head_dim: i32, rows: &Rows, table: &RopeTable) -> Result<Vec<Array>> {
+    for x in xs {
+        let &[tokens, width] = x.shape() else {
+            return Err(Exception::custom(format!("rope: x must be (N, H D), found {:?}", x.shape())));
+        };
+        rows.check(tokens)?;
+        if table.dims > head_dim || width % head_dim != 0 {
+            return Err(Exception::custom(format!(
+                "rope: {} dimensions to rotate in heads of {head_dim} of {width}",
+                table.dims
+            )));
+        }
     }
-    match rows.equal_length() {
-        Some(length) if length > 0 => mlx_equal(x, rows, length, table),
-        _ => mlx_ragged(x, rows, table),
+    #[cfg(graft_cpu)]
+    if on_cpu(xs) {
+        let positions = rows.lengths.iter().zip(&rows.starts).flat_map(|(&n, &start)| start..start + n);
+        let positions: Vec<u32> = positions.map(|p| p as u32).collect();
+        let last = positions.iter().max().map_or(0, |&p| p as usize + 1);
+        let rotation = Rotation {
+            table: table.angles(last)?,
+            positions: Arc::new(positions),
+            head_dim: head_dim as usize,
+            dims: table.dims as usize,
+            traditional: table.traditional,
+            back: false,
+        };
+        return rotation.apply(xs);
     }
+    let rotated = xs.iter().map(|x| {
+        let heads = x.reshape(&[x.dim(0), -1, head_dim])?;
+        match rows.equal_length() {
+            Some(length) if length > 0 => mlx_equal(&heads, rows, length, table),
+            _ => mlx_ragged(&heads, rows, table),
+        }?
+        .reshape(x.shape())
+    });
+    rotated.collect()
 }
 
 /// Rows of one length are a batch, which MLX's own operation takes with one offset per row.

@@ -89,21 +89,13 @@ pub fn convert(
     let mut sink = Sink::new(dst, options, options.dtype.or_else(|| config_dtype(config)), on_event)?;
     sink.quantization = checkpoint.quantization().clone();
     let already_packed = sink.quantization.default.is_some();
+    sink.warn_of_packed(already_packed, src);
     if let Some(packing) = options.pack {
-        if already_packed {
-            sink.warn(format!(
-                "{} is packed already: its packed weights stay as they are; to change their width, convert it with \
-                 --dequantize first",
-                src.display()
-            ));
-        } else {
+        if !already_packed {
             sink.quantization.default = Some(packing.grid);
         }
         sink.layers = layer_count(&checkpoint, packing.recipe)?;
         sink.fine_grained = already_packed;
-    }
-    if options.dequantize && !already_packed {
-        sink.warn(format!("{} is not packed: there is nothing to make dense", src.display()));
     }
     let names: Vec<&String> = checkpoint.names().collect();
     let tied = config.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false);
@@ -150,22 +142,20 @@ pub fn convert_gguf(
     on_event: &mut dyn FnMut(Event),
 ) -> Result<Report> {
     check(options)?;
-    let mut sink = Sink::new(dst, options, Some(options.dtype.unwrap_or(StoredDtype::F16)), on_event)?;
-    let mut named = Vec::new();
+    let (mut named, mut left_out) = (Vec::new(), Vec::new());
     for info in gguf.tensors.values() {
         match (parts.names)(&info.name) {
-            Some((name, rows)) => named.push((name, info, rows)),
-            None => {
-                sink.warn(format!(
-                    "{}: tensor {} has no counterpart and is left out",
-                    gguf.path().display(),
-                    info.name
-                ));
-                sink.report.left_out.push(info.name.clone());
+            Some((name, rows)) => {
+                gguf.readable(info)?;
+                named.push((name, info, rows));
             }
+            None => left_out.push(info.name.clone()),
         }
     }
+    let mut sink = Sink::new(dst, options, Some(options.dtype.unwrap_or(StoredDtype::F16)), on_event)?;
+    sink.report.left_out = left_out;
     named.sort_by(|a, b| a.0.cmp(&b.0));
+    sink.warn_of_packed(named.iter().any(|(_, info, _)| info.kind.grid().is_some()), gguf.path());
     if !options.dequantize {
         // The grid that most packed weights have is the block's default, so that few need an entry.
         let grids: Vec<Grid> = named.iter().filter_map(|(_, info, _)| info.kind.grid()).collect();
@@ -332,6 +322,20 @@ impl<'a> Sink<'a> {
 
     fn warn(&mut self, text: String) {
         self.event(Event::Warning(text));
+    }
+
+    /// Says where what was asked for is done already.
+    fn warn_of_packed(&mut self, packed: bool, src: &Path) {
+        if packed && self.options.pack.is_some() {
+            self.warn(format!(
+                "{} is packed already: its packed weights stay as they are; to change their width, convert it with \
+                 --dequantize first",
+                src.display()
+            ));
+        }
+        if !packed && self.options.dequantize {
+            self.warn(format!("{} is not packed: there is nothing to make dense", src.display()));
+        }
     }
 
     fn add(&mut self, name: &str, tensor: &Tensor) -> Result<()> {

@@ -99,7 +99,7 @@ pub enum Kind {
 }
 
 /// ggml's types by number: name, weights in a block, bytes of a block. Those without a size have left the format.
-const KINDS: [(u32, &str, usize, usize); 20] = [
+const KINDS: [(u32, &str, usize, usize); 32] = [
     (0, "F32", 1, 4),
     (1, "F16", 1, 2),
     (2, "Q4_0", BLOCK, 18),
@@ -114,12 +114,24 @@ const KINDS: [(u32, &str, usize, usize); 20] = [
     (13, "Q5_K", 256, 176),
     (14, "Q6_K", 256, 210),
     (15, "Q8_K", 256, 292),
+    (16, "IQ2_XXS", 256, 66),
+    (17, "IQ2_XS", 256, 74),
+    (18, "IQ3_XXS", 256, 98),
+    (19, "IQ1_S", 256, 50),
+    (20, "IQ4_NL", BLOCK, 18),
+    (21, "IQ3_S", 256, 110),
+    (22, "IQ2_S", 256, 82),
+    (23, "IQ4_XS", 256, 136),
     (24, "I8", 1, 1),
     (25, "I16", 1, 2),
     (26, "I32", 1, 4),
     (27, "I64", 1, 8),
     (28, "F64", 1, 8),
+    (29, "IQ1_M", 256, 56),
     (30, "BF16", 1, 2),
+    (34, "TQ1_0", 256, 54),
+    (35, "TQ2_0", 256, 66),
+    (39, "MXFP4", BLOCK, 17),
 ];
 
 impl Kind {
@@ -229,9 +241,11 @@ impl Gguf {
         let length = file.metadata().map_err(Error::io(path))?.len();
         let handle = file.try_clone().map_err(Error::io(path))?;
         let mut header = Header::new(path, handle, length);
-        let magic = header.array::<4>("magic")?;
+        let magic = header.array::<4>("the word GGUF")?;
         if magic != *b"GGUF" {
-            return Err(header.damaged(format!("it begins with {magic:02x?}, not with GGUF")));
+            let what = format!("a file that begins with \"{}\", not with \"GGUF\",", magic.escape_ascii());
+            let hint = "give a GGUF file or a model directory".to_owned();
+            return Err(Error::Unsupported { file: path.to_path_buf(), what, hint });
         }
         let version = header.u32("version")?;
         if !(2..=3).contains(&version) {
@@ -270,13 +284,10 @@ impl Gguf {
         let mut tensors = BTreeMap::new();
         for mut info in infos {
             let name = info.name.clone();
-            let begin = start.checked_add(info.offset);
-            let end = begin.and_then(|begin| begin.checked_add(info.bytes));
-            if !info.offset.is_multiple_of(alignment) || end.is_none_or(|end| end > length) {
-                return Err(header.damaged(format!(
-                    "tensor {name}: {} bytes at {} of the data, which begins at byte {start} of {length}",
-                    info.bytes, info.offset
-                )));
+            let (begin, bytes) = (start.saturating_add(info.offset), info.bytes);
+            if !info.offset.is_multiple_of(alignment) || begin.saturating_add(bytes) > length {
+                let what = format!("tensor {name}: {bytes} bytes at byte {begin} of a file of {length}");
+                return Err(header.damaged(what));
             }
             info.offset += start;
             if tensors.insert(name.clone(), info).is_some() {
@@ -299,16 +310,7 @@ impl Gguf {
     /// When its type is none of ours, when a scale is not finite or a bias overflows 16 bits, or when `rows` does
     /// not fit.
     pub fn read(&self, info: &TensorInfo, rows: Option<&[usize]>) -> Result<Block> {
-        let Some((weights, bytes)) = info.kind.block().filter(|_| !matches!(info.kind, Kind::Other(_)))
-        else {
-            return Err(Error::Unsupported {
-                file: self.path.clone(),
-                what: format!("tensor {} of type {}", info.name, info.kind),
-                hint: "F32, F16, BF16, Q4_0, Q4_1 and Q8_0 are; make the file again with one of these types \
-                       (llama-quantize --pure keeps to one)"
-                    .to_owned(),
-            });
-        };
+        let (weights, bytes) = self.readable(info)?;
         let length = usize::try_from(info.bytes)
             .map_err(|_| self.tensor_error(info, "a tensor that fits into memory", info.bytes))?;
         let mut data = vec![0; length];
@@ -328,6 +330,18 @@ impl Gguf {
             _ => StoredDtype::F32,
         };
         Ok(Block::Dense(Tensor { dtype, shape: info.shape.clone(), data }))
+    }
+
+    /// Weights and bytes of a block, if the tensor's type is one of ours.
+    pub(crate) fn readable(&self, info: &TensorInfo) -> Result<(usize, usize)> {
+        let block = info.kind.block().filter(|_| !matches!(info.kind, Kind::Other(_)));
+        block.ok_or_else(|| Error::Unsupported {
+            file: self.path.clone(),
+            what: format!("tensor {} of type {}", info.name, info.kind),
+            hint: "F32, F16, BF16, Q4_0, Q4_1 and Q8_0 are; make the file again with one of these types \
+                   (llama-quantize --pure keeps to one)"
+                .to_owned(),
+        })
     }
 
     /// The rows of `data` in the order asked for.

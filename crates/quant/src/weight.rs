@@ -1,7 +1,7 @@
 //! A weight, dense or packed: the one place where the difference is decided.
 
 use graft_ops::ffi::{self, Mode};
-use graft_ops::{Array, Dtype, PackedRef, Result};
+use graft_ops::{Arranged, Array, Dtype, Exception, PackedRef, Result};
 
 use crate::Grid;
 
@@ -48,16 +48,6 @@ impl Packed {
         )?;
         dense.as_dtype(dtype)
     }
-
-    /// Rows `from..to`.
-    fn slice(&self, ids: &Array) -> Result<Packed> {
-        Ok(Packed {
-            codes: self.codes.take_axis(ids, 0)?,
-            scales: self.scales.take_axis(ids, 0)?,
-            biases: self.biases.take_axis(ids, 0)?,
-            grid: self.grid,
-        })
-    }
 }
 
 /// W (out, in) of a linear, or E (V, E) of an embedding.
@@ -67,6 +57,8 @@ pub enum Weight {
     Dense(Array),
     /// Codes.
     Packed(Packed),
+    /// Codes, laid out for inference on a CPU.
+    Arranged(Arranged),
 }
 
 /// Weights looked at together where a dense copy is needed for a moment: 16 MB in f32.
@@ -78,6 +70,7 @@ impl Weight {
         match self {
             Self::Dense(w) => w.dim(0),
             Self::Packed(w) => w.codes.dim(0),
+            Self::Arranged(w) => w.shape().0,
         }
     }
 
@@ -86,12 +79,13 @@ impl Weight {
         match self {
             Self::Dense(w) => w.dim(1),
             Self::Packed(w) => w.scales.dim(1) * w.grid.group_size,
+            Self::Arranged(w) => w.shape().1,
         }
     }
 
     /// Whether it is packed.
     pub fn is_packed(&self) -> bool {
-        matches!(self, Self::Packed(_))
+        !matches!(self, Self::Dense(_))
     }
 
     /// Bytes in memory.
@@ -99,6 +93,7 @@ impl Weight {
         match self {
             Self::Dense(w) => w.nbytes(),
             Self::Packed(w) => w.codes.nbytes() + w.scales.nbytes() + w.biases.nbytes(),
+            Self::Arranged(w) => w.arrays().iter().map(Array::nbytes).sum(),
         }
     }
 
@@ -108,8 +103,22 @@ impl Weight {
     /// When shapes do not fit.
     pub fn matmul(&self, x: &Array) -> Result<Array> {
         match self {
-            Self::Dense(w) => x.matmul(w.transpose()?),
+            Self::Dense(w) => graft_ops::dense_matmul(x, w),
             Self::Packed(w) => graft_ops::packed_matmul(x, w.as_ref()),
+            Self::Arranged(w) => graft_ops::arranged_matmul(x, w),
+        }
+    }
+
+    /// [`Weight::matmul`] of one x with each of some weights.
+    ///
+    /// # Errors
+    /// When shapes do not fit.
+    pub fn matmuls(x: &Array, weights: &[&Weight]) -> Result<Vec<Array>> {
+        let arranged =
+            weights.iter().map(|weight| if let Self::Arranged(w) = weight { Some(w) } else { None });
+        match arranged.collect::<Option<Vec<_>>>() {
+            Some(arranged) => graft_ops::arranged_matmuls(x, &arranged),
+            None => weights.iter().map(|weight| weight.matmul(x)).collect(),
         }
     }
 
@@ -119,8 +128,11 @@ impl Weight {
     /// When shapes do not fit.
     pub fn matmul_t(&self, x: &Array) -> Result<Array> {
         match self {
-            Self::Dense(w) => x.matmul(w),
+            Self::Dense(w) => graft_ops::dense_matmul_t(x, w),
             Self::Packed(w) => graft_ops::packed_matmul_t(x, w.as_ref()),
+            Self::Arranged(_) => {
+                Err(Exception::custom("weights laid out for inference have no transposed product"))
+            }
         }
     }
 
@@ -132,6 +144,7 @@ impl Weight {
         match self {
             Self::Dense(w) => w.take_axis(ids, 0)?.as_dtype(dtype),
             Self::Packed(w) => graft_ops::packed_rows(ids, w.as_ref(), dtype),
+            Self::Arranged(w) => graft_ops::arranged_rows(ids, w)?.as_dtype(dtype),
         }
     }
 
@@ -143,7 +156,20 @@ impl Weight {
         match self {
             Self::Dense(w) => w.as_dtype(dtype),
             Self::Packed(w) => w.dequantize(dtype),
+            Self::Arranged(w) => {
+                let out = w.shape().0;
+                graft_ops::arranged_rows(&Array::from_iter(0..out, &[out]), w)?.as_dtype(dtype)
+            }
         }
+    }
+
+    /// The same weight in the form that inference reads fastest with the precision in use; itself where that is this one.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn arranged(self) -> Result<Self> {
+        let Self::Packed(w) = &self else { return Ok(self) };
+        Ok(graft_ops::arrange(w.as_ref())?.map_or(self, Self::Arranged))
     }
 
     /// ||W_o||^2 of each row, f32 (out,). Dense copies exist of a block of rows at a time. Evaluates.
@@ -158,11 +184,7 @@ impl Weight {
         while from < out {
             let to = (from + step).min(out);
             let ids = Array::from_iter(from..to, &[to - from]);
-            let rows = match self {
-                Self::Dense(w) => w.take_axis(&ids, 0)?.as_dtype(Dtype::Float32)?,
-                Self::Packed(w) => w.slice(&ids)?.dequantize(Dtype::Float32)?,
-            };
-            let squared = rows.square()?.sum_axis(1, false)?;
+            let squared = self.rows(&ids, Dtype::Float32)?.square()?.sum_axis(1, false)?;
             squared.eval()?;
             blocks.push(squared);
             from = to;
@@ -180,6 +202,7 @@ impl Weight {
         match self {
             Self::Dense(w) => w.eval(),
             Self::Packed(w) => mlx_rs::transforms::eval([&w.codes, &w.scales, &w.biases]),
+            Self::Arranged(w) => mlx_rs::transforms::eval(w.arrays()),
         }
     }
 }

@@ -220,10 +220,14 @@ pub(crate) fn pretty(value: &Value) -> Result<Vec<u8>> {
 
 /// Refuses a target that would be lost: one that exists without leave, or that is no model directory.
 fn check_target(target: &Path, overwrite: bool) -> Result<()> {
+    let no_directory = "it is no directory; choose another path";
+    if let Some(file) = target.ancestors().skip(1).find(|dir| dir.is_file()) {
+        return Err(Error::Exists { path: file.to_path_buf(), hint: no_directory.into() });
+    }
     let Ok(metadata) = std::fs::symlink_metadata(target) else { return Ok(()) };
     let exists = |hint: &str| Err(Error::Exists { path: target.to_path_buf(), hint: hint.into() });
     if !metadata.is_dir() {
-        return exists("it is no directory; choose another path");
+        return exists(no_directory);
     }
     let empty = std::fs::read_dir(target).map_err(Error::io(target))?.next().is_none();
     if empty {

@@ -6,56 +6,8 @@ use std::path::Path;
 use graft_ops::Dtype;
 use graft_quant::gguf::{Block, Gguf, HostPacked, Kind, Value};
 use graft_quant::{Error, Packed};
+use graft_testkit::{GgufMaker as Maker, gguf_text as text};
 use half::f16;
-
-/// A file in the making.
-#[derive(Default)]
-struct Maker {
-    values: Vec<u8>,
-    value_count: u64,
-    infos: Vec<u8>,
-    tensor_count: u64,
-    data: Vec<u8>,
-}
-
-fn text(s: &str) -> Vec<u8> {
-    [&(s.len() as u64).to_le_bytes()[..], s.as_bytes()].concat()
-}
-
-impl Maker {
-    fn value(&mut self, key: &str, kind: u32, bytes: &[u8]) {
-        self.values.extend(text(key));
-        self.values.extend(kind.to_le_bytes());
-        self.values.extend(bytes);
-        self.value_count += 1;
-    }
-
-    /// `shape` row-major, as the reader shall return it.
-    fn tensor(&mut self, name: &str, shape: &[u64], kind: u32, bytes: &[u8]) {
-        self.data.resize(self.data.len().next_multiple_of(32), 0);
-        self.infos.extend(text(name));
-        self.infos.extend((shape.len() as u32).to_le_bytes());
-        for dim in shape.iter().rev() {
-            self.infos.extend(dim.to_le_bytes());
-        }
-        self.infos.extend(kind.to_le_bytes());
-        self.infos.extend((self.data.len() as u64).to_le_bytes());
-        self.data.extend(bytes);
-        self.tensor_count += 1;
-    }
-
-    fn bytes(&self) -> Vec<u8> {
-        let mut out = b"GGUF".to_vec();
-        out.extend(3_u32.to_le_bytes());
-        out.extend(self.tensor_count.to_le_bytes());
-        out.extend(self.value_count.to_le_bytes());
-        out.extend(&self.values);
-        out.extend(&self.infos);
-        out.resize(out.len().next_multiple_of(32), 0);
-        out.extend(&self.data);
-        out
-    }
-}
 
 fn open(bytes: &[u8]) -> Result<Gguf, Error> {
     let dir = tempfile::tempdir().unwrap();
@@ -262,7 +214,7 @@ fn no_byte_makes_the_reader_panic() {
 
 #[test]
 fn lies_are_named() {
-    assert!(message(b"GGML....").contains("GGUF"));
+    assert!(message(b"GG\xfeL....").contains("begins with \"GG\\xfeL\", not with \"GGUF\""));
     assert!(message(&[&b"GGUF"[..], &1_u32.to_le_bytes()].concat()).contains("version 1"));
     assert!(message(&[&b"GGUF"[..], &3_u32.to_be_bytes()].concat()).contains("big-endian"));
 

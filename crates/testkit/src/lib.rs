@@ -13,6 +13,7 @@
 mod adapter;
 mod compare;
 mod files;
+mod gguf;
 mod random;
 mod thread;
 mod tiny;
@@ -21,6 +22,7 @@ pub mod tolerance;
 
 pub use adapter::tiny_adapter;
 pub use compare::{assert_close, close};
+pub use gguf::{GgufMaker, gguf_text, tiny_gguf};
 pub use thread::{mlx, wanted_form_is_mlx};
 pub use tiny::{Dtype, Family, Tiny, tiny_dense_of, tiny_model};
 pub use tokenizer::{CHAT_TEMPLATE, tokenizer_json};

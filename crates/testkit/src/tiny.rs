@@ -179,7 +179,7 @@ impl Tiny {
         config
     }
 
-    fn tensors(&self) -> Tensors {
+    pub(crate) fn tensors(&self) -> Tensors {
         let mut all = Tensors::new();
         let vector = |all: &mut Tensors, name: String, n: usize, mean: f32| {
             let values = Random::new(self.seed, &name).normal(n, mean, 0.1);

@@ -46,7 +46,7 @@ pub(crate) struct ConvertArgs {
     /// Mixed-bit recipe
     #[arg(long, value_parser = ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"])]
     pub(crate) quant_predicate: Option<String>,
-    /// Dtype of what is not packed (default: config.json's)
+    /// Dtype of what is not packed (default: config.json's; float16 for a .gguf file)
     #[arg(long, value_parser = ["float16", "bfloat16", "float32"])]
     pub(crate) dtype: Option<String>,
     /// Write a model without packed weights

@@ -23,6 +23,9 @@ pub(crate) struct Cli {
     /// Threads of our CPU operations (default: the cores allowed; also GRAFT_THREADS)
     #[arg(long, global = true, value_name = "N")]
     pub(crate) threads: Option<usize>,
+    /// Compute in f32 throughout, where on a CPU graft would use bf16 and 8-bit products
+    #[arg(long, global = true)]
+    pub(crate) exact: bool,
     #[command(subcommand)]
     pub(crate) command: Command,
 }

@@ -3,8 +3,9 @@
 use crate::args::ConvertArgs;
 use crate::errors::Usage;
 use crate::{hub, ui};
-use anyhow::{Result, bail};
-use graft_quant::convert::{ConvertOptions, Event, Packing, Report};
+use anyhow::{Context, Result, bail};
+use graft_model::GgufImport;
+use graft_quant::convert::{ConvertOptions, Event, GgufParts, Packing, Report, convert_gguf};
 use graft_quant::{Grid, Recipe, gguf::Gguf};
 use std::path::{Path, PathBuf};
 
@@ -30,8 +31,10 @@ pub(crate) fn convert(args: &ConvertArgs, quantize: bool) -> Result<()> {
     };
     let report = match gguf_file(source)? {
         Some(file) => {
-            let _gguf = Gguf::open(&file)?;
-            bail!("GGUF");
+            let gguf = Gguf::open(&file)?;
+            let GgufImport { config, files, names } = GgufImport::new(&gguf)?;
+            let parts = GgufParts { config, files, names: &|tensor| names.get(tensor).cloned() };
+            convert_gguf(&gguf, &parts, target, &options, &mut on_event)
         }
         None => {
             let dir = hub::resolve(source, hub::What::Model)?;
@@ -88,21 +91,26 @@ fn options(args: &ConvertArgs, quantize: bool) -> Result<ConvertOptions> {
     })
 }
 
-/// The GGUF file that the argument is or, as the only one and without a config.json beside it, holds.
+/// The GGUF file that the argument is or, as the only one and without safetensors beside it, holds.
 fn gguf_file(source: &str) -> Result<Option<PathBuf>> {
     let path = Path::new(source);
-    let is_gguf = |p: &Path| p.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
-    if path.is_file() && is_gguf(path) {
+    let is = |p: &Path, form: &str| p.extension().is_some_and(|e| e.eq_ignore_ascii_case(form));
+    if path.is_file() {
+        // Some stores keep models under names without an extension; what the file is, its first bytes say.
         return Ok(Some(path.to_path_buf()));
     }
-    if !path.exists() && is_gguf(path) {
-        bail!("there is no file {source}");
+    if !path.exists() && is(path, "gguf") {
+        bail!("there is no file {source}; give a .gguf file, a model directory or a Hugging Face id");
     }
-    if !path.is_dir() || path.join("config.json").exists() {
+    if !path.is_dir() {
         return Ok(None);
     }
-    let mut files: Vec<PathBuf> =
-        std::fs::read_dir(path)?.flatten().map(|e| e.path()).filter(|p| is_gguf(p)).collect();
+    let all = std::fs::read_dir(path).with_context(|| format!("cannot read {source}"))?;
+    let all: Vec<PathBuf> = all.flatten().map(|entry| entry.path()).collect();
+    if all.iter().any(|p| is(p, "safetensors")) {
+        return Ok(None);
+    }
+    let mut files: Vec<PathBuf> = all.into_iter().filter(|p| is(p, "gguf") && p.is_file()).collect();
     match files.len() {
         0 | 1 => Ok(files.pop()),
         n => bail!(Usage(format!("{source} holds {n} .gguf files; name one of them"))),

@@ -1,9 +1,13 @@
 //! Llama, Mistral and SmolLM2: the plain form of the graph.
 
-use super::{Family, Fields};
+use super::{Family, Fields, GgufFamily};
 use crate::{DecoderConfig, Result};
 
-pub(super) const FAMILY: Family = Family { names: &["llama", "mistral"], config };
+pub(super) const FAMILY: Family = Family {
+    names: &["llama", "mistral"],
+    config,
+    gguf: Some(GgufFamily { architecture: "llama", class: "LlamaForCausalLM", pairs: true }),
+};
 
 fn config(fields: &Fields) -> Result<DecoderConfig> {
     let bias = fields.bool_or("attention_bias", false)?;

@@ -16,6 +16,19 @@ pub struct Family {
     pub names: &'static [&'static str],
     /// Reads config.json.
     pub config: fn(&Fields) -> Result<DecoderConfig>,
+    /// What its GGUF files are; none if they are not read.
+    pub gguf: Option<GgufFamily>,
+}
+
+/// A family as llama.cpp knows it.
+#[derive(Debug, Clone, Copy)]
+pub struct GgufFamily {
+    /// `general.architecture`, and our `model_type`.
+    pub architecture: &'static str,
+    /// Its class in transformers, which config.json names.
+    pub class: &'static str,
+    /// The two rows of q and k that rotate together stand side by side in the file.
+    pub pairs: bool,
 }
 
 const FAMILIES: [Family; 3] = [llama::FAMILY, qwen::QWEN2, qwen::QWEN3];
@@ -23,6 +36,16 @@ const FAMILIES: [Family; 3] = [llama::FAMILY, qwen::QWEN2, qwen::QWEN3];
 /// Every `model_type` that can be run.
 pub fn family_names() -> Vec<&'static str> {
     FAMILIES.iter().flat_map(|f| f.names).copied().collect()
+}
+
+/// The family of a `general.architecture`.
+pub(crate) fn gguf_family(architecture: &str) -> Option<GgufFamily> {
+    FAMILIES.iter().filter_map(|f| f.gguf).find(|gguf| gguf.architecture == architecture)
+}
+
+/// Every `general.architecture` that can be imported.
+pub(crate) fn gguf_names() -> String {
+    FAMILIES.iter().filter_map(|f| Some(f.gguf?.architecture)).collect::<Vec<_>>().join(", ")
 }
 
 /// Reads a config.json, whose path is `file`.
@@ -60,6 +83,10 @@ fn check(fields: &Fields, c: &DecoderConfig) -> Result<()> {
     if c.heads % c.kv_heads != 0 {
         let expected = format!("a divisor of num_attention_heads ({})", c.heads);
         return Err(fields.wrong("num_key_value_heads", &expected, &c.kv_heads.to_string()));
+    }
+    if c.heads.checked_mul(c.head_dim).is_none() {
+        let expected = format!("a size with which {} heads can be", c.heads);
+        return Err(fields.wrong("head_dim", &expected, &c.head_dim.to_string()));
     }
     if c.head_dim % 2 != 0 {
         return Err(fields.wrong("head_dim", "an even number (rotary pairs)", &c.head_dim.to_string()));

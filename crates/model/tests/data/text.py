@@ -308,6 +308,13 @@ MIXED = """Start
 Done
 """
 
+# Every way in which a value becomes text, for values that Python prints in its own way.
+PRINTED = """{% for x in values %}{{ x }} {{ [x] }} {{ x | string }} {{ [x, x] | join(', ') }}
+{% endfor %}
+{{ {'k': (1,), 2: (1, 2)} }} {{ () }} {{ 1e300 * 1e300 }} {{ [-1e300 * 1e300] }} {{ values[:2] + [1e16, 1e15] }}
+{{ values | join }} {{ 1e-5 }} {{ 1e16 | string | length }} {{ [missing] }}
+"""
+
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "description": "The weather <now> & here: \"so\"",
      "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "Stadt, z. B. Köln"},
@@ -320,6 +327,8 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [
     {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Köln", "days": 2, "x": [1.5, None, True]}}}]}
 RESULT = {"role": "tool", "tool_call_id": "abcdefghi", "content": "{\"degrees\": 21}"}
 ANSWER = {"role": "assistant", "content": "21 degrees."}
+PRINTABLE = [0.1, 1e16, 123456789.125, 1e-4, 1e-5, -1e-300, 0.0, 7, True, None, [], {"a": [1e22]}, "it's", "\"", "it's \"", "\\ \0 \x1b \x7f \x85",
+             "\u0301 \u00a0 \u00ad \u200d \u2029 \u3000 \ufeff \ue000 \u0378", "👩\u200d👧 \U000e0001 \U0001f600 ünï 你 กำ"]
 VALUES = {"text": "ü\n\"<&>'\u007f\u2028", "list": [1, 2.0, 1e20, 1e-7, -0.0, 123456789012345680.0, 0.1], "map": {"b": None, "a": [True, {}, []]}, "empty": {}}
 
 CASES = [
@@ -344,6 +353,7 @@ CASES = [
     ("think arguments as text", THINK, [USER, {"role": "assistant", "content": "I call", "tool_calls": [
         {"function": {"name": "time", "arguments": "{}"}}, {"name": "time", "arguments": {}}]}], TOOLS, False, {}),
     ("mixed", MIXED, [USER, {"role": "skip", "content": "no"}, ANSWER, {"role": "stop", "content": "never"}], None, False, {"values": VALUES}),
+    ("printed", PRINTED, [USER], None, False, {"values": PRINTABLE}),
 ]
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}

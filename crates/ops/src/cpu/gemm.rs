@@ -2,14 +2,16 @@
 //!
 //! B may be packed weights, which are widened to f32 only as the panel that a tile needs next, so a dense copy of them
 //! never exists. Work is shared over blocks of C, never over k: each element of C is summed in one fixed order.
+//! With bf16 both panels hold words of two neighbours in k, which one instruction multiplies and adds to an f32.
 
-use super::level::dispatch;
-use super::scratch::{LEFT, PANEL};
-use super::simd::{Kernel, Simd, Tile};
+use super::level::{dispatch, dispatch_bf16, has_bf16};
+use super::scratch::{LEFT, PANEL, scratch};
+use super::simd::{Kernel, Simd, Tile, vectors};
+use crate::Precision;
 use crate::pool::{self, Shares};
 
 /// The depth of a panel of B at most: with 32 columns, most of a first-level cache.
-const DEPTH: usize = 256;
+pub(crate) const DEPTH: usize = 256;
 /// Depth blocks for which A is in panels at a time.
 const BLOCKS: usize = 8;
 /// Rows for which A is in panels at a time; a multiple of every level's tile.
@@ -22,16 +24,7 @@ const SMALL: usize = 1 << 17;
 /// The right side of a product, (k, n).
 pub(crate) trait Right: Sync {
     /// Writes rows `k`..`k + depth` of columns `n`..`n + columns` to `panel` (depth, width), with zeros in the other columns.
-    fn panel<S: Simd>(
-        &self,
-        s: S,
-        k: usize,
-        depth: usize,
-        n: usize,
-        columns: usize,
-        width: usize,
-        panel: &mut [f32],
-    );
+    fn panel<S: Simd>(&self, s: S, k: (usize, usize), n: (usize, usize), width: usize, panel: &mut [f32]);
     /// What depths have to be multiples of.
     fn depth_unit(&self) -> usize;
 }
@@ -55,15 +48,33 @@ pub(crate) struct Sizes {
     pub(crate) k: usize,
 }
 
-/// C = alpha A B, or C += alpha A B if `add`; C's rows are `c_row` apart.
+/// y = x B for x (m, k) and y (m, n), both row by row.
+pub(crate) fn product(x: &[f32], k: usize, b: &impl Right, n: usize, y: &mut [f32], precision: Precision) {
+    let sizes = Sizes { m: x.len() / k, n, k };
+    assert!(y.len() >= sizes.m * n);
+    let a = Matrix { data: x.as_ptr(), row: k, column: 1 };
+    let c = Shares::new(y);
+    // SAFETY: x is (m, k), y is (m, n) and borrowed for us alone.
+    unsafe {
+        if precision >= Precision::Bf16 && has_bf16() {
+            gemm::<_, true>(sizes, a, 1.0, b, &c, n, false);
+        } else {
+            gemm::<_, false>(sizes, a, 1.0, b, &c, n, false);
+        }
+    }
+}
+
+/// C = alpha A B, or C += alpha A B if `add`; C's rows are `c_row` apart. With BF16, for which A's columns must be next to
+/// each other, both sides are rounded.
 ///
 /// # Safety
-/// A must be readable for (m, k) by its strides, and C must hold (m - 1) * c_row + n floats that nobody else uses.
-pub(crate) unsafe fn gemm(
+/// A must be readable for (m, k) by its strides, and C must hold (m - 1) * c_row + n floats that nobody else uses. BF16
+/// only where [`has_bf16`] holds.
+pub(crate) unsafe fn gemm<B: Right, const BF16: bool>(
     sizes: Sizes,
     a: Matrix,
     alpha: f32,
-    b: &impl Right,
+    b: &B,
     c: &Shares<f32>,
     c_row: usize,
     add: bool,
@@ -72,12 +83,11 @@ pub(crate) unsafe fn gemm(
     if m == 0 || n == 0 {
         return;
     }
-    let width_of = dispatch(Shape);
-    let tile_rows = width_of.rows;
-    let narrow = n <= width_of.lanes;
-    let width = if narrow { width_of.lanes } else { 2 * width_of.lanes };
+    let TileShape { rows: tile_rows, lanes } = dispatch(Shape);
+    let narrow = n <= lanes;
+    let width = if narrow { lanes } else { 2 * lanes };
     // Depth blocks of about one size, so that the last is not a stump.
-    let unit = b.depth_unit();
+    let unit = b.depth_unit().next_multiple_of(if BF16 { 2 } else { 1 });
     let depth = k.div_ceil(k.div_ceil(DEPTH).max(1)).next_multiple_of(unit).max(unit);
     let span = depth * BLOCKS;
 
@@ -87,55 +97,39 @@ pub(crate) unsafe fn gemm(
         let mut begin = 0;
         loop {
             let here = span.min(k - begin);
-            LEFT.with(|left| {
-                left.with(panels * tile_rows * here, |left| {
-                    let shares = Shares::new(left);
-                    let pack = |panel: usize| {
-                        let at = row + panel * tile_rows;
-                        let valid = tile_rows.min(m - at);
-                        for from in (0..here).step_by(depth) {
-                            let depth = depth.min(here - from);
-                            // SAFETY: each panel has a part of its own in every depth block.
-                            let out = unsafe {
-                                let start = from * panels * tile_rows + panel * tile_rows * depth;
-                                shares.part(start, tile_rows * depth)
-                            };
-                            // SAFETY: within A by the caller's promise.
-                            unsafe { pack_left(a, at, valid, begin + from, tile_rows, alpha, out) };
-                        }
-                    };
-                    share(rows * here >= SMALL / 4, panels, pack);
-
-                    let block = Block {
-                        sizes,
-                        row,
-                        rows,
-                        begin,
-                        here,
-                        depth,
-                        width,
-                        narrow,
-                        c_row,
-                        add: add || begin > 0,
-                    };
-                    let (column_tasks, columns) = cut(n.div_ceil(width), 2 * pool::threads(), WIDE);
-                    let (row_tasks, row_panels) =
-                        cut(panels, (2 * pool::threads()).div_ceil(column_tasks), usize::MAX);
-                    // SAFETY: only read from here on.
-                    let left = unsafe { shares.part(0, panels * tile_rows * here) };
-                    share(rows * n * here >= SMALL, column_tasks * row_tasks, |task| {
-                        let (column, part) = (task % column_tasks, task / column_tasks);
-                        dispatch(Task {
-                            block,
-                            left,
-                            b,
-                            c: c.pointer(),
-                            first_panel: column * columns,
-                            last_panel: ((column + 1) * columns).min(n.div_ceil(width)),
-                            first_row: part * row_panels,
-                            last_row: ((part + 1) * row_panels).min(panels),
-                        });
-                    });
+            let mut left = scratch(&LEFT, panels * tile_rows * steps::<BF16>(here));
+            let shares = Shares::new(&mut left);
+            share(rows * here >= SMALL / 4, panels, |panel| {
+                let at = row + panel * tile_rows;
+                let valid = tile_rows.min(m - at);
+                for from in (0..here).step_by(depth) {
+                    let depth = depth.min(here - from);
+                    let start =
+                        steps::<BF16>(from) * panels * tile_rows + panel * tile_rows * steps::<BF16>(depth);
+                    // SAFETY: each panel has a part of its own in every depth block.
+                    let out = unsafe { shares.part(start, tile_rows * steps::<BF16>(depth)) };
+                    let left = Left { a, row: at, valid, k: begin + from, depth, tile_rows, alpha, out };
+                    if BF16 { dispatch_bf16(PairLeft(left)) } else { left.pack() }
+                }
+            });
+            let add = add || begin > 0;
+            let block = Block { sizes, row, rows, begin, here, depth, width, narrow, c_row, add };
+            let (column_tasks, columns) = cut(n.div_ceil(width), 2 * pool::threads(), WIDE);
+            let (row_tasks, row_panels) =
+                cut(panels, (2 * pool::threads()).div_ceil(column_tasks), usize::MAX);
+            // SAFETY: only read from here on.
+            let left = unsafe { shares.part(0, panels * tile_rows * steps::<BF16>(here)) };
+            share(rows * n * here >= SMALL, column_tasks * row_tasks, |task| {
+                let (column, part) = (task % column_tasks, task / column_tasks);
+                dispatch_bf16(Task::<B, BF16> {
+                    block,
+                    left,
+                    b,
+                    c: c.pointer(),
+                    first_panel: column * columns,
+                    last_panel: ((column + 1) * columns).min(n.div_ceil(width)),
+                    first_row: part * row_panels,
+                    last_row: ((part + 1) * row_panels).min(panels),
                 });
             });
             begin += here;
@@ -146,7 +140,12 @@ pub(crate) unsafe fn gemm(
     }
 }
 
-fn share(worth_it: bool, tasks: usize, run: impl Fn(usize) + Sync) {
+/// Elements of a panel for a depth.
+const fn steps<const BF16: bool>(depth: usize) -> usize {
+    if BF16 { depth.div_ceil(2) } else { depth }
+}
+
+pub(crate) fn share(worth_it: bool, tasks: usize, run: impl Fn(usize) + Sync) {
     if worth_it {
         pool::run(tasks, run);
     } else {
@@ -175,24 +174,69 @@ impl Kernel for Shape {
     }
 }
 
-/// Rows `row`..`row + valid` of A from column `k` on, as (depth, tile_rows) with zeros for the rows that A does not have.
-unsafe fn pack_left(
+/// Rows `row`..`row + valid` of A from column `k` on, to be laid out as (depth, tile_rows) with zeros for the rows that A
+/// does not have.
+struct Left<'a> {
     a: Matrix,
     row: usize,
     valid: usize,
     k: usize,
+    depth: usize,
     tile_rows: usize,
     alpha: f32,
-    out: &mut [f32],
-) {
-    // SAFETY: within A by the caller's promise, here and below.
-    let start = unsafe { a.data.add(row * a.row + k * a.column) };
-    if valid < tile_rows {
-        out.fill(0.0);
+    out: &'a mut [f32],
+}
+
+impl Left<'_> {
+    fn pack(self) {
+        let Left { a, row, valid, k, depth, tile_rows, alpha, out } = self;
+        if valid < tile_rows {
+            out.fill(0.0);
+        }
+        for i in 0..valid {
+            // SAFETY: within A by the caller's promise.
+            let from = unsafe { a.data.add((row + i) * a.row + k * a.column) };
+            for at in 0..depth {
+                // SAFETY: as above.
+                out[at * tile_rows + i] = alpha * unsafe { *from.add(at * a.column) };
+            }
+        }
     }
-    for (at, out) in out.chunks_exact_mut(tile_rows).enumerate() {
-        for (i, out) in out[..valid].iter_mut().enumerate() {
-            *out = alpha * unsafe { *start.add(i * a.row + at * a.column) };
+}
+
+/// The same as words of two neighbours, (depth / 2, tile_rows); the last word of an odd depth is half zero.
+struct PairLeft<'a>(Left<'a>);
+
+impl Kernel for PairLeft<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Left { a, row, valid, k, depth, tile_rows, alpha: _, out } = self.0;
+        if valid < tile_rows {
+            out.fill(0.0);
+        }
+        let mut words = [0_u32; DEPTH / 2];
+        let whole = depth / S::LANES * S::LANES;
+        for i in 0..valid {
+            // SAFETY: row + i is a row of A, which has `depth` columns next to each other from k on.
+            unsafe {
+                let from = a.data.add((row + i) * a.row + k);
+                for at in vectors::<S>(depth) {
+                    s.pair_neighbours(from.add(at), words.as_mut_ptr().add(at / 2));
+                }
+                if whole < depth {
+                    let mut rest = [0.0; 16];
+                    std::ptr::copy_nonoverlapping(from.add(whole), rest.as_mut_ptr(), depth - whole);
+                    let mut last = [0; 8];
+                    s.pair_neighbours(rest.as_ptr(), last.as_mut_ptr());
+                    let count = (depth - whole).div_ceil(2);
+                    words[whole / 2..whole / 2 + count].copy_from_slice(&last[..count]);
+                }
+            }
+            for (at, word) in words[..depth.div_ceil(2)].iter().enumerate() {
+                out[at * tile_rows + i] = f32::from_bits(*word);
+            }
         }
     }
 }
@@ -212,7 +256,7 @@ struct Block {
 }
 
 /// Some panels of columns times some panels of rows.
-struct Task<'a, B> {
+struct Task<'a, B, const BF16: bool> {
     block: Block,
     left: &'a [f32],
     b: &'a B,
@@ -223,66 +267,78 @@ struct Task<'a, B> {
     last_row: usize,
 }
 
-impl<B: Right> Kernel for Task<'_, B> {
+impl<B: Right, const BF16: bool> Kernel for Task<'_, B, BF16> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Block { sizes, row, rows, begin, here, depth, width, narrow, c_row, add } = self.block;
         let panels = rows.div_ceil(S::LARGE_ROWS);
-        PANEL.with(|scratch| {
-            scratch.with(width * depth + S::LARGE_ROWS * width, |scratch| {
-                let (panel, edge) = scratch.split_at_mut(width * depth);
-                for from in (0..here).step_by(depth) {
-                    let depth = depth.min(here - from);
-                    for p in self.first_panel..self.last_panel {
-                        let column = p * width;
-                        let columns = width.min(sizes.n - column);
-                        self.b.panel(
-                            s,
-                            begin + from,
-                            depth,
-                            column,
-                            columns,
-                            width,
-                            &mut panel[..width * depth],
-                        );
-                        for r in self.first_row..self.last_row {
-                            let at = r * S::LARGE_ROWS;
-                            let valid = S::LARGE_ROWS.min(rows - at);
-                            let whole = valid == S::LARGE_ROWS && columns == width;
-                            let left = from * panels * S::LARGE_ROWS + r * S::LARGE_ROWS * depth;
-                            // SAFETY: C is (m, n) and this tile is inside it.
-                            let c = unsafe { self.c.add((row + at) * c_row + column) };
-                            let tile = Tile {
-                                k: depth,
-                                a: self.left[left..].as_ptr(),
-                                a_row: 1,
-                                a_k: S::LARGE_ROWS,
-                                b: panel.as_ptr(),
-                                b_k: width,
-                                c: if whole { c } else { edge.as_mut_ptr() },
-                                c_row: if whole { c_row } else { width },
-                                add: whole && (add || from > 0),
-                            };
-                            // SAFETY: the panels hold `depth` rows of what the tile reads; a tile that is not whole
-                            // goes to `edge`, which has the tile's size.
-                            unsafe { if narrow { s.narrow_tile(tile) } else { s.large_tile(tile) } }
-                            if !whole {
-                                for i in 0..valid {
-                                    for j in 0..columns {
-                                        // SAFETY: within C, since i and j count what is valid.
-                                        let c = unsafe { &mut *c.add(i * c_row + j) };
-                                        let sum = edge[i * width + j];
-                                        *c = if add || from > 0 { *c + sum } else { sum };
-                                    }
-                                }
+        let pairs = if BF16 { width * steps::<BF16>(depth) } else { 0 };
+        // One row more than the depth, for the zeros that make an odd depth even.
+        let mut scratch = scratch(&PANEL, width * (depth + 1) + pairs + S::LARGE_ROWS * width);
+        let (panel, rest) = scratch.split_at_mut(width * (depth + 1));
+        let (pairs, edge) = rest.split_at_mut(pairs);
+        for from in (0..here).step_by(depth) {
+            let depth = depth.min(here - from);
+            for p in self.first_panel..self.last_panel {
+                let column = p * width;
+                let columns = width.min(sizes.n - column);
+                self.b.panel(s, (begin + from, depth), (column, columns), width, &mut panel[..width * depth]);
+                if BF16 {
+                    panel[width * depth..width * (depth + depth % 2)].fill(0.0);
+                    for (two, to) in panel.chunks_exact(2 * width).zip(pairs.chunks_exact_mut(width)) {
+                        for j in (0..width).step_by(S::LANES) {
+                            // SAFETY: a row is `width`, which is whole vectors.
+                            unsafe {
+                                let (even, odd) = (two.as_ptr().add(j), two.as_ptr().add(width + j));
+                                s.pair_columns(even, odd, to.as_mut_ptr().add(j).cast());
                             }
                         }
                     }
                 }
-            });
-        });
+                for r in self.first_row..self.last_row {
+                    let at = r * S::LARGE_ROWS;
+                    let valid = S::LARGE_ROWS.min(rows - at);
+                    let whole = valid == S::LARGE_ROWS && columns == width;
+                    let left = steps::<BF16>(from) * panels * S::LARGE_ROWS
+                        + r * S::LARGE_ROWS * steps::<BF16>(depth);
+                    // SAFETY: C is (m, n) and this tile is inside it.
+                    let c = unsafe { self.c.add((row + at) * c_row + column) };
+                    let tile = Tile {
+                        k: steps::<BF16>(depth),
+                        a: self.left[left..].as_ptr(),
+                        a_row: 1,
+                        a_k: S::LARGE_ROWS,
+                        b: if BF16 { pairs.as_ptr() } else { panel.as_ptr() },
+                        b_k: width,
+                        c: if whole { c } else { edge.as_mut_ptr() },
+                        c_row: if whole { c_row } else { width },
+                        add: whole && (add || from > 0),
+                    };
+                    // SAFETY: the panels hold `depth` rows of what the tile reads; a tile that is not whole goes to
+                    // `edge`, which has the tile's size.
+                    unsafe {
+                        match (BF16, narrow) {
+                            (true, true) => s.pair_tile::<true>(tile),
+                            (true, false) => s.pair_tile::<false>(tile),
+                            (false, true) => s.narrow_tile(tile),
+                            (false, false) => s.large_tile(tile),
+                        }
+                    }
+                    if !whole {
+                        for i in 0..valid {
+                            for j in 0..columns {
+                                // SAFETY: within C, since i and j count what is valid.
+                                let c = unsafe { &mut *c.add(i * c_row + j) };
+                                let sum = edge[i * width + j];
+                                *c = if add || from > 0 { *c + sum } else { sum };
+                            }
+                        }
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -295,27 +351,34 @@ impl Right for Matrix {
     fn panel<S: Simd>(
         &self,
         s: S,
-        k: usize,
-        depth: usize,
-        n: usize,
-        columns: usize,
+        (k, depth): (usize, usize),
+        (n, columns): (usize, usize),
         width: usize,
         panel: &mut [f32],
     ) {
         if columns < width {
             panel.fill(0.0);
         }
-        for (i, out) in panel.chunks_exact_mut(width).enumerate().take(depth) {
-            // SAFETY: row k + i and columns n.. are within the matrix.
-            unsafe {
-                let from = self.data.add((k + i) * self.row + n * self.column);
-                if self.column == 1 && columns == width {
-                    for j in (0..width).step_by(S::LANES) {
-                        s.store(out.as_mut_ptr().add(j), s.load(from.add(j)));
+        // SAFETY: rows k..k + depth and columns n..n + columns are within the matrix.
+        unsafe {
+            let from = self.data.add(k * self.row + n * self.column);
+            if self.column == 1 {
+                for (i, out) in panel.chunks_exact_mut(width).enumerate().take(depth) {
+                    let row = from.add(i * self.row);
+                    if columns == width {
+                        for j in (0..width).step_by(S::LANES) {
+                            s.store(out.as_mut_ptr().add(j), s.load(row.add(j)));
+                        }
+                    } else {
+                        std::ptr::copy_nonoverlapping(row, out.as_mut_ptr(), columns);
                     }
-                } else {
-                    for (j, out) in out[..columns].iter_mut().enumerate() {
-                        *out = *from.add(j * self.column);
+                }
+            } else {
+                // Along the columns, whose elements are next to each other where W^T is meant.
+                for j in 0..columns {
+                    let column = from.add(j * self.column);
+                    for i in 0..depth {
+                        panel[i * width + j] = *column.add(i * self.row);
                     }
                 }
             }

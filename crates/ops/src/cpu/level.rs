@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::simd::{Kernel, Simd};
+use super::simd::Kernel;
 use super::simd_portable::Portable;
 
 /// Instructions that the kernels are compiled for.
@@ -58,6 +58,24 @@ pub fn set_cpu_level(level: Level) {
     CHOSEN.store(level.min(best_cpu_level()) as u8, Ordering::Relaxed);
 }
 
+/// Whether the level in use multiplies bf16.
+pub(crate) fn has_bf16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return cpu_level() == Level::Avx512 && is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Runs a kernel that multiplies bf16 if [`has_bf16`], else one that does not: it has to know which it is.
+pub(crate) fn dispatch_bf16<K: Kernel>(kernel: K) -> K::Output {
+    #[cfg(target_arch = "x86_64")]
+    if has_bf16() {
+        // SAFETY: the processor has the instructions.
+        return unsafe { super::simd_x86::run_avx512_bf16(kernel) };
+    }
+    dispatch(kernel)
+}
+
 /// Runs a kernel at the level in use.
 pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     match cpu_level() {
@@ -69,16 +87,4 @@ pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
         Level::Avx2 => unsafe { super::simd_x86::run_avx2(kernel) },
         _ => kernel.run(Portable::new()),
     }
-}
-
-/// Where `dispatch` ends up, to be named in reports.
-pub(crate) fn lanes() -> usize {
-    struct Lanes;
-    impl Kernel for Lanes {
-        type Output = usize;
-        fn run<S: Simd>(self, _: S) -> usize {
-            S::LANES
-        }
-    }
-    dispatch(Lanes)
 }

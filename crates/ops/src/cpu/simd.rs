@@ -1,7 +1,9 @@
 //! The few vector operations that all kernels are written in, once for every level of instructions.
 //!
 //! A value of a type that implements [`Simd`] proves that the processor has its instructions. Kernels are generic over
-//! it and inlined into one function for each level, so that the vectors stay in registers.
+//! it and inlined into one function for each level, so that the vectors stay in registers. What computes with vectors
+//! must be `#[inline(always)]` all the way, and so cannot be a closure: that would be compiled for any processor, with a
+//! call for each instruction.
 
 use std::ops::Index;
 
@@ -49,18 +51,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `p` must be valid for reading all of them, and (LANES - 1) * stride must fit an i32.
     unsafe fn gather(self, p: *const u32, stride: usize) -> Self::I;
     fn shift_right(self, a: Self::I, by: u32) -> Self::I;
-    fn shift_left(self, a: Self::I, by: u32) -> Self::I;
     fn and(self, a: Self::I, b: Self::I) -> Self::I;
-    fn or(self, a: Self::I, b: Self::I) -> Self::I;
     fn to_float(self, a: Self::I) -> Self::V;
-    /// LANES 4-bit codes in their order.
+    /// LANES codes of `bits` bits in their order, from the first bit of `p` on.
     /// # Safety
-    /// `p` must be valid for reading LANES / 2 bytes.
-    unsafe fn codes4(self, p: *const u8) -> Self::I;
-    /// LANES 8-bit codes in their order.
-    /// # Safety
-    /// `p` must be valid for reading LANES bytes.
-    unsafe fn codes8(self, p: *const u8) -> Self::I;
+    /// `p` must be valid for reading LANES * bits / 8 bytes, and `end` must be where what can be read ends.
+    unsafe fn codes(self, p: *const u8, bits: usize, end: *const u8) -> Self::I;
 
     /// 32 weights s * code + b of 32 4-bit codes: those at even places first, then those at odd places.
     /// # Safety
@@ -75,7 +71,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `p` must be valid for reading 32 f32.
     unsafe fn block32(self, p: *const f32) -> Self::Block;
 
-    /// f16 bits as f32.
+    /// f16 bits as f32, as many as both hold.
     fn widen_f16(self, from: &[u16], to: &mut [f32]);
 
     /// One tile of the large products, see [`super::gemm`].
@@ -88,6 +84,28 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn narrow_tile(self, t: Tile);
     /// Rows of `large_tile`.
     const LARGE_ROWS: usize;
+    /// Rounds 2 rows of LANES f32 to bf16: each column's pair becomes a word. Only where [`super::level::has_bf16`] holds, as
+    /// the other operations on pairs.
+    /// # Safety
+    /// The pointers must be valid for reading, or writing, LANES elements.
+    unsafe fn pair_columns(self, even: *const f32, odd: *const f32, to: *mut u32) {
+        let _ = (even, odd, to);
+        unreachable!("this level has no products of bf16");
+    }
+    /// Rounds LANES f32 to bf16: neighbours become a word.
+    /// # Safety
+    /// The pointers must be valid for reading LANES f32, or writing half as many words.
+    unsafe fn pair_neighbours(self, from: *const f32, to: *mut u32) {
+        let _ = (from, to);
+        unreachable!("this level has no products of bf16");
+    }
+    /// [`Simd::large_tile`], or [`Simd::narrow_tile`] if NARROW, for pairs of bf16: k counts words.
+    /// # Safety
+    /// As [`tile`].
+    unsafe fn pair_tile<const NARROW: bool>(self, t: Tile) {
+        let _ = t;
+        unreachable!("this level has no products of bf16");
+    }
     /// One tile of attention's products: SMALL_ROWS x 2 vectors.
     /// # Safety
     /// As [`tile`].
@@ -173,14 +191,25 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     s.where_at_least(x, lowest, s.times_power_of_two(p, n))
 }
 
-/// Calls `f` with the offset of each whole vector of `len` elements, then returns where the rest begins.
+/// Where whole vectors of `len` elements begin.
 #[inline(always)]
-pub(crate) fn vectors<S: Simd>(_: S, len: usize, mut f: impl FnMut(usize)) -> usize {
-    let whole = len / S::LANES * S::LANES;
-    let mut at = 0;
-    while at < whole {
-        f(at);
-        at += S::LANES;
+pub(crate) fn vectors<S: Simd>(len: usize) -> impl Iterator<Item = usize> {
+    (0..len / S::LANES * S::LANES).step_by(S::LANES)
+}
+
+/// Eight codes of `bits` bits take as many bytes; they come in the low bits of a word, of which only those are valid.
+///
+/// # Safety
+/// `p` must be valid for reading `bits` bytes, and `end` must be where what can be read ends.
+#[inline(always)]
+pub(crate) unsafe fn eight_codes(p: *const u8, bits: usize, end: *const u8) -> u64 {
+    // SAFETY: the caller's promise; eight bytes are only read where there are as many.
+    unsafe {
+        if end.addr() - p.addr() >= 8 {
+            return p.cast::<u64>().read_unaligned();
+        }
+        let mut bytes = [0; 8];
+        std::ptr::copy_nonoverlapping(p, bytes.as_mut_ptr(), bits);
+        u64::from_le_bytes(bytes)
     }
-    whole
 }

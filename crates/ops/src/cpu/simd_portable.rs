@@ -1,6 +1,6 @@
 //! The vector operations in plain Rust, for processors that we know nothing about; the compiler makes of them what it can.
 
-use super::simd::{Simd, Tile, tile};
+use super::simd::{Simd, Tile, eight_codes, tile};
 
 const N: usize = 8;
 
@@ -116,32 +116,19 @@ impl Simd for Portable {
         each_int(|i| a[i] >> by)
     }
     #[inline(always)]
-    fn shift_left(self, a: [u32; N], by: u32) -> [u32; N] {
-        each_int(|i| a[i] << by)
-    }
-    #[inline(always)]
     fn and(self, a: [u32; N], b: [u32; N]) -> [u32; N] {
         each_int(|i| a[i] & b[i])
-    }
-    #[inline(always)]
-    fn or(self, a: [u32; N], b: [u32; N]) -> [u32; N] {
-        each_int(|i| a[i] | b[i])
     }
     #[inline(always)]
     fn to_float(self, a: [u32; N]) -> [f32; N] {
         each(|i| a[i] as i32 as f32)
     }
     #[inline(always)]
-    unsafe fn codes4(self, p: *const u8) -> [u32; N] {
+    unsafe fn codes(self, p: *const u8, bits: usize, end: *const u8) -> [u32; N] {
         // SAFETY: the caller's promise.
-        let word = u32::from_le_bytes(unsafe { p.cast::<[u8; 4]>().read() });
-        each_int(|i| (word >> (4 * i)) & 15)
-    }
-    #[inline(always)]
-    unsafe fn codes8(self, p: *const u8) -> [u32; N] {
-        // SAFETY: the caller's promise.
-        let bytes = unsafe { p.cast::<[u8; N]>().read() };
-        each_int(|i| u32::from(bytes[i]))
+        let word = unsafe { eight_codes(p, bits, end) };
+        let mask = (1 << bits) - 1;
+        each_int(|i| (word >> (i * bits)) as u32 & mask)
     }
 
     #[inline(always)]

@@ -7,7 +7,7 @@
 
 use std::arch::x86_64::*;
 
-use super::simd::{Kernel, Simd, Tile, tile};
+use super::simd::{Kernel, Simd, Tile, eight_codes, tile};
 
 /// AVX-512 F, BW, DQ and VL.
 #[derive(Clone, Copy)]
@@ -21,6 +21,13 @@ pub(crate) struct Avx2(());
 /// The processor must have the instructions.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Avx512(()))
+}
+
+/// # Safety
+/// The processor must have the instructions.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+pub(super) unsafe fn run_avx512_bf16<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx512(()))
 }
 
@@ -120,34 +127,32 @@ impl Simd for Avx512 {
         unsafe { _mm512_srl_epi32(a, _mm_cvtsi32_si128(by as i32)) }
     }
     #[inline(always)]
-    fn shift_left(self, a: __m512i, by: u32) -> __m512i {
-        unsafe { _mm512_sll_epi32(a, _mm_cvtsi32_si128(by as i32)) }
-    }
-    #[inline(always)]
     fn and(self, a: __m512i, b: __m512i) -> __m512i {
         unsafe { _mm512_and_si512(a, b) }
-    }
-    #[inline(always)]
-    fn or(self, a: __m512i, b: __m512i) -> __m512i {
-        unsafe { _mm512_or_si512(a, b) }
     }
     #[inline(always)]
     fn to_float(self, a: __m512i) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(a) }
     }
     #[inline(always)]
-    unsafe fn codes4(self, p: *const u8) -> __m512i {
+    unsafe fn codes(self, p: *const u8, bits: usize, end: *const u8) -> __m512i {
         unsafe {
-            let words = p.cast::<[i32; 2]>().read_unaligned();
-            let low = _mm512_castsi256_si512(_mm256_set1_epi32(words[0]));
-            let both = _mm512_inserti64x4::<1>(low, _mm256_set1_epi32(words[1]));
-            let by = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-            _mm512_and_si512(_mm512_srlv_epi32(both, by), _mm512_set1_epi32(15))
+            match bits {
+                4 => {
+                    let words = p.cast::<[i32; 2]>().read_unaligned();
+                    let low = _mm512_castsi256_si512(_mm256_set1_epi32(words[0]));
+                    let both = _mm512_inserti64x4::<1>(low, _mm256_set1_epi32(words[1]));
+                    let by = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+                    _mm512_and_si512(_mm512_srlv_epi32(both, by), _mm512_set1_epi32(15))
+                }
+                8 => _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())),
+                _ => {
+                    let low = _mm512_castsi256_si512(eight_words(eight_codes(p, bits, end), bits));
+                    let high = eight_words(eight_codes(p.add(bits), bits, end), bits);
+                    _mm512_inserti64x4::<1>(low, high)
+                }
+            }
         }
-    }
-    #[inline(always)]
-    unsafe fn codes8(self, p: *const u8) -> __m512i {
-        unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())) }
     }
 
     #[inline(always)]
@@ -167,11 +172,12 @@ impl Simd for Avx512 {
     unsafe fn block8(self, p: *const u8, s: f32, b: f32) -> [__m512; 2] {
         unsafe {
             let (s, b) = (_mm512_set1_ps(s), _mm512_set1_ps(b));
-            let half = |p: *const u8| {
-                let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
-                _mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), s, b)
-            };
-            [half(p), half(p.add(16))]
+            let first = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
+            let second = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.add(16).cast()));
+            [
+                _mm512_fmadd_ps(_mm512_cvtepi32_ps(first), s, b),
+                _mm512_fmadd_ps(_mm512_cvtepi32_ps(second), s, b),
+            ]
         }
     }
     #[inline(always)]
@@ -196,6 +202,91 @@ impl Simd for Avx512 {
     unsafe fn small_tile(self, t: Tile) {
         unsafe { tile::<Avx512, 8, 2>(self, t) }
     }
+
+    #[inline(always)]
+    unsafe fn pair_columns(self, even: *const f32, odd: *const f32, to: *mut u32) {
+        unsafe {
+            let both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(odd), _mm512_loadu_ps(even));
+            // The even row is in the lower half, the odd one in the upper: each column's two come together.
+            let places = _mm512_set_epi16(
+                31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
+                3, 18, 2, 17, 1, 16, 0,
+            );
+            _mm512_storeu_si512(
+                to.cast(),
+                _mm512_permutexvar_epi16(places, std::mem::transmute::<__m512bh, __m512i>(both)),
+            );
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair_neighbours(self, from: *const f32, to: *mut u32) {
+        unsafe {
+            let halves = _mm512_cvtneps_pbh(_mm512_loadu_ps(from));
+            _mm256_storeu_si256(to.cast(), std::mem::transmute::<__m256bh, __m256i>(halves));
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair_tile<const NARROW: bool>(self, t: Tile) {
+        unsafe {
+            if NARROW {
+                pair_tile::<12, 1>(Tile { a_row: 1, a_k: 12, b_k: 16, ..t });
+            } else {
+                pair_tile::<12, 2>(Tile { a_row: 1, a_k: 12, b_k: 32, ..t });
+            }
+        }
+    }
+}
+
+/// As [`tile`], for words that are pairs of bf16.
+#[inline(always)]
+unsafe fn pair_tile<const R: usize, const N: usize>(t: Tile) {
+    unsafe {
+        let mut sums = [[_mm512_setzero_ps(); N]; R];
+        let (mut a, mut b) = (t.a.cast::<i32>(), t.b);
+        for _ in 0..t.k {
+            let mut row = [_mm512_setzero_si512(); N];
+            for (j, v) in row.iter_mut().enumerate() {
+                *v = _mm512_loadu_si512(b.add(j * 16).cast());
+            }
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let x = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(*a.add(i * t.a_row)));
+                for (sum, &v) in sums.iter_mut().zip(&row) {
+                    *sum = _mm512_dpbf16_ps(*sum, x, std::mem::transmute::<__m512i, __m512bh>(v));
+                }
+            }
+            a = a.add(t.a_k);
+            b = b.add(t.b_k);
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            for (j, &sum) in sums.iter().enumerate() {
+                let c = t.c.add(i * t.c_row + j * 16);
+                _mm512_storeu_ps(c, if t.add { _mm512_add_ps(_mm512_loadu_ps(c), sum) } else { sum });
+            }
+        }
+    }
+}
+
+/// Eight codes of `bits` bits, one after another in `word`, as words.
+#[inline(always)]
+unsafe fn eight_words(word: u64, bits: usize) -> __m256i {
+    unsafe {
+        let b = bits as i64;
+        let by = _mm512_setr_epi64(0, b, 2 * b, 3 * b, 4 * b, 5 * b, 6 * b, 7 * b);
+        let codes = _mm512_srlv_epi64(_mm512_set1_epi64(word as i64), by);
+        _mm512_cvtepi64_epi32(_mm512_and_si512(codes, _mm512_set1_epi64((1 << b) - 1)))
+    }
+}
+
+/// scale * code + bias
+#[inline(always)]
+unsafe fn weights8(codes: __m256i, (scale, bias): (__m256, __m256)) -> __m256 {
+    unsafe { _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), scale, bias) }
+}
+
+/// Eight bytes as words.
+#[inline(always)]
+unsafe fn bytes8(p: *const u8) -> __m256i {
+    unsafe { _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())) }
 }
 
 #[inline(always)]
@@ -300,55 +391,65 @@ impl Simd for Avx2 {
         unsafe { _mm256_srl_epi32(a, _mm_cvtsi32_si128(by as i32)) }
     }
     #[inline(always)]
-    fn shift_left(self, a: __m256i, by: u32) -> __m256i {
-        unsafe { _mm256_sll_epi32(a, _mm_cvtsi32_si128(by as i32)) }
-    }
-    #[inline(always)]
     fn and(self, a: __m256i, b: __m256i) -> __m256i {
         unsafe { _mm256_and_si256(a, b) }
-    }
-    #[inline(always)]
-    fn or(self, a: __m256i, b: __m256i) -> __m256i {
-        unsafe { _mm256_or_si256(a, b) }
     }
     #[inline(always)]
     fn to_float(self, a: __m256i) -> __m256 {
         unsafe { _mm256_cvtepi32_ps(a) }
     }
     #[inline(always)]
-    unsafe fn codes4(self, p: *const u8) -> __m256i {
+    unsafe fn codes(self, p: *const u8, bits: usize, end: *const u8) -> __m256i {
         unsafe {
-            let word = _mm256_set1_epi32(p.cast::<i32>().read_unaligned());
-            let by = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-            _mm256_and_si256(_mm256_srlv_epi32(word, by), _mm256_set1_epi32(15))
+            match bits {
+                4 => {
+                    let word = _mm256_set1_epi32(p.cast::<i32>().read_unaligned());
+                    let by = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+                    _mm256_and_si256(_mm256_srlv_epi32(word, by), _mm256_set1_epi32(15))
+                }
+                8 => bytes8(p),
+                _ => {
+                    let b = bits as i64;
+                    let word = _mm256_set1_epi64x(eight_codes(p, bits, end) as i64);
+                    let mask = _mm256_set1_epi64x((1 << b) - 1);
+                    let low = _mm256_srlv_epi64(word, _mm256_setr_epi64x(0, b, 2 * b, 3 * b));
+                    let high = _mm256_srlv_epi64(word, _mm256_setr_epi64x(4 * b, 5 * b, 6 * b, 7 * b));
+                    let (low, high) = (_mm256_and_si256(low, mask), _mm256_and_si256(high, mask));
+                    // The even words of both, low before high in each half, then the middle quarters exchanged.
+                    let mixed = _mm256_shuffle_ps::<0b10_00_10_00>(
+                        _mm256_castsi256_ps(low),
+                        _mm256_castsi256_ps(high),
+                    );
+                    _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_castps_si256(mixed))
+                }
+            }
         }
-    }
-    #[inline(always)]
-    unsafe fn codes8(self, p: *const u8) -> __m256i {
-        unsafe { _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())) }
     }
 
     #[inline(always)]
     unsafe fn block4(self, p: *const u8, s: f32, b: f32) -> [__m256; 4] {
         unsafe {
-            let (s, b) = (_mm256_set1_ps(s), _mm256_set1_ps(b));
-            let weight = |codes| _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), s, b);
-            let (first, second) = (self.codes8(p), self.codes8(p.add(8)));
+            let levels = (_mm256_set1_ps(s), _mm256_set1_ps(b));
+            let (first, second) = (bytes8(p), bytes8(p.add(8)));
             let low = _mm256_set1_epi32(15);
             [
-                weight(_mm256_and_si256(first, low)),
-                weight(_mm256_and_si256(second, low)),
-                weight(_mm256_srli_epi32::<4>(first)),
-                weight(_mm256_srli_epi32::<4>(second)),
+                weights8(_mm256_and_si256(first, low), levels),
+                weights8(_mm256_and_si256(second, low), levels),
+                weights8(_mm256_srli_epi32::<4>(first), levels),
+                weights8(_mm256_srli_epi32::<4>(second), levels),
             ]
         }
     }
     #[inline(always)]
     unsafe fn block8(self, p: *const u8, s: f32, b: f32) -> [__m256; 4] {
         unsafe {
-            let (s, b) = (_mm256_set1_ps(s), _mm256_set1_ps(b));
-            let part = |i: usize| _mm256_fmadd_ps(_mm256_cvtepi32_ps(self.codes8(p.add(8 * i))), s, b);
-            [part(0), part(1), part(2), part(3)]
+            let levels = (_mm256_set1_ps(s), _mm256_set1_ps(b));
+            [
+                weights8(bytes8(p), levels),
+                weights8(bytes8(p.add(8)), levels),
+                weights8(bytes8(p.add(16)), levels),
+                weights8(bytes8(p.add(24)), levels),
+            ]
         }
     }
     #[inline(always)]

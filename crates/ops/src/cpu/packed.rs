@@ -1,0 +1,591 @@
+//! Products with packed weights: by rows for few rows, by panels for many; and rows of them.
+//!
+//! With few rows the work is reading the weights once, so each row of W is widened in registers (or, for more than a
+//! few rows, in the first-level cache) and multiplied with all rows of x. With many rows a panel of W is widened and
+//! [`gemm`] does the rest. Either way an element of the result is summed in an order that nothing else decides.
+
+use std::ffi::CStr;
+use std::ops::Range;
+
+use super::gemm::{Matrix, Right, product, share};
+use super::level::dispatch;
+use super::primitive::{Backward, Floats, Op, Tensor, apply_one};
+use super::scratch::{LEFT, PANEL, scratch};
+use super::simd::{Kernel, Simd, vectors};
+use crate::pool::{self, Shares};
+use crate::{Array, Dtype, PackedRef, Precision, Result};
+
+/// Up to so many rows of x are multiplied by rows of W, more by panels.
+pub(crate) const FEW: usize = 32;
+/// Rows of W that are multiplied together.
+const TOGETHER: usize = 4;
+/// Weights in a block of [`Simd::block4`] and its like.
+const BLOCK: usize = 32;
+/// Below this many multiply-adds waking another thread costs more than it saves.
+const SMALL: usize = 1 << 16;
+
+/// The widths of packed weights, without the weights.
+#[derive(Clone, Copy)]
+pub(crate) struct Layout {
+    pub(crate) out: usize,
+    pub(crate) inputs: usize,
+    pub(crate) group: usize,
+    pub(crate) bits: usize,
+}
+
+impl Layout {
+    /// The layout of weights whose parts were checked.
+    pub(crate) fn of(w: PackedRef) -> Result<Layout> {
+        let (out, inputs) = w.shape()?;
+        let (out, inputs) = (out as usize, inputs as usize);
+        Ok(Layout { out, inputs, group: w.group_size as usize, bits: w.bits as usize })
+    }
+
+    /// Bytes of a row's codes.
+    fn row_bytes(self) -> usize {
+        self.inputs * self.bits / 8
+    }
+
+    /// Scales of a row.
+    fn groups(self) -> usize {
+        self.inputs / self.group
+    }
+}
+
+/// Packed weights in memory.
+#[derive(Clone, Copy)]
+pub(crate) struct Packed<'a> {
+    pub(crate) layout: Layout,
+    codes: &'a [u8],
+    scales: Floats<'a>,
+    biases: Floats<'a>,
+}
+
+impl<'a> Packed<'a> {
+    /// From the memory of codes, scales and biases.
+    pub(crate) fn new(layout: Layout, parts: &'a [Tensor]) -> Packed<'a> {
+        let words = parts[0].u32();
+        assert_eq!(words.len() * 4, layout.out * layout.row_bytes(), "packed weights of another size");
+        // SAFETY: the same memory as bytes, which is the order the codes are defined in on a little-endian machine.
+        let codes = unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), words.len() * 4) };
+        Packed { layout, codes, scales: parts[1].floats(), biases: parts[2].floats() }
+    }
+
+    fn end(&self) -> *const u8 {
+        self.codes.as_ptr_range().end
+    }
+
+    /// Codes of row `row` from input `k` on, a multiple of 8.
+    fn codes(&self, row: usize, k: usize) -> *const u8 {
+        self.codes[row * self.layout.row_bytes() + k * self.layout.bits / 8..].as_ptr()
+    }
+
+    /// Code `k` of row `row`.
+    pub(super) fn code(&self, row: usize, k: usize) -> u8 {
+        let (bits, row) =
+            (self.layout.bits, &self.codes[row * self.layout.row_bytes()..][..self.layout.row_bytes()]);
+        let (byte, shift) = (k * bits / 8, k * bits % 8);
+        // A code may go on in the next byte.
+        let next = if shift + bits > 8 { row[byte + 1] } else { 0 };
+        ((u16::from(row[byte]) | u16::from(next) << 8) >> shift) as u8 & (((1_u16 << bits) - 1) as u8)
+    }
+
+    /// Scales and biases of row `row`, groups `from` and following.
+    #[inline(always)]
+    fn levels<S: Simd>(&self, s: S, row: usize, from: usize, scales: &mut [f32], biases: &mut [f32]) {
+        let at = row * self.layout.groups() + from;
+        widen(s, self.scales, at, scales);
+        widen(s, self.biases, at, biases);
+    }
+
+    /// Weights `k`..`k + to.len()` of a row, in order; `k` and the length are multiples of 16.
+    #[inline(always)]
+    fn unpack<S: Simd>(&self, s: S, row: usize, k: usize, to: &mut [f32]) {
+        let Layout { group, bits, .. } = self.layout;
+        // A power of two, which the compiler does not know.
+        let shift = group.trailing_zeros();
+        let mut at = 0;
+        while at < to.len() {
+            let (g, inside) = ((k + at) >> shift, (k + at) & (group - 1));
+            let run = (group - inside).min(to.len() - at);
+            let (mut scale, mut bias) = ([0.0], [0.0]);
+            self.levels(s, row, g, &mut scale, &mut bias);
+            let codes = self.codes(row, k + at);
+            unpack_run(s, (codes, self.end()), bits, (scale[0], bias[0]), &mut to[at..at + run]);
+            at += run;
+        }
+    }
+}
+
+/// Weights of one group.
+#[inline(always)]
+fn unpack_run<S: Simd>(
+    s: S,
+    (codes, end): (*const u8, *const u8),
+    bits: usize,
+    (scale, bias): (f32, f32),
+    to: &mut [f32],
+) {
+    // Rows are multiples of 32, and so is what is asked for.
+    assert!(to.len().is_multiple_of(S::LANES));
+    let (scales, biases) = (s.splat(scale), s.splat(bias));
+    for at in vectors::<S>(to.len()) {
+        // SAFETY: codes `at` and following are in the row, by the caller's lengths, and `to` has room for them.
+        unsafe {
+            let codes = s.codes(codes.add(at * bits / 8), bits, end);
+            s.store(to.as_mut_ptr().add(at), s.fma(s.to_float(codes), scales, biases));
+        }
+    }
+}
+
+/// Numbers `at` and following as f32.
+#[inline(always)]
+pub(super) fn widen<S: Simd>(s: S, from: Floats, at: usize, to: &mut [f32]) {
+    let range = at..at + to.len();
+    match from {
+        Floats::F32(from) => to.copy_from_slice(&from[range]),
+        Floats::F16(from) => s.widen_f16(&from[range], to),
+        Floats::Bf16(from) => {
+            for (to, &bits) in to.iter_mut().zip(&from[range]) {
+                *to = f32::from_bits(u32::from(bits) << 16);
+            }
+        }
+    }
+}
+
+/// x W^T, or x W if `transposed`.
+pub(crate) struct Matmul {
+    pub(crate) layout: Layout,
+    pub(crate) transposed: bool,
+    pub(crate) precision: Precision,
+}
+
+impl Matmul {
+    /// The product as an array: x (..., in) or, transposed, (..., out), f32.
+    pub(crate) fn apply(self, x: &Array, codes: &Array, scales: &Array, biases: &Array) -> Result<Array> {
+        let columns = if self.transposed { self.layout.inputs } else { self.layout.out };
+        let mut shape = x.shape().to_vec();
+        if let Some(last) = shape.last_mut() {
+            *last = columns as i32;
+        }
+        apply_one(self, &[x, codes, scales, biases], &shape, Dtype::Float32)
+    }
+}
+
+impl Op for Matmul {
+    fn name(&self) -> &'static CStr {
+        c"packed matmul"
+    }
+
+    fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
+        let x = inputs[0].f32();
+        let w = Packed::new(self.layout, &inputs[1..4]);
+        let y = outputs[0].f32_mut();
+        let Layout { out, inputs, .. } = self.layout;
+        if self.transposed {
+            product(x, out, &Plain(&w), inputs, y, self.precision);
+        } else if x.len() / inputs > FEW {
+            product(x, inputs, &Transposed(&w), out, y, self.precision);
+        } else {
+            few_rows(x, &w, y);
+        }
+    }
+
+    fn gradients(&self, call: &Backward) -> Result<Vec<Array>> {
+        let other = Matmul { transposed: !self.transposed, ..*self };
+        let p = &call.primals;
+        call.choose(&[other.apply(&call.cotangents[0], &p[1], &p[2], &p[3])?])
+    }
+}
+
+/// W^T as the right side: k are the inputs, n the outputs.
+pub(crate) struct Transposed<'a>(pub(crate) &'a Packed<'a>);
+
+impl Right for Transposed<'_> {
+    fn depth_unit(&self) -> usize {
+        self.0.layout.group
+    }
+
+    #[inline(always)]
+    fn panel<S: Simd>(
+        &self,
+        s: S,
+        (k, depth): (usize, usize),
+        (n, columns): (usize, usize),
+        width: usize,
+        panel: &mut [f32],
+    ) {
+        let w = self.0;
+        let Layout { inputs, group, bits, .. } = w.layout;
+        if columns < width {
+            panel.fill(0.0);
+        }
+        let vectors = if 32 % bits == 0 { columns / S::LANES } else { 0 };
+        for v in 0..vectors {
+            self.vectors(s, (k, depth), n + v * S::LANES, &mut panel[v * S::LANES..], width);
+        }
+        // What is left is widened row by row and turned.
+        let mut weights = [0.0; 128];
+        let weights = &mut weights[..group];
+        for j in vectors * S::LANES..columns {
+            for at in (k..(k + depth).min(inputs)).step_by(group) {
+                w.unpack(s, n + j, at, weights);
+                for (i, &weight) in weights.iter().enumerate() {
+                    panel[(at - k + i) * width + j] = weight;
+                }
+            }
+        }
+    }
+}
+
+impl Transposed<'_> {
+    /// Columns `n`..`n + LANES`, whose codes lie so in words that one word of each row gives 32 / bits rows of the panel.
+    #[inline(always)]
+    fn vectors<S: Simd>(&self, s: S, (k, depth): (usize, usize), n: usize, panel: &mut [f32], width: usize) {
+        let w = self.0;
+        let Layout { group, bits, .. } = w.layout;
+        let (mut scales, mut biases) = ([[0.0; 16]; GROUPS], [[0.0; 16]; GROUPS]);
+        let groups = depth / group;
+        for lane in 0..S::LANES {
+            let (mut scale, mut bias) = ([0.0; GROUPS], [0.0; GROUPS]);
+            w.levels(s, n + lane, k / group, &mut scale[..groups], &mut bias[..groups]);
+            for g in 0..groups {
+                scales[g][lane] = scale[g];
+                biases[g][lane] = bias[g];
+            }
+        }
+        let (stride, mask) = (w.layout.row_bytes() / 4, s.splat_int((1 << bits) - 1));
+        let in_word = 32 / bits;
+        for g in 0..groups {
+            // SAFETY: sixteen floats are at least LANES.
+            let (scale, bias) = unsafe { (s.load(scales[g].as_ptr()), s.load(biases[g].as_ptr())) };
+            let codes = w.codes(n, k + g * group).cast::<u32>();
+            for word in 0..group / in_word {
+                // SAFETY: rows n..n + LANES are rows of W, `stride` words apart, and have this word.
+                let mut codes = unsafe { s.gather(codes.add(word), stride) };
+                for i in 0..in_word {
+                    let weights = s.fma(s.to_float(s.and(codes, mask)), scale, bias);
+                    let row = &mut panel[(g * group + word * in_word + i) * width..][..S::LANES];
+                    // SAFETY: the slice has LANES elements.
+                    unsafe { s.store(row.as_mut_ptr(), weights) };
+                    codes = s.shift_right(codes, bits as u32);
+                }
+            }
+        }
+    }
+}
+
+/// Groups in the depth of a panel at most.
+const GROUPS: usize = super::gemm::DEPTH.div_ceil(BLOCK) + 1;
+
+/// W as the right side: k are the outputs, n the inputs.
+pub(crate) struct Plain<'a>(pub(crate) &'a Packed<'a>);
+
+impl Right for Plain<'_> {
+    fn depth_unit(&self) -> usize {
+        1
+    }
+
+    #[inline(always)]
+    fn panel<S: Simd>(
+        &self,
+        s: S,
+        (k, depth): (usize, usize),
+        (n, columns): (usize, usize),
+        width: usize,
+        panel: &mut [f32],
+    ) {
+        if columns < width {
+            panel.fill(0.0);
+        }
+        for (i, row) in panel.chunks_exact_mut(width).enumerate().take(depth) {
+            self.0.unpack(s, k + i, n, &mut row[..columns]);
+        }
+    }
+}
+
+/// x W^T row by row of W.
+fn few_rows(x: &[f32], w: &Packed, y: &mut [f32]) {
+    let Layout { out, inputs, bits, .. } = w.layout;
+    let m = x.len() / inputs;
+    let direct = matches!(bits, 4 | 8) && m <= 4;
+    let mut arranged = scratch(&LEFT, if bits == 4 { x.len() } else { 0 });
+    // Of 4-bit codes the even ones of a block come first when they are widened, so x is laid out the same way.
+    let x = if bits == 4 {
+        evens_first(x, &mut arranged);
+        &*arranged
+    } else {
+        x
+    };
+    let y = Shares::new(y);
+    by_weight_rows(m, out, inputs, |rows| {
+        let tiles = RowTiles { x, m, inputs, out, y: &y };
+        dispatch(FewRows { tiles, w, rows, direct });
+    })
+}
+
+/// Calls `run` with ranges that cover the rows of W, on all threads if there is enough to do.
+fn by_weight_rows(m: usize, out: usize, inputs: usize, run: impl Fn(Range<usize>) + Sync) {
+    let rows = out.div_ceil(4 * pool::threads()).clamp(TOGETHER, 64).next_multiple_of(TOGETHER);
+    share(m * out * inputs >= SMALL, out.div_ceil(rows), |task| {
+        run(task * rows..((task + 1) * rows).min(out))
+    });
+}
+
+/// Each block of 32: its 16 even elements, then its 16 odd ones.
+fn evens_first(x: &[f32], to: &mut [f32]) {
+    for (x, to) in x.as_chunks::<BLOCK>().0.iter().zip(to.as_chunks_mut::<BLOCK>().0) {
+        for i in 0..BLOCK / 2 {
+            to[i] = x[2 * i];
+            to[i + BLOCK / 2] = x[2 * i + 1];
+        }
+    }
+}
+
+struct FewRows<'a> {
+    tiles: RowTiles<'a>,
+    w: &'a Packed<'a>,
+    rows: Range<usize>,
+    direct: bool,
+}
+
+impl Kernel for FewRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let FewRows { tiles, w, rows, direct } = self;
+        let Layout { inputs, group, bits, .. } = w.layout;
+        let groups = w.layout.groups();
+        let mut scratch = scratch(&PANEL, TOGETHER * (2 * groups + inputs));
+        let (levels, widened) = scratch.split_at_mut(TOGETHER * 2 * groups);
+        let shift = group.trailing_zeros();
+        let mut row = rows.start;
+        while row < rows.end {
+            let count = TOGETHER.min(rows.end - row);
+            // Rows beyond the last repeat it; their results are not written.
+            let mut codes = [std::ptr::null(); TOGETHER];
+            let mut weights = [std::ptr::null(); TOGETHER];
+            for r in 0..TOGETHER {
+                let row = row + r.min(count - 1);
+                codes[r] = w.codes(row, 0);
+                let (scales, biases) = levels[r * 2 * groups..][..2 * groups].split_at_mut(groups);
+                w.levels(s, row, 0, scales, biases);
+                weights[r] = widened[r * inputs..][..inputs].as_ptr();
+            }
+            let four = Codes::<4> { codes, levels, groups, shift };
+            let eight = Codes::<8> { codes, levels, groups, shift };
+            match (direct, bits) {
+                (true, 4) => tiles.run(s, row, count, &four),
+                (true, _) => tiles.run(s, row, count, &eight),
+                (false, _) => {
+                    for (r, to) in widened.chunks_exact_mut(inputs).enumerate() {
+                        match bits {
+                            4 => four.widen(s, r, to),
+                            8 => eight.widen(s, r, to),
+                            _ => w.unpack(s, row + r.min(count - 1), 0, to),
+                        }
+                    }
+                    tiles.run(s, row, count, &Weights(weights));
+                }
+            }
+            row += TOGETHER;
+        }
+    }
+}
+
+/// Where the weights of some rows of W come from.
+trait Blocks {
+    /// Weights `k`..`k + 32` of row `r`.
+    ///
+    /// # Safety
+    /// The row must have them.
+    unsafe fn block<S: Simd>(&self, s: S, r: usize, k: usize) -> S::Block;
+}
+
+/// Codes of BITS bits, 4 or 8; of each row the scales, then the biases.
+struct Codes<'a, const BITS: usize> {
+    codes: [*const u8; TOGETHER],
+    levels: &'a [f32],
+    groups: usize,
+    shift: u32,
+}
+
+impl<const BITS: usize> Blocks for Codes<'_, BITS> {
+    #[inline(always)]
+    unsafe fn block<S: Simd>(&self, s: S, r: usize, k: usize) -> S::Block {
+        let at = 2 * r * self.groups + (k >> self.shift);
+        // SAFETY: the caller's promise; there is a scale and a bias for each group of each row.
+        unsafe {
+            let (scale, bias) =
+                (*self.levels.get_unchecked(at), *self.levels.get_unchecked(at + self.groups));
+            let codes = self.codes[r].add(k * BITS / 8);
+            if BITS == 4 { s.block4(codes, scale, bias) } else { s.block8(codes, scale, bias) }
+        }
+    }
+}
+
+impl<const BITS: usize> Codes<'_, BITS> {
+    /// All weights of row `r`, in the order of their blocks.
+    #[inline(always)]
+    fn widen<S: Simd>(&self, s: S, r: usize, to: &mut [f32]) {
+        for (i, to) in to.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
+            // SAFETY: `to` has as many blocks as the row.
+            let weights = unsafe { self.block(s, r, i * BLOCK) };
+            for part in 0..BLOCK / S::LANES {
+                // SAFETY: vectors inside the block.
+                unsafe { s.store(to.as_mut_ptr().add(part * S::LANES), weights[part]) };
+            }
+        }
+    }
+}
+
+/// Weights as f32.
+struct Weights([*const f32; TOGETHER]);
+
+impl Blocks for Weights {
+    #[inline(always)]
+    unsafe fn block<S: Simd>(&self, s: S, r: usize, k: usize) -> S::Block {
+        // SAFETY: the caller's promise.
+        unsafe { s.block32(self.0[r].add(k)) }
+    }
+}
+
+/// What products of rows of W with rows of x have in common.
+#[derive(Clone, Copy)]
+struct RowTiles<'a> {
+    /// (m, inputs); the inputs are a multiple of 32.
+    x: &'a [f32],
+    m: usize,
+    inputs: usize,
+    out: usize,
+    /// (m, out)
+    y: &'a Shares<'a, f32>,
+}
+
+impl RowTiles<'_> {
+    /// Results of the first `count` of some rows of W, of which `row` is the first, with all rows of x.
+    #[inline(always)]
+    fn run<S: Simd>(&self, s: S, row: usize, count: usize, blocks: &impl Blocks) {
+        let mut at = 0;
+        // As many as the registers hold; each result is one chain of sums whatever the number.
+        while S::LANES == 16 && self.m - at >= 4 {
+            self.tile::<S, 4>(s, at, row, count, blocks);
+            at += 4;
+        }
+        while self.m - at >= 2 {
+            self.tile::<S, 2>(s, at, row, count, blocks);
+            at += 2;
+        }
+        if at < self.m {
+            self.tile::<S, 1>(s, at, row, count, blocks);
+        }
+    }
+
+    #[inline(always)]
+    fn tile<S: Simd, const C: usize>(&self, s: S, at: usize, row: usize, count: usize, blocks: &impl Blocks) {
+        let mut sums = [[s.splat(0.0); C]; TOGETHER];
+        for k in (0..self.inputs).step_by(BLOCK) {
+            // SAFETY: blocks of rows of x and of W, whose length is a multiple of 32.
+            unsafe {
+                let x = self.x.as_ptr().add(at * self.inputs + k);
+                let mut xs = [s.block32(x); C];
+                for (c, xs) in xs.iter_mut().enumerate().skip(1) {
+                    *xs = s.block32(x.add(c * self.inputs));
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let weights = blocks.block(s, r, k);
+                    for part in 0..BLOCK / S::LANES {
+                        for (sum, x) in sums.iter_mut().zip(&xs) {
+                            *sum = s.fma(weights[part], x[part], *sum);
+                        }
+                    }
+                }
+            }
+        }
+        for (r, sums) in sums.iter().enumerate().take(count) {
+            for (c, &sum) in sums.iter().enumerate() {
+                // SAFETY: row `row + r` of W belongs to one task, and so does its column of y.
+                unsafe { *self.y.pointer().add((at + c) * self.out + row + r) = s.sum(sum) };
+            }
+        }
+    }
+}
+
+/// x W^T for dense W (out, inputs), with the same two paths.
+pub(crate) fn dense_times_transpose(
+    x: &[f32],
+    w: &[f32],
+    inputs: usize,
+    y: &mut [f32],
+    precision: Precision,
+) {
+    let (m, out) = (x.len() / inputs, w.len() / inputs);
+    if m > FEW || !inputs.is_multiple_of(BLOCK) {
+        product(x, inputs, &Matrix { data: w.as_ptr(), row: 1, column: inputs }, out, y, precision);
+        return;
+    }
+    let y = Shares::new(y);
+    by_weight_rows(m, out, inputs, |rows| {
+        dispatch(DenseRows { tiles: RowTiles { x, m, inputs, out, y: &y }, w, rows });
+    });
+}
+
+struct DenseRows<'a> {
+    tiles: RowTiles<'a>,
+    w: &'a [f32],
+    rows: Range<usize>,
+}
+
+impl Kernel for DenseRows<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let DenseRows { tiles, w, rows } = self;
+        let mut row = rows.start;
+        while row < rows.end {
+            let count = TOGETHER.min(rows.end - row);
+            let mut weights = [std::ptr::null(); TOGETHER];
+            for (r, at) in weights.iter_mut().enumerate() {
+                *at = w[(row + r.min(count - 1)) * tiles.inputs..][..tiles.inputs].as_ptr();
+            }
+            tiles.run(s, row, count, &Weights(weights));
+            row += TOGETHER;
+        }
+    }
+}
+
+/// Rows of W by id.
+pub(crate) struct Lookup {
+    pub(crate) layout: Layout,
+}
+
+impl Op for Lookup {
+    fn name(&self) -> &'static CStr {
+        c"packed rows"
+    }
+
+    fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
+        let (ids, w) = (inputs[0].i32(), Packed::new(self.layout, &inputs[1..4]));
+        for (&id, to) in ids.iter().zip(outputs[0].f32_mut().chunks_exact_mut(self.layout.inputs)) {
+            match usize::try_from(id).ok().filter(|&id| id < self.layout.out) {
+                Some(id) => dispatch(UnpackRow { w: &w, id, to }),
+                None => to.fill(0.0),
+            }
+        }
+    }
+}
+
+struct UnpackRow<'a> {
+    w: &'a Packed<'a>,
+    id: usize,
+    to: &'a mut [f32],
+}
+
+impl Kernel for UnpackRow<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        self.w.unpack(s, self.id, 0, self.to);
+    }
+}

@@ -1,0 +1,326 @@
+//! Packed weights laid out for inference: sixteen rows of W together, so that one instruction multiplies four inputs of
+//! each of them with the same four numbers of x, which are whole numbers of 8 bits.
+//!
+//! Panel p holds rows 16 p to 16 p + 15 (rows beyond the last are zero). For every 32 inputs it has, of 4-bit codes, four
+//! lines of 64 bytes: byte 4 r + j of line t is code 8 t + j of row r in its low half and code 8 t + 4 + j in its high
+//! half; of 8-bit codes, eight lines, with code 4 t + j at byte 4 r + j of line t. Codes of 2 and 3 bits are stored as 4,
+//! of 5 and 6 as 8. Scales and biases are (panels, groups, 16).
+//!
+//! x is rounded by blocks of 32 to two bytes, x = d (254 q + r) with d = max|x| / (127 * 254) and whole q and r of at most
+//! 127: a single byte would move SmolLM2-135M by 3e-3 nats, two by less than f32's own order of sums. With codes c, scale s
+//! and bias b of a group `y = sum over blocks of s d (254 sum(c q) + sum(c r)) + sum over groups of b sum(d (254 q + r))`;
+//! the inner sums are exact. So the rounding of x is the only error, whatever the number of rows.
+
+use std::ffi::CStr;
+use std::ops::Range;
+
+use super::gemm::{Right, product, share};
+use super::level::dispatch;
+use super::packed::{Layout, Packed};
+use super::primitive::{Floats, Op, Tensor, apply};
+use super::scratch::{LEFT, scratch};
+use super::simd::{Kernel, Simd};
+use crate::pool::{self, Shares};
+use crate::{Array, Dtype, PackedRef, Precision, Result};
+
+/// Rows of a panel.
+pub(crate) const ROWS: usize = 16;
+/// Inputs that share a factor of x.
+pub(crate) const BLOCK: usize = 32;
+
+/// The sizes of arranged weights.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Arrangement {
+    pub(crate) out: usize,
+    pub(crate) inputs: usize,
+    pub(crate) group: usize,
+    /// Of the stored codes: 4 or 8.
+    pub(crate) bits: usize,
+}
+
+impl Arrangement {
+    /// How weights of this layout are arranged.
+    pub(crate) fn of(layout: Layout) -> Arrangement {
+        let Layout { out, inputs, group, bits } = layout;
+        Arrangement { out, inputs, group, bits: if bits <= 4 { 4 } else { 8 } }
+    }
+
+    pub(crate) fn panels(self) -> usize {
+        self.out.div_ceil(ROWS)
+    }
+
+    /// Bytes of a panel's codes.
+    pub(crate) fn panel_bytes(self) -> usize {
+        ROWS * self.inputs * self.bits / 8
+    }
+
+    fn groups(self) -> usize {
+        self.inputs / self.group
+    }
+
+    /// Where code `k` of row `r` of a panel is: its byte, and the bits to shift it down.
+    fn place(self, r: usize, k: usize) -> (usize, usize) {
+        let (block, i) = (k / BLOCK, k % BLOCK);
+        let block = block * ROWS * BLOCK * self.bits / 8;
+        match self.bits {
+            4 => (block + i / 8 * 64 + 4 * r + i % 4, i % 8 / 4 * 4),
+            _ => (block + i / 4 * 64 + 4 * r + i % 4, 0),
+        }
+    }
+}
+
+/// The parts of W arranged anew: codes (panels, bytes / 4) u32, scales and biases (panels, groups, 16).
+pub(crate) fn arrange(w: PackedRef) -> Result<Vec<Array>> {
+    let layout = Layout::of(w)?;
+    let to = Arrangement::of(layout);
+    let codes = [to.panels() as i32, (to.panel_bytes() / 4) as i32];
+    let levels = [to.panels() as i32, to.groups() as i32, ROWS as i32];
+    let dtype = w.scales.dtype();
+    let outputs = [(&codes[..], Dtype::Uint32), (&levels[..], dtype), (&levels[..], dtype)];
+    apply(Arrange { from: layout, to }, &[w.codes, w.scales, w.biases], &outputs)
+}
+
+struct Arrange {
+    from: Layout,
+    to: Arrangement,
+}
+
+impl Op for Arrange {
+    fn name(&self) -> &'static CStr {
+        c"arrangement of packed weights"
+    }
+
+    fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
+        let (from, to) = (Packed::new(self.from, inputs), self.to);
+        let [codes, scales, biases] = outputs else { return };
+        let codes = Shares::new(codes.bytes_mut());
+        pool::run(to.panels(), |panel| {
+            // SAFETY: each panel belongs to one task.
+            let bytes = unsafe { codes.part(panel * to.panel_bytes(), to.panel_bytes()) };
+            bytes.fill(0);
+            for r in 0..ROWS.min(to.out - panel * ROWS) {
+                for k in 0..to.inputs {
+                    let (byte, shift) = to.place(r, k);
+                    bytes[byte] |= from.code(panel * ROWS + r, k) << shift;
+                }
+            }
+        });
+        for (source, target) in [(&inputs[1], scales), (&inputs[2], biases)] {
+            let size = target.bytes().len() / (to.panels() * to.groups() * ROWS);
+            let (source, target) = (source.bytes(), target.bytes_mut());
+            target.fill(0);
+            for row in 0..to.out {
+                for g in 0..to.groups() {
+                    let at = ((row / ROWS * to.groups() + g) * ROWS + row % ROWS) * size;
+                    let from = (row * to.groups() + g) * size;
+                    target[at..at + size].copy_from_slice(&source[from..from + size]);
+                }
+            }
+        }
+    }
+}
+
+/// Arranged weights in memory.
+#[derive(Clone, Copy)]
+pub(crate) struct Panels<'a> {
+    pub(crate) arrangement: Arrangement,
+    pub(crate) codes: &'a [u8],
+    pub(crate) scales: Floats<'a>,
+    pub(crate) biases: Floats<'a>,
+}
+
+impl<'a> Panels<'a> {
+    /// From the memory of codes, scales and biases.
+    pub(crate) fn new(arrangement: Arrangement, parts: &'a [Tensor]) -> Panels<'a> {
+        let codes = parts[0].bytes();
+        assert_eq!(
+            codes.len(),
+            arrangement.panels() * arrangement.panel_bytes(),
+            "arranged weights of another size"
+        );
+        Panels { arrangement, codes, scales: parts[1].floats(), biases: parts[2].floats() }
+    }
+
+    /// Codes of a panel.
+    pub(crate) fn panel(&self, panel: usize) -> &'a [u8] {
+        let bytes = self.arrangement.panel_bytes();
+        &self.codes[panel * bytes..(panel + 1) * bytes]
+    }
+
+    /// Scale and bias of each row of a panel in a group.
+    #[inline(always)]
+    pub(crate) fn levels<S: Simd>(&self, s: S, panel: usize, group: usize) -> ([f32; ROWS], [f32; ROWS]) {
+        let at = (panel * self.arrangement.groups() + group) * ROWS;
+        let (mut scales, mut biases) = ([0.0; ROWS], [0.0; ROWS]);
+        super::packed::widen(s, self.scales, at, &mut scales);
+        super::packed::widen(s, self.biases, at, &mut biases);
+        (scales, biases)
+    }
+}
+
+/// y = x W^T for x (m, inputs) and each of some W: in integers if `precision` and the processor allow, else by panels of
+/// floats.
+pub(crate) fn times_transpose(x: &[f32], ws: &[Panels], ys: Vec<&mut [f32]>, precision: Precision) {
+    #[cfg(target_arch = "x86_64")]
+    if precision == Precision::Int16 && super::vnni::available() {
+        rounded(x, ws, ys);
+        return;
+    }
+    for (w, y) in ws.iter().zip(ys) {
+        product(x, w.arrangement.inputs, w, w.arrangement.out, y, precision);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn rounded(x: &[f32], ws: &[Panels], ys: Vec<&mut [f32]>) {
+    use super::vnni;
+    let inputs = ws.first().map_or(1, |w| w.arrangement.inputs);
+    let (m, words, blocks) = (x.len() / inputs, inputs / 2, inputs / BLOCK);
+    let mut scratch = scratch(&LEFT, m * (words + 2 * blocks));
+    let (q, rest) = scratch.split_at_mut(m * words);
+    let (factors, sums) = rest.split_at_mut(m * blocks);
+    {
+        let (q, factors, sums) = (Shares::new(q), Shares::new(factors), Shares::new(sums));
+        by_parts(m, m * inputs >= 1 << 15, |rows| {
+            for row in rows {
+                // SAFETY: each row belongs to one task; the processor has the instructions.
+                unsafe {
+                    let q = q.part(row * words, words);
+                    let (factors, sums) =
+                        (factors.part(row * blocks, blocks), sums.part(row * blocks, blocks));
+                    vnni::round_row(&x[row * inputs..][..inputs], q, factors, sums);
+                }
+            }
+        });
+    }
+    let x = vnni::Rounded { m, inputs, q, factors, sums };
+    let ys: Vec<Shares<f32>> = ys.into_iter().map(Shares::new).collect();
+    // The panels of all W, one after another, each with its W.
+    let panels: Vec<(usize, usize)> = ws
+        .iter()
+        .enumerate()
+        .flat_map(|(i, w)| (0..w.arrangement.panels()).map(move |panel| (i, panel)))
+        .collect();
+    by_parts(panels.len(), m * panels.len() * ROWS * inputs >= 1 << 15, |range| {
+        for &(i, panel) in &panels[range] {
+            // SAFETY: each panel's columns of y belong to one task; the processor has the instructions.
+            unsafe { vnni::multiply(&ws[i], panel, &x, &ys[i]) };
+        }
+    });
+}
+
+/// Calls `run` with ranges that cover `0..count`, on all threads if it is worth it.
+fn by_parts(count: usize, worth_it: bool, run: impl Fn(Range<usize>) + Sync) {
+    let each = if worth_it { count.div_ceil(4 * pool::threads()).max(1) } else { count.max(1) };
+    share(worth_it, count.div_ceil(each), |task| run(task * each..((task + 1) * each).min(count)));
+}
+
+impl Right for Panels<'_> {
+    fn depth_unit(&self) -> usize {
+        self.arrangement.group
+    }
+
+    #[inline(always)]
+    fn panel<S: Simd>(
+        &self,
+        s: S,
+        (k, depth): (usize, usize),
+        (n, columns): (usize, usize),
+        width: usize,
+        to: &mut [f32],
+    ) {
+        let of = self.arrangement;
+        to.fill(0.0);
+        let mut j = 0;
+        while j < columns {
+            let (panel, first) = ((n + j) / ROWS, (n + j) % ROWS);
+            let count = (ROWS - first).min(columns - j);
+            let codes = self.panel(panel);
+            for at in (0..depth).step_by(of.group) {
+                let (scales, biases) = self.levels(s, panel, (k + at) / of.group);
+                for i in at..at + of.group {
+                    for r in 0..count {
+                        let (byte, shift) = of.place(first + r, k + i);
+                        let code = codes[byte] >> shift & if of.bits == 4 { 15 } else { 255 };
+                        to[i * width + j + r] = f32::from(code) * scales[first + r] + biases[first + r];
+                    }
+                }
+            }
+            j += count;
+        }
+    }
+}
+
+/// Whether the processor has the instructions that this layout is for.
+pub(crate) fn pays() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return super::vnni::available();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// x W^T for some W.
+pub(crate) struct ArrangedMatmul {
+    pub(crate) arrangements: Vec<Arrangement>,
+    pub(crate) precision: Precision,
+}
+
+impl Op for ArrangedMatmul {
+    fn name(&self) -> &'static CStr {
+        c"arranged matmul"
+    }
+
+    fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
+        let parts = inputs[1..].chunks_exact(3);
+        let ws: Vec<Panels> =
+            self.arrangements.iter().zip(parts).map(|(of, parts)| Panels::new(*of, parts)).collect();
+        let ys = outputs.iter_mut().map(Tensor::f32_mut).collect();
+        times_transpose(inputs[0].f32(), &ws, ys, self.precision);
+    }
+}
+
+/// Rows of W by id.
+pub(crate) struct ArrangedLookup {
+    pub(crate) arrangement: Arrangement,
+}
+
+impl Op for ArrangedLookup {
+    fn name(&self) -> &'static CStr {
+        c"arranged rows"
+    }
+
+    fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
+        let w = Panels::new(self.arrangement, &inputs[1..4]);
+        let rows = outputs[0].f32_mut().chunks_exact_mut(self.arrangement.inputs);
+        for (&id, to) in inputs[0].i32().iter().zip(rows) {
+            match usize::try_from(id).ok().filter(|&id| id < self.arrangement.out) {
+                Some(row) => dispatch(ArrangedRow { w: &w, row, to }),
+                None => to.fill(0.0),
+            }
+        }
+    }
+}
+
+struct ArrangedRow<'a> {
+    w: &'a Panels<'a>,
+    row: usize,
+    to: &'a mut [f32],
+}
+
+impl Kernel for ArrangedRow<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let of = self.w.arrangement;
+        let (panel, r) = (self.row / ROWS, self.row % ROWS);
+        let codes = self.w.panel(panel);
+        for (g, to) in self.to.chunks_exact_mut(of.group).enumerate() {
+            let (scales, biases) = self.w.levels(s, panel, g);
+            for (i, to) in to.iter_mut().enumerate() {
+                let (byte, shift) = of.place(r, g * of.group + i);
+                let code = codes[byte] >> shift & if of.bits == 4 { 15 } else { 255 };
+                *to = f32::from(code) * scales[r] + biases[r];
+            }
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! The product of arranged weights with rounded rows in AVX-512 VNNI.
+#![allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "SAFETY, the same for every block: the callers of the two functions have found the instructions, and the \
+              pointers stay inside the slices whose lengths the sizes fix"
+)]
+
+use std::arch::x86_64::*;
+
+use super::level::{Level, cpu_level};
+use super::panels::{BLOCK, Panels, ROWS};
+use super::primitive::Floats;
+use crate::pool::Shares;
+
+/// Whether this processor has the instructions, and the level in use allows them.
+pub(crate) fn available() -> bool {
+    cpu_level() == Level::Avx512 && is_x86_feature_detected!("avx512vnni")
+}
+
+/// Rows of x, rounded: the bytes q of each row, then its bytes r (m, 2, inputs), d (m, inputs / 32), and the sums of
+/// d (254 q + r) in the same blocks.
+pub(crate) struct Rounded<'a> {
+    pub(crate) m: usize,
+    pub(crate) inputs: usize,
+    pub(crate) q: &'a [f32],
+    pub(crate) factors: &'a [f32],
+    pub(crate) sums: &'a [f32],
+}
+
+/// Rounds one row.
+///
+/// # Safety
+/// The processor must have the instructions.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(crate) unsafe fn round_row(x: &[f32], q: &mut [f32], factors: &mut [f32], sums: &mut [f32]) {
+    assert!(q.len() * 2 == x.len() && factors.len() * BLOCK == x.len() && sums.len() == factors.len());
+    for (block, factor) in factors.iter_mut().enumerate() {
+        unsafe {
+            let from = x.as_ptr().add(block * BLOCK);
+            let parts = [_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(16))];
+            let most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(parts[0]), _mm512_abs_ps(parts[1])));
+            // Zero, unless a number is not finite: a maximum would lose it.
+            let broken =
+                _mm512_reduce_add_ps(_mm512_mul_ps(_mm512_add_ps(parts[0], parts[1]), _mm512_setzero_ps()));
+            let step = most / 127.0;
+            let inverse = _mm512_set1_ps(if most > 0.0 { 127.0 / most } else { 0.0 });
+            let to = q.as_mut_ptr().cast::<u8>().add(block * BLOCK);
+            let mut total = _mm512_setzero_si512();
+            for (i, part) in parts.into_iter().enumerate() {
+                let steps = _mm512_mul_ps(part, inverse);
+                let coarse = _mm512_cvtps_epi32(steps);
+                let rest = _mm512_sub_ps(steps, _mm512_cvtepi32_ps(coarse));
+                let fine = _mm512_cvtps_epi32(_mm512_mul_ps(rest, _mm512_set1_ps(FINE)));
+                _mm_storeu_si128(to.add(16 * i).cast(), _mm512_cvtsepi32_epi8(coarse));
+                _mm_storeu_si128(to.add(x.len() + 16 * i).cast(), _mm512_cvtsepi32_epi8(fine));
+                let whole = _mm512_mullo_epi32(coarse, _mm512_set1_epi32(FINE as i32));
+                total = _mm512_add_epi32(total, _mm512_add_epi32(whole, fine));
+            }
+            *factor = step / FINE + broken;
+            sums[block] = *factor * _mm512_reduce_add_epi32(total) as f32;
+        }
+    }
+}
+
+/// Fine steps in a coarse one.
+const FINE: f32 = 254.0;
+
+/// Columns `16 panel` and following of y (m, out).
+///
+/// # Safety
+/// The processor must have the instructions, and nobody else may use these columns.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c")]
+pub(crate) unsafe fn multiply(w: &Panels, panel: usize, x: &Rounded, y: &Shares<f32>) {
+    let of = w.arrangement;
+    assert!(x.inputs == of.inputs && x.q.len() * 2 == x.m * of.inputs && x.sums.len() == x.factors.len());
+    assert!(x.factors.len() * BLOCK == x.m * of.inputs);
+    let mut at = 0;
+    unsafe {
+        while x.m - at >= 8 {
+            if of.bits == 4 {
+                tile::<4, 8>(w, panel, x, at, y)
+            } else {
+                tile::<8, 8>(w, panel, x, at, y)
+            }
+            at += 8;
+        }
+        while x.m - at >= 2 {
+            if of.bits == 4 {
+                tile::<4, 2>(w, panel, x, at, y)
+            } else {
+                tile::<8, 2>(w, panel, x, at, y)
+            }
+            at += 2;
+        }
+        if at < x.m {
+            if of.bits == 4 { tile::<4, 1>(w, panel, x, at, y) } else { tile::<8, 1>(w, panel, x, at, y) }
+        }
+    }
+}
+
+/// A panel times rows `at`..`at + C` of x. Each result is one chain of sums, whatever C.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c")]
+unsafe fn tile<const BITS: usize, const C: usize>(
+    w: &Panels,
+    panel: usize,
+    x: &Rounded,
+    at: usize,
+    y: &Shares<f32>,
+) {
+    let of = w.arrangement;
+    let (blocks, groups) = (of.inputs / BLOCK, of.inputs / of.group);
+    let mut sums = [_mm512_setzero_ps(); C];
+    unsafe {
+        let mut codes = w.panel(panel).as_ptr();
+        let mut q = x.q.as_ptr().cast::<i32>().add(at * of.inputs / 2);
+        let (mut factors, mut totals) =
+            (x.factors.as_ptr().add(at * blocks), x.sums.as_ptr().add(at * blocks));
+        for g in 0..groups {
+            let level = (panel * groups + g) * ROWS;
+            let (scale, bias) = (sixteen(w.scales, level), sixteen(w.biases, level));
+            for _ in 0..of.group / BLOCK {
+                let mut lines = [_mm512_setzero_si512(); 8];
+                if BITS == 4 {
+                    let low = _mm512_set1_epi8(15);
+                    for t in 0..4 {
+                        let both = _mm512_loadu_si512(codes.add(64 * t).cast());
+                        lines[2 * t] = _mm512_and_si512(both, low);
+                        lines[2 * t + 1] = _mm512_and_si512(_mm512_srli_epi16::<4>(both), low);
+                    }
+                } else {
+                    for (t, line) in lines.iter_mut().enumerate() {
+                        *line = _mm512_loadu_si512(codes.add(64 * t).cast());
+                    }
+                }
+                codes = codes.add(ROWS * BLOCK * BITS / 8);
+                for (c, sum) in sums.iter_mut().enumerate() {
+                    let q = q.add(c * of.inputs / 2);
+                    let r = q.add(of.inputs / 4);
+                    // Several chains, or a single row would wait for each product.
+                    let zero = _mm512_setzero_si512();
+                    let (mut coarse, mut fine) = ([zero; 2], [zero; 2]);
+                    for (t, line) in lines.into_iter().enumerate() {
+                        coarse[t % 2] =
+                            _mm512_dpbusd_epi32(coarse[t % 2], line, _mm512_set1_epi32(*q.add(t)));
+                        fine[t % 2] = _mm512_dpbusd_epi32(fine[t % 2], line, _mm512_set1_epi32(*r.add(t)));
+                    }
+                    let coarse = _mm512_cvtepi32_ps(_mm512_add_epi32(coarse[0], coarse[1]));
+                    let fine = _mm512_cvtepi32_ps(_mm512_add_epi32(fine[0], fine[1]));
+                    let whole = _mm512_fmadd_ps(coarse, _mm512_set1_ps(FINE), fine);
+                    let factor = _mm512_set1_ps(*factors.add(c * blocks));
+                    *sum = _mm512_fmadd_ps(_mm512_mul_ps(whole, factor), scale, *sum);
+                    *sum = _mm512_fmadd_ps(bias, _mm512_set1_ps(*totals.add(c * blocks)), *sum);
+                }
+                q = q.add(BLOCK / 4);
+                factors = factors.add(1);
+                totals = totals.add(1);
+            }
+        }
+        let mask = (1_u32 << ROWS.min(of.out - panel * ROWS)) - 1;
+        for (c, sum) in sums.iter().enumerate() {
+            let to = y.pointer().add((at + c) * of.out + panel * ROWS);
+            _mm512_mask_storeu_ps(to, mask as u16, *sum);
+        }
+    }
+}
+
+/// Sixteen numbers as f32.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
+#[inline]
+unsafe fn sixteen(from: Floats, at: usize) -> __m512 {
+    unsafe {
+        match from {
+            Floats::F32(from) => _mm512_loadu_ps(from[at..][..ROWS].as_ptr()),
+            Floats::F16(from) => _mm512_cvtph_ps(_mm256_loadu_si256(from[at..][..ROWS].as_ptr().cast())),
+            Floats::Bf16(from) => {
+                let halves = _mm256_loadu_si256(from[at..][..ROWS].as_ptr().cast());
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+            }
+        }
+    }
+}

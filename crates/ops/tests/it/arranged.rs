@@ -1,0 +1,136 @@
+//! Weights laid out for inference, and activations rounded to 16 bits.
+
+use graft_ops::{
+    Arranged, Array, Dtype, HeadRef, Precision, arrange, arranged_matmul, arranged_rows,
+    linear_cross_entropy, packed_matmul, packed_rows, set_precision, set_threads, with_precision,
+};
+use graft_testkit::{Tolerance, assert_close, close, mlx, tolerance};
+
+use crate::packed::{Weights, first};
+use crate::support::{bits, every_level, random, values};
+
+/// The weights in both layouts, or none where the processor has no use for the second.
+fn both(out: i32, inputs: i32, width: i32, group: i32, dtype: Dtype) -> Option<(Weights, Arranged)> {
+    let w = Weights::new(out, inputs, width, group, dtype);
+    let arranged = with_precision(Precision::Int16, || arrange(w.view())).unwrap()?;
+    mlx_rs::transforms::eval(arranged.arrays()).unwrap();
+    Some((w, arranged))
+}
+
+#[test]
+fn the_layout_keeps_every_weight() {
+    mlx(|| {
+        for (width, group, dtype) in [
+            (2, 64, Dtype::Float16),
+            (3, 32, Dtype::Float16),
+            (4, 128, Dtype::Bfloat16),
+            (4, 32, Dtype::Float32),
+            (5, 32, Dtype::Float16),
+            (6, 64, Dtype::Bfloat16),
+            (8, 32, Dtype::Float16),
+        ] {
+            // Rows that do not fill the last panel.
+            let Some((w, arranged)) = both(50, 256, width, group, dtype) else { return };
+            assert_eq!(arranged.shape(), (50, 256));
+            let ids = Array::from_iter((0..50).rev(), &[50]);
+            let rows = packed_rows(&ids, w.view(), Dtype::Float32).unwrap();
+            assert_close(&arranged_rows(&ids, &arranged).unwrap(), &rows, tolerance::F32);
+            let x = random(1, &[40, 256]);
+            let exact = packed_matmul(&x, w.view()).unwrap();
+            exact.eval().unwrap();
+            every_level(|level| {
+                // In f32 the layout makes no difference, whatever the number of rows.
+                for m in [1, 40] {
+                    let y = arranged_matmul(&first(&x, m), &arranged).unwrap();
+                    if let Err(e) = close(&y, &first(&exact, m), tolerance::F32) {
+                        panic!("{level:?}, {width} bits, {m} rows: {e}");
+                    }
+                }
+            });
+        }
+        let Some((_, arranged)) = both(50, 256, 4, 32, Dtype::Float16) else { return };
+        let outside = arranged_rows(&Array::from_slice(&[50, -1], &[2]), &arranged).unwrap();
+        assert!(values(&outside).iter().all(|x| *x == 0.0));
+        let e = arranged_matmul(&random(1, &[2, 64]), &arranged).unwrap_err().to_string();
+        assert!(e.contains("256") && e.contains("64"), "{e}");
+    });
+}
+
+#[test]
+fn sixteen_bits_round_the_activations_and_nothing_else() {
+    mlx(|| {
+        for (width, group, inputs) in [(4, 32, 320), (8, 32, 96), (3, 64, 256), (4, 128, 1536), (6, 32, 64)] {
+            let Some((w, arranged)) = both(70, inputs, width, group, Dtype::Float16) else { return };
+            for m in [1, 2, 9, 33] {
+                // Blocks of very different size, a block of zeros, and one large number among small ones.
+                let mut x = values(&random(m as u64, &[m, inputs]));
+                for (i, block) in x.chunks_mut(32).enumerate() {
+                    let factor = [1.0, 0.0, 1e-6, 1e6][i % 4];
+                    block.iter_mut().for_each(|x| *x *= factor);
+                    block[7] *= 20.0;
+                }
+                let x = Array::from_slice(&x, &[m, inputs]);
+                let y = with_precision(Precision::Int16, || arranged_matmul(&x, &arranged)).unwrap();
+                // Half a step of max / (127 * 254) for each of 32 terms of a block, whose largest is many times the others.
+                let cost = Tolerance { name: "16-bit activations", absolute: 1e-6, relative: 2e-4 };
+                assert_close(&y, &packed_matmul(&x, w.view()).unwrap(), cost);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_row_does_not_depend_on_its_neighbours_or_on_the_threads() {
+    mlx(|| {
+        for width in [4, 8] {
+            let Some((_, arranged)) = both(300, 320, width, 32, Dtype::Float16) else { return };
+            let x = random(1, &[200, 320]);
+            let product = |x: &Array| {
+                set_precision(Precision::Int16);
+                let y = bits(&arranged_matmul(x, &arranged).unwrap());
+                set_precision(Precision::F32);
+                y
+            };
+            set_threads(2);
+            let whole = product(&x);
+            for threads in [1, 2, 3] {
+                set_threads(threads);
+                for n in [1, 2, 7, 8, 16, 17, 32, 33, 64, 200] {
+                    let part = product(&first(&x, n));
+                    assert!(part[..] == whole[..part.len()], "{width} bits, {n} rows, {threads} threads");
+                }
+            }
+            set_threads(2);
+        }
+    });
+}
+
+#[test]
+fn the_head_rounds_as_the_product_does() {
+    mlx(|| {
+        let Some((_, arranged)) = both(300, 64, 4, 32, Dtype::Float16) else { return };
+        let (h, targets) = (random(1, &[5, 64]), Array::from_slice(&[0, 299, 7, 7, 100], &[5]));
+        let (folded, logits) = with_precision(Precision::Int16, || {
+            let folded = linear_cross_entropy(&h, HeadRef::Arranged(&arranged), &targets, 64).unwrap();
+            (folded, arranged_matmul(&h, &arranged).unwrap())
+        });
+        assert_close(&folded, &graft_ops::cross_entropy(&logits, &targets).unwrap(), tolerance::F32);
+    });
+}
+
+#[test]
+fn nothing_that_is_not_a_number_gets_lost() {
+    mlx(|| {
+        let Some((_, arranged)) = both(20, 64, 4, 32, Dtype::Float16) else { return };
+        for broken in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = vec![0.5_f32; 128];
+            x[40] = broken;
+            let x = Array::from_slice(&x, &[2, 64]);
+            let y = values(&with_precision(Precision::Int16, || arranged_matmul(&x, &arranged)).unwrap());
+            assert!(
+                y[..20].iter().all(|y| !y.is_finite()) && y[20..].iter().all(|y| y.is_finite()),
+                "{broken}"
+            );
+        }
+    });
+}
