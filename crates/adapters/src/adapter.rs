@@ -71,6 +71,19 @@ impl Adapter {
         }
     }
 
+    /// The adapter of the weight's rows `ids` (N,) alone; rows depend on no other row.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn rows(&self, kind: Kind, ids: &Array) -> Result<Self> {
+        let (a, b) = match kind {
+            Kind::Linear => (self.a.clone(), self.b.take_axis(ids, 1)?),
+            Kind::Embedding => (self.a.take_axis(ids, 0)?, self.b.clone()),
+        };
+        let magnitude = self.magnitude.as_ref().map(|m| m.take_axis(ids, 0)).transpose()?;
+        Ok(Self { a, b, scale: self.scale, magnitude })
+    }
+
     /// The update s A B in the weight's own orientation, f32 (out, in) or (V, E).
     ///
     /// # Errors

@@ -6,9 +6,6 @@ use sha2::{Digest as _, Sha256};
 
 use crate::AdapterConfig;
 
-/// The fingerprint's key in graft's part of adapter_config.json.
-const KEY: &str = "base";
-
 /// Facts about a base, compared when an adapter is loaded or fused.
 ///
 /// Two precisions of one model share `shapes` and `tokenizer` and differ in `precision`.
@@ -27,6 +24,9 @@ pub struct Fingerprint {
 }
 
 impl Fingerprint {
+    /// Its key in graft's part of adapter_config.json, which mlx-lm ignores, and in the metadata of the tensors.
+    pub const KEY: &str = "base";
+
     /// Takes the fingerprint of a checkpoint.
     pub fn of(checkpoint: &Checkpoint, lineage: &str) -> Self {
         let config = checkpoint.config();
@@ -47,16 +47,9 @@ impl Fingerprint {
         }
     }
 
-    /// Writes it into graft's part of an adapter's config, where mlx-lm ignores it.
-    pub fn write(&self, config: &mut AdapterConfig) {
-        if let Ok(value) = serde_json::to_value(self) {
-            config.set_extra(KEY, value);
-        }
-    }
-
     /// The base on which an adapter was trained, where its config says so.
     pub fn read(config: &AdapterConfig) -> Option<Self> {
-        config.extra(KEY).and_then(|value| serde_json::from_value(value.clone()).ok())
+        config.extra(Self::KEY).and_then(|value| serde_json::from_value(value.clone()).ok())
     }
 
     /// Why an adapter with this fingerprint does not belong to `base`, or none if it does (whatever the precision).

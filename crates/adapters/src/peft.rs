@@ -16,7 +16,7 @@ use std::path::Path;
 use graft_quant::Tensor;
 use serde_json::{Map, Value};
 
-use crate::set::array_f32;
+use crate::set::{array_f32, unusable};
 use crate::{Adapter, AdapterConfig, AdapterSet, Error, FineTuneType, LoraParameters, Result};
 
 const TENSORS: &str = "adapter_model.safetensors";
@@ -52,6 +52,7 @@ pub(crate) fn load(dir: &Path, file: &Path, raw: Map<String, Value>) -> Result<A
     let dora = raw.get("use_dora").and_then(Value::as_bool).unwrap_or(false);
 
     let (parts, mut problems) = sort_parts(&tensors);
+    problems.extend(unusable(&tensors));
     let mut adapters = BTreeMap::new();
     let mut scales = BTreeMap::new();
     for (path, part) in parts {
@@ -214,13 +215,12 @@ fn refuse(file: &Path, raw: &Map<String, Value>) -> Result<()> {
     if raw.get("bias").and_then(Value::as_str).is_some_and(|b| b != "none") {
         return Err(unsupported("option `bias`".into(), "biases of the base were trained"));
     }
-    if let Some(init) = raw.get("init_lora_weights").and_then(Value::as_str) {
-        if REWRITES_BASE.iter().any(|name| init.to_lowercase().starts_with(name)) {
-            return Err(unsupported(
-                format!("init_lora_weights {init:?}"),
-                "it rewrites the base, so the adapter means nothing on the original weights",
-            ));
-        }
+    let init = raw.get("init_lora_weights").and_then(Value::as_str).unwrap_or_default();
+    if REWRITES_BASE.iter().any(|name| init.to_lowercase().starts_with(name)) {
+        return Err(unsupported(
+            format!("init_lora_weights {init:?}"),
+            "it rewrites the base, so the adapter means nothing on the original weights",
+        ));
     }
     Ok(())
 }

@@ -23,6 +23,13 @@ pub struct Target<'a> {
     pub kind: Kind,
 }
 
+impl Target<'_> {
+    /// (out, in) or (V, E).
+    pub fn shape(&self) -> (i32, i32) {
+        (self.weight.out_features(), self.weight.in_features())
+    }
+}
+
 /// All that an adapter directory holds.
 #[derive(Debug, Clone)]
 pub struct AdapterSet {
@@ -74,6 +81,10 @@ impl AdapterSet {
     /// As for [`AdapterSet::load`].
     pub fn from_file(file: &Path, config: AdapterConfig) -> Result<Self> {
         let (tensors, metadata) = graft_quant::read_safetensors(file)?;
+        let problems = unusable(&tensors);
+        if !problems.is_empty() {
+            return Err(Error::Mismatch { file: file.to_path_buf(), problems });
+        }
         if config.fine_tune_type == FineTuneType::Full {
             return Ok(Self { adapters: BTreeMap::new(), weights: tensors, config, metadata });
         }
@@ -114,23 +125,23 @@ impl AdapterSet {
     /// When the file cannot be written.
     pub fn save_config(&self, dir: &Path) -> Result<()> {
         let file = dir.join(CONFIG_FILE);
-        let text = pretty(&Value::Object(self.config.to_map()));
-        Ok(graft_quant::write_atomic(&file, text.as_bytes())?)
+        let text = graft_quant::pretty(&Value::Object(self.config.to_map()))?;
+        Ok(graft_quant::write_atomic(&file, &text)?)
     }
 
-    /// Checks each adapter against the base: a list of every path that the base lacks and every shape that differs.
+    /// Checks each adapter against the base's modules, given by shape and kind: a list of every path that the base lacks
+    /// and every shape that differs.
     ///
     /// # Errors
     /// [`Error::Mismatch`] with all problems.
-    pub fn check<'a>(&self, origin: &Path, target: impl Fn(&str) -> Option<Target<'a>>) -> Result<()> {
+    pub fn check(&self, origin: &Path, module: impl Fn(&str) -> Option<((i32, i32), Kind)>) -> Result<()> {
         let mut problems = Vec::new();
         for (path, adapter) in &self.adapters {
-            let Some(found) = target(path) else {
+            let Some((shape, kind)) = module(path) else {
                 problems.push(format!("{path}: the base has no such linear or embedding"));
                 continue;
             };
-            let shape = (found.weight.out_features(), found.weight.in_features());
-            if adapter.kind(path, shape) != Some(found.kind) {
+            if adapter.kind(path, shape) != Some(kind) {
                 problems.push(format!(
                     "{path}: A is {:?} and B is {:?}, but the base's weight is ({}, {}): trained on another base",
                     adapter.a.shape(),
@@ -138,7 +149,7 @@ impl AdapterSet {
                     shape.0,
                     shape.1
                 ));
-            } else if adapter.magnitude.is_some() && found.kind == Kind::Embedding {
+            } else if adapter.magnitude.is_some() && kind == Kind::Embedding {
                 problems.push(format!("{path}: DoRA on an embedding is not supported; train it as LoRA"));
             } else if adapter.magnitude.as_ref().is_some_and(|m| m.shape() != [shape.0]) {
                 problems.push(format!(
@@ -167,7 +178,7 @@ impl AdapterSet {
                     .into(),
             });
         }
-        self.check(origin, &target)?;
+        self.check(origin, |path| target(path).map(|t| (t.shape(), t.kind)))?;
         let mut sites = HashMap::new();
         for (path, adapter) in &self.adapters {
             let Some(found) = target(path) else { continue };
@@ -181,7 +192,17 @@ impl AdapterSet {
     }
 }
 
-/// mlx-lm's tensors to adapters: every tensor must be one of the three, every path complete, every value finite.
+/// A sentence on each tensor that holds no floats, or not only finite ones.
+pub(crate) fn unusable(tensors: &BTreeMap<String, Tensor>) -> Vec<String> {
+    let problem = |(name, tensor): (&String, &Tensor)| match tensor.to_f32() {
+        Ok(values) if values.iter().all(|x| x.is_finite()) => None,
+        Ok(_) => Some(format!("{name}: holds values that are not finite")),
+        Err(_) => Some(format!("{name}: expected floats, found {:?}", tensor.dtype)),
+    };
+    tensors.iter().filter_map(problem).collect()
+}
+
+/// mlx-lm's tensors to adapters: every tensor must be one of the three, every path complete.
 fn collect(
     file: &Path,
     tensors: &BTreeMap<String, Tensor>,
@@ -214,11 +235,6 @@ fn collect(
         if config.fine_tune_type == FineTuneType::Dora && m.is_none() {
             problems.push(format!("{path}: fine_tune_type is dora, but m is missing"));
         }
-        for (part, tensor) in [("lora_a", Some(a)), ("lora_b", Some(b)), ("m", m)] {
-            if tensor.is_some_and(|t| t.to_f32().is_ok_and(|v| v.iter().any(|x| !x.is_finite()))) {
-                problems.push(format!("{path}.{part}: holds values that are not finite"));
-            }
-        }
         let magnitude = m.map(array_f32).transpose()?;
         let adapter = Adapter { a: array_f32(a)?, b: array_f32(b)?, scale: config.scale_of(path), magnitude };
         adapters.insert(path.to_owned(), adapter);
@@ -236,16 +252,4 @@ fn collect(
 /// The tensor as an f32 array.
 pub(crate) fn array_f32(tensor: &Tensor) -> Result<graft_ops::Array> {
     Ok(tensor.to_array()?.as_dtype(Dtype::Float32)?)
-}
-
-/// JSON as Python's `json.dumps(indent=4)` writes it, for files that people compare with mlx-lm's.
-fn pretty(value: &Value) -> String {
-    let mut out = Vec::new();
-    let formatter = serde_json::ser::PrettyFormatter::with_indent(b"    ");
-    let mut serializer = serde_json::Serializer::with_formatter(&mut out, formatter);
-    // A `Value` always serializes, and serde_json writes UTF-8.
-    if serde::Serialize::serialize(value, &mut serializer).is_err() {
-        return value.to_string();
-    }
-    String::from_utf8(out).unwrap_or_else(|_| value.to_string())
 }

@@ -199,6 +199,11 @@ fn peft_is_read_with_its_scalings_and_the_rest_refused_by_name() {
             let message = AdapterSet::load(dir.path()).unwrap_err().to_string();
             assert!(message.contains(word), "{message}");
         }
+        let dir = tempfile::tempdir().unwrap();
+        let broken = Adapter { b: adapter(false).b.divide(Array::from_f32(0.0)).unwrap(), ..adapter(false) };
+        write_peft(dir.path(), json!({}), &peft_tensors(&broken));
+        let message = AdapterSet::load(dir.path()).unwrap_err().to_string();
+        assert!(message.contains("lora_B.weight: holds values that are not finite"), "{message}");
     });
 }
 

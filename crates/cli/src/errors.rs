@@ -27,7 +27,8 @@ impl std::error::Error for Interrupted {}
 
 /// 1, 2 or 130.
 pub(crate) fn status(error: &Error) -> u8 {
-    if error.is::<Usage>() {
+    let sampling = matches!(error.downcast_ref(), Some(graft_model::Error::Sampling { .. }));
+    if error.is::<Usage>() || sampling {
         2
     } else if error.is::<Interrupted>() {
         130

@@ -41,18 +41,29 @@ pub(crate) fn cores() -> usize {
 }
 
 /// A flag that the first interrupt or termination signal sets; the second ends the process at once with status 130.
-/// `on_first` runs in the signal's thread.
+/// `on_first` runs in the signals' thread.
 pub(crate) fn stop_flag(on_first: impl Fn() + Send + 'static) -> Arc<AtomicBool> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
     let flag = Arc::new(AtomicBool::new(false));
     let set = flag.clone();
-    // Fails only if a handler stands already; then the default one ends the process.
-    let _ = ctrlc::set_handler(move || {
-        if set.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
-        }
-        on_first();
-    });
+    // Fails only where the system has no such signals; then the default action ends the process.
+    if let Ok(mut signals) = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP]) {
+        std::thread::spawn(move || {
+            for _ in signals.forever() {
+                if set.swap(true, Ordering::SeqCst) {
+                    exit(130);
+                }
+                on_first();
+            }
+        });
+    }
     flag
+}
+
+/// Ends the process without its exit handlers. MLX takes its allocator down in one, while threads of its own may still
+/// free arrays, and then the process aborts instead.
+pub(crate) fn exit(status: u8) -> ! {
+    signal_hook::low_level::exit(status.into())
 }
 
 #[cfg(test)]

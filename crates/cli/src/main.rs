@@ -11,16 +11,15 @@ mod hub;
 mod settings;
 mod ui;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, anyhow, bail};
 use args::Command;
 use graft_ops::{Form, Precision};
-use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Stack of the array thread in bytes.
 const STACK: usize = 256 << 20;
 
-fn main() -> ExitCode {
+fn main() {
     // Our own report replaces the panic message and its trace.
     let place = Arc::new(Mutex::new(String::new()));
     let seen = place.clone();
@@ -35,25 +34,19 @@ fn main() -> ExitCode {
         Ok(Ok(result)) => result,
         Ok(Err(_)) => {
             let what = place.lock().unwrap_or_else(PoisonError::into_inner);
-            ui::note(&format!(
-                "error: graft failed in a way it should not: {}; please report this with the command line",
-                what.split_whitespace().collect::<Vec<_>>().join(" ")
-            ));
-            return ExitCode::FAILURE;
+            let what = what.split_whitespace().collect::<Vec<_>>().join(" ");
+            Err(anyhow!(
+                "graft failed in a way it should not: {what}; please report this with the command line"
+            ))
         }
         Err(error) => Err(anyhow::Error::from(error).context("cannot start the array thread")),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let line = errors::line(&error);
-            match errors::status(&error) {
-                130 => ui::note(&line),
-                _ => ui::note(&format!("error: {line}")),
-            }
-            ExitCode::from(errors::status(&error))
-        }
+    let status = result.as_ref().err().map_or(0, errors::status);
+    if let Err(error) = &result {
+        let line = errors::line(error);
+        ui::note(&if status == 130 { line } else { format!("error: {line}") });
     }
+    host::exit(status);
 }
 
 fn run(arguments: Vec<String>) -> Result<()> {
@@ -73,7 +66,7 @@ fn run(arguments: Vec<String>) -> Result<()> {
     match cli.command {
         Command::Lora(args) => commands::lora(&args, settings::Defaults::MlxLm),
         Command::Train(args) => commands::lora(&args, settings::Defaults::Recipe),
-        Command::Fuse(_) => Ok(()),
+        Command::Fuse(args) => commands::fuse(&args),
         Command::Generate(args) => commands::generate(&args),
         Command::Chat(args) => commands::chat(&args),
         Command::Server(args) => commands::server(&args),
@@ -99,18 +92,14 @@ fn choose_form(threads: Option<usize>) -> Result<()> {
         Ok("" | "cpu") | Err(_) => {}
         Ok(other) => bail!(errors::Usage(format!("GRAFT_OPS must be `mlx` or `cpu`, not `{other}`"))),
     }
-    let from_env = match std::env::var("GRAFT_THREADS") {
-        Ok(text) if !text.is_empty() => {
-            let parsed = text.parse::<usize>();
-            Some(
-                parsed
-                    .map_err(|e| errors::Usage(e.to_string()))
-                    .with_context(|| format!("GRAFT_THREADS must be a whole number, not `{text}`"))?,
-            )
-        }
-        _ => None,
+    let threads = match (threads, std::env::var("GRAFT_THREADS")) {
+        (None, Ok(text)) if !text.is_empty() => match text.parse() {
+            Ok(n) => Some(n),
+            Err(_) => bail!(errors::Usage(format!("GRAFT_THREADS must be a whole number, not `{text}`"))),
+        },
+        (given, _) => given,
     };
-    match threads.or(from_env) {
+    match threads {
         Some(0) => bail!(errors::Usage("--threads must be at least 1".into())),
         Some(n) => graft_ops::set_threads(n),
         None => {}

@@ -10,79 +10,107 @@ use std::path::Path;
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
     Bool,
-    Int,
+    /// A whole number; at the top level at least this.
+    Int(i64),
     Float,
     Text,
-    /// A mapping with the keys of `KEYS_OF`, or of any keys.
-    Map,
-    /// A mapping or a list of mappings.
-    Maps,
+    /// A mapping with these keys.
+    Map(Keys),
+    /// A mapping with any keys.
+    AnyMap,
+    /// A mapping with these keys, or a list of such mappings.
+    Maps(Keys),
     /// A list of texts.
     Texts,
     /// A list of numbers.
     Numbers,
 }
 
-/// mlx_lm's settings and, from `resume` on, ours.
-const KEYS: &[(&str, Kind)] = &[
-    ("model", Kind::Text),
-    ("train", Kind::Bool),
-    ("fine_tune_type", Kind::Text),
-    ("optimizer", Kind::Text),
-    ("optimizer_config", Kind::Map),
-    ("data", Kind::Text),
-    ("seed", Kind::Int),
-    ("num_layers", Kind::Int),
-    ("batch_size", Kind::Int),
-    ("iters", Kind::Int),
-    ("val_batches", Kind::Int),
-    ("learning_rate", Kind::Float),
-    ("steps_per_report", Kind::Int),
-    ("steps_per_eval", Kind::Int),
-    ("resume_adapter_file", Kind::Text),
-    ("adapter_path", Kind::Text),
-    ("save_every", Kind::Int),
-    ("test", Kind::Bool),
-    ("test_batches", Kind::Int),
-    ("max_seq_length", Kind::Int),
-    ("config", Kind::Text),
-    ("grad_checkpoint", Kind::Bool),
-    ("grad_accumulation_steps", Kind::Int),
-    ("clear_cache_threshold", Kind::Int),
-    ("lr_schedule", Kind::Map),
-    ("lora_parameters", Kind::Map),
-    ("mask_prompt", Kind::Bool),
-    ("report_to", Kind::Text),
-    ("project_name", Kind::Text),
-    ("trust_remote_code", Kind::Bool),
-    ("hf_dataset", Kind::Maps),
-    ("prompt_feature", Kind::Text),
-    ("completion_feature", Kind::Text),
-    ("chat_feature", Kind::Text),
-    ("text_feature", Kind::Text),
-    ("resume", Kind::Bool),
-    ("max_grad_norm", Kind::Float),
+/// Keys of a mapping.
+type Keys = &'static [(&'static str, Kind)];
+
+/// mlx_lm's settings and, from `resume` on, ours: key, kind and mlx_lm's default as JSON.
+const KEYS: &[(&str, Kind, &str)] = &[
+    ("model", Kind::Text, r#""Qwen/Qwen3-0.6b""#),
+    ("train", Kind::Bool, "false"),
+    ("fine_tune_type", Kind::Text, r#""lora""#),
+    ("optimizer", Kind::Text, r#""adam""#),
+    (
+        "optimizer_config",
+        Kind::Map(OPTIMIZERS),
+        r#"{"adam": {}, "adamw": {}, "muon": {}, "sgd": {}, "adafactor": {}}"#,
+    ),
+    ("data", Kind::Text, r#""mlx-community/WikiSQL""#),
+    ("seed", Kind::Int(ANY), "0"),
+    ("num_layers", Kind::Int(-1), "16"),
+    ("batch_size", Kind::Int(1), "4"),
+    ("iters", Kind::Int(0), "1000"),
+    ("val_batches", Kind::Int(-1), "25"),
+    ("learning_rate", Kind::Float, "1e-5"),
+    ("steps_per_report", Kind::Int(1), "10"),
+    ("steps_per_eval", Kind::Int(1), "200"),
+    ("resume_adapter_file", Kind::Text, "null"),
+    ("adapter_path", Kind::Text, r#""adapters""#),
+    ("save_every", Kind::Int(1), "100"),
+    ("test", Kind::Bool, "false"),
+    ("test_batches", Kind::Int(-1), "500"),
+    ("max_seq_length", Kind::Int(2), "2048"),
+    ("config", Kind::Text, "null"),
+    ("grad_checkpoint", Kind::Bool, "false"),
+    ("grad_accumulation_steps", Kind::Int(1), "1"),
+    ("clear_cache_threshold", Kind::Int(0), "0"),
+    ("lr_schedule", Kind::Map(SCHEDULE_KEYS), "null"),
+    ("lora_parameters", Kind::Map(LORA_KEYS), r#"{"rank": 8, "dropout": 0.0, "scale": 20.0}"#),
+    ("mask_prompt", Kind::Bool, "false"),
+    ("report_to", Kind::Text, "null"),
+    ("project_name", Kind::Text, "null"),
+    ("trust_remote_code", Kind::Bool, "false"),
+    ("hf_dataset", Kind::Maps(DATASET_KEYS), UNSET),
+    ("prompt_feature", Kind::Text, UNSET),
+    ("completion_feature", Kind::Text, UNSET),
+    ("chat_feature", Kind::Text, UNSET),
+    ("text_feature", Kind::Text, UNSET),
+    ("resume", Kind::Bool, "false"),
+    ("max_grad_norm", Kind::Float, "0.0"),
 ];
 
-const LORA_KEYS: &[(&str, Kind)] = &[
-    ("rank", Kind::Int),
+/// The default of a key that mlx_lm does not have at all.
+const UNSET: &str = "";
+/// No bound here.
+const ANY: i64 = i64::MIN;
+
+const LORA_KEYS: Keys = &[
+    ("rank", Kind::Int(ANY)),
     ("scale", Kind::Float),
     ("alpha", Kind::Float),
     ("dropout", Kind::Float),
     ("keys", Kind::Texts),
 ];
-const SCHEDULE_KEYS: &[(&str, Kind)] = &[
+const SCHEDULE_KEYS: Keys = &[
     ("name", Kind::Text),
     ("arguments", Kind::Numbers),
-    ("warmup", Kind::Int),
+    ("warmup", Kind::Int(ANY)),
     ("warmup_init", Kind::Float),
 ];
-const OPTIMIZERS: &[(&str, Kind)] = &[
-    ("adam", Kind::Map),
-    ("adamw", Kind::Map),
-    ("muon", Kind::Map),
-    ("sgd", Kind::Map),
-    ("adafactor", Kind::Map),
+const OPTIMIZERS: Keys = &[
+    ("adam", Kind::AnyMap),
+    ("adamw", Kind::AnyMap),
+    ("muon", Kind::AnyMap),
+    ("sgd", Kind::AnyMap),
+    ("adafactor", Kind::AnyMap),
+];
+const DATASET_KEYS: Keys = &[
+    ("path", Kind::Text),
+    ("train_split", Kind::Text),
+    ("valid_split", Kind::Text),
+    ("test_split", Kind::Text),
+    ("mask_prompt", Kind::Bool),
+    ("prompt_feature", Kind::Text),
+    ("completion_feature", Kind::Text),
+    ("chat_feature", Kind::Text),
+    ("text_feature", Kind::Text),
+    // Arguments of the datasets library; graft reads JSON lines, which have none.
+    ("config", Kind::Map(&[])),
 ];
 
 /// Settings of a run, complete and of the right types. `all` is what goes into adapter_config.json.
@@ -113,9 +141,10 @@ impl Settings {
 
     fn join(args: &LoraArgs, file: Map<String, Value>, defaults: Defaults) -> Result<Self> {
         let origin = args.config.as_deref().unwrap_or("the settings");
-        let mut all = defaults_of(defaults);
+        let mut all = defaults_of(defaults)?;
         let mask_in_file = file.contains_key("mask_prompt");
-        for (key, value) in checked(origin, "", file, KEYS)? {
+        let keys: Vec<_> = KEYS.iter().map(|(key, kind, _)| (*key, *kind)).collect();
+        for (key, value) in checked(origin, "", file, &keys)? {
             match (&mut all.get_mut(&key), value) {
                 // What a file's lora_parameters leave out keeps its default, where mlx_lm stops with a KeyError.
                 (Some(Value::Object(under)), Value::Object(over)) if key != "lr_schedule" => {
@@ -176,21 +205,11 @@ impl Settings {
                 return Err(usage(format!("{key} must be one of {}, not `{value}`", allowed.join(", "))));
             }
         }
-        let least = [
-            ("batch_size", 1),
-            ("iters", 0),
-            ("steps_per_report", 1),
-            ("steps_per_eval", 1),
-            ("save_every", 1),
-            ("grad_accumulation_steps", 1),
-            ("max_seq_length", 2),
-            ("num_layers", -1),
-            ("val_batches", -1),
-            ("test_batches", -1),
-        ];
-        for (key, least) in least {
+        for (key, kind, _) in KEYS {
             let value = self.int(key);
-            if value < least {
+            if let Kind::Int(least) = kind
+                && value < *least
+            {
                 return Err(usage(format!("{} must be at least {least}, not {value}", flag_name(key))));
             }
         }
@@ -254,35 +273,27 @@ fn flag_name(key: &str) -> String {
 }
 
 /// mlx_lm's CONFIG_DEFAULTS, or our recipe over them.
-fn defaults_of(defaults: Defaults) -> Map<String, Value> {
-    let mut all = json!({
-        "model": "Qwen/Qwen3-0.6b", "train": false, "fine_tune_type": "lora", "optimizer": "adam",
-        "optimizer_config": {"adam": {}, "adamw": {}, "muon": {}, "sgd": {}, "adafactor": {}},
-        "data": "mlx-community/WikiSQL", "seed": 0, "num_layers": 16, "batch_size": 4, "iters": 1000,
-        "val_batches": 25, "learning_rate": 1e-5, "steps_per_report": 10, "steps_per_eval": 200,
-        "resume_adapter_file": null, "adapter_path": "adapters", "save_every": 100, "test": false,
-        "test_batches": 500, "max_seq_length": 2048, "config": null, "grad_checkpoint": false,
-        "grad_accumulation_steps": 1, "clear_cache_threshold": 0, "lr_schedule": null,
-        "lora_parameters": {"rank": 8, "dropout": 0.0, "scale": 20.0}, "mask_prompt": false,
-        "report_to": null, "project_name": null, "trust_remote_code": false,
-        "resume": false, "max_grad_norm": 0.0,
-    });
-    if defaults == Defaults::Recipe
-        && let Value::Object(all) = &mut all
-    {
+fn defaults_of(defaults: Defaults) -> Result<Map<String, Value>> {
+    let mut all = Map::new();
+    for (key, _, default) in KEYS.iter().filter(|(.., default)| *default != UNSET) {
+        all.insert((*key).into(), serde_json::from_str(default)?);
+    }
+    if defaults == Defaults::Recipe {
         // The reasons stand in README.md: AdamW at 2e-4 with warm-up and cosine decay, every block, rank 16 at
         // alpha 32, clipped gradients, only the answers in the loss, all of the validation set.
-        let recipe = json!({
+        all.extend(object(json!({
             "optimizer": "adamw", "learning_rate": 2e-4, "num_layers": -1, "iters": 600, "val_batches": -1,
             "steps_per_eval": 100, "max_grad_norm": 1.0, "mask_prompt": true,
             "lora_parameters": {"rank": 16, "dropout": 0.0, "scale": 2.0},
-        });
-        if let Value::Object(recipe) = recipe {
-            all.extend(recipe);
-        }
+        })));
     }
-    match all {
-        Value::Object(all) => all,
+    Ok(all)
+}
+
+/// The mapping that a value is; empty if it is none.
+pub(crate) fn object(value: Value) -> Map<String, Value> {
+    match value {
+        Value::Object(map) => map,
         _ => Map::new(),
     }
 }
@@ -316,80 +327,57 @@ fn checked(
             let near = near.map(|n| format!("; did you mean `{prefix}{n}`?")).unwrap_or_default();
             return Err(usage(format!("{origin}: unknown key `{prefix}{key}`{near}")));
         };
-        let name = format!("{prefix}{key}");
-        if value.is_null() {
-            continue;
+        if !value.is_null() {
+            let value = typed(origin, &format!("{prefix}{key}"), value, *kind)?;
+            good.insert(key, value);
         }
-        let value = typed(origin, &name, value, *kind)?;
-        let value = match (name.as_str(), value) {
-            ("lora_parameters", Value::Object(m)) => {
-                checked(origin, "lora_parameters.", m, LORA_KEYS)?.into()
-            }
-            ("lr_schedule", Value::Object(m)) => checked(origin, "lr_schedule.", m, SCHEDULE_KEYS)?.into(),
-            ("optimizer_config", Value::Object(m)) => {
-                checked(origin, "optimizer_config.", m, OPTIMIZERS)?.into()
-            }
-            (_, value) => value,
-        };
-        good.insert(key, value);
     }
     Ok(good)
 }
 
 /// The value as its kind. A number may be written as a text (`1e-5` is one to a YAML 1.1 loader) and a switch as yes, no, on or off.
 fn typed(origin: &str, name: &str, value: Value, kind: Kind) -> Result<Value> {
-    let wrong = |expected: &str, value: &Value| {
-        usage(format!("{origin}: `{name}` must be {expected}, found {}", found(value)))
-    };
     let float = |value: &Value| match value {
         Value::Number(n) => n.as_f64(),
         Value::String(s) => s.trim().parse::<f64>().ok(),
         _ => None,
     };
-    match kind {
-        Kind::Bool => match &value {
-            Value::Bool(_) => Ok(value),
-            Value::String(s) if ["yes", "on"].contains(&s.to_lowercase().as_str()) => Ok(true.into()),
-            Value::String(s) if ["no", "off"].contains(&s.to_lowercase().as_str()) => Ok(false.into()),
-            _ => Err(wrong("true or false", &value)),
-        },
-        Kind::Int => match &value {
-            Value::Number(n) if n.is_i64() => Ok(value),
-            _ => Err(wrong("a whole number", &value)),
-        },
-        Kind::Float => match float(&value) {
-            Some(x) => Ok(x.into()),
-            None => Err(wrong("a number", &value)),
-        },
-        Kind::Text => match &value {
-            Value::String(_) => Ok(value),
-            _ => Err(wrong("a text", &value)),
-        },
-        Kind::Map => match &value {
-            Value::Object(_) => Ok(value),
-            _ => Err(wrong("a mapping", &value)),
-        },
-        Kind::Maps => match &value {
-            Value::Object(_) => Ok(value),
-            Value::Array(list) if list.iter().all(Value::is_object) => Ok(value),
-            _ => Err(wrong("a mapping or a list of mappings", &value)),
-        },
-        Kind::Texts => match &value {
-            Value::Array(list) if list.iter().all(Value::is_string) => Ok(value),
-            _ => Err(wrong("a list of texts", &value)),
-        },
-        Kind::Numbers => match &value {
-            Value::Array(list) => {
-                let numbers =
-                    list.iter().map(|v| if v.is_i64() { Some(v.clone()) } else { float(v).map(Value::from) });
-                match numbers.collect::<Option<Vec<_>>>() {
-                    Some(numbers) => Ok(numbers.into()),
-                    None => Err(wrong("a list of numbers", &value)),
-                }
-            }
-            _ => Err(wrong("a list of numbers", &value)),
-        },
-    }
+    let number =
+        |value: &Value| if value.is_i64() { Some(value.clone()) } else { float(value).map(Value::from) };
+    let shown = found(&value);
+    let (expected, good) = match (kind, value) {
+        (Kind::Bool, Value::String(s)) => (
+            "true or false",
+            match s.to_lowercase().as_str() {
+                "yes" | "on" => Some(true.into()),
+                "no" | "off" => Some(false.into()),
+                _ => None,
+            },
+        ),
+        (Kind::Bool, value) => ("true or false", Some(value).filter(Value::is_boolean)),
+        (Kind::Int(_), value) => ("a whole number", Some(value).filter(Value::is_i64)),
+        (Kind::Float, value) => ("a number", float(&value).map(Value::from)),
+        (Kind::Text, value) => ("a text", Some(value).filter(Value::is_string)),
+        (Kind::AnyMap, value) => ("a mapping", Some(value).filter(Value::is_object)),
+        (Kind::Map(keys) | Kind::Maps(keys), Value::Object(map)) => {
+            ("a mapping", Some(checked(origin, &format!("{name}."), map, keys)?.into()))
+        }
+        (Kind::Map(_), _) => ("a mapping", None),
+        (Kind::Maps(keys), Value::Array(list)) => {
+            let all = list.into_iter().map(|value| typed(origin, name, value, Kind::Map(keys)));
+            ("a list", Some(all.collect::<Result<Vec<_>>>()?.into()))
+        }
+        (Kind::Maps(_), _) => ("a mapping or a list of mappings", None),
+        (Kind::Texts, Value::Array(list)) if list.iter().all(Value::is_string) => {
+            ("a list", Some(list.into()))
+        }
+        (Kind::Texts, _) => ("a list of texts", None),
+        (Kind::Numbers, Value::Array(list)) => {
+            ("a list of numbers", list.iter().map(number).collect::<Option<Vec<_>>>().map(Value::from))
+        }
+        (Kind::Numbers, _) => ("a list of numbers", None),
+    };
+    good.ok_or_else(|| usage(format!("{origin}: `{name}` must be {expected}, found {shown}")))
 }
 
 fn found(value: &Value) -> String {

@@ -13,7 +13,7 @@ pub(crate) fn out(text: &str) {
 pub(crate) fn print(text: &str) {
     let mut stdout = std::io::stdout().lock();
     if stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).is_err() {
-        std::process::exit(0);
+        crate::host::exit(0);
     }
 }
 

@@ -25,6 +25,15 @@ pub enum Error {
         /// One sentence each.
         problems: Vec<String>,
     },
+    /// The target is the base itself.
+    #[error("{path} is the base itself, which the fused model would replace; choose another path")]
+    IntoBase {
+        /// The target.
+        path: PathBuf,
+    },
+    /// The fuse was asked to stop.
+    #[error("stopped before the fused model was complete; nothing was written")]
+    Stopped,
     /// A fused weight is not finite.
     #[error(
         "{path}: the fused weight holds values that are not finite; check the adapter and its scale ({scale})"

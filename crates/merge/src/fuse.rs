@@ -1,18 +1,20 @@
 //! A base and an adapter to a model directory, one weight at a time.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use graft_adapters::{AdapterSet, Fingerprint, Kind, Target};
-use graft_ops::Dtype;
-use graft_quant::convert::companion_files;
-use graft_quant::{Checkpoint, DirWriter, Packed, Quantization, StoredDtype, Tensor, Weight};
+use graft_adapters::{AdapterSet, Fingerprint, Kind};
+use graft_ops::Array;
+use graft_quant::convert::{companion_files, is_float};
+use graft_quant::{Checkpoint, DirWriter, Quantization, Tensor, Weight};
+use serde_json::Value;
 
-use crate::layer::{NOT_STORED, Update, fuse_weight};
+use crate::layer::{Stored, Update, dense, fuse_weight};
 use crate::{Error, FuseReport, LayerReport, Policy, REPORT_FILE, Result, Totals};
 
 /// How to fuse.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FuseOptions {
     /// What packed weights with an adapter become.
     pub policy: Policy,
@@ -20,6 +22,10 @@ pub struct FuseOptions {
     pub dequantize: bool,
     /// Replace the model directory at the target, if there is one.
     pub overwrite: bool,
+    /// What the report calls the base.
+    pub base_name: String,
+    /// What the report calls the adapter.
+    pub adapter_name: String,
 }
 
 /// What happens meanwhile.
@@ -32,8 +38,6 @@ pub enum Event {
         /// Tensors of the base.
         total: usize,
     },
-    /// A weight was fused.
-    Layer(LayerReport),
     /// Something that the user should know.
     Warning(String),
 }
@@ -44,74 +48,79 @@ const LOSS: f64 = 0.1;
 /// Fuses `adapter` into the base at `model` and writes the result to `out`, whole or not at all.
 ///
 /// `W' = W + s (A B)^T`, for DoRA with rows scaled to m, in f32 and rounded once. Biases are as before; a `full` adapter's
-/// weights take the place of the base's. The report is written beside the weights too.
+/// weights take the place of the base's. The report is written beside the weights too. `stop` is looked at between two
+/// tensors.
 ///
 /// # Errors
-/// When the adapter was trained on another base or does not fit, when the base cannot be read, or when the target exists.
+/// When the adapter was trained on another base or does not fit, when the base cannot be read, when the target is the base
+/// or must not be replaced, or when `stop` was set.
 pub fn fuse(
     model: &Path,
     adapter: &AdapterSet,
     out: &Path,
-    options: FuseOptions,
+    options: &FuseOptions,
+    stop: &AtomicBool,
     on_event: &mut dyn FnMut(Event),
 ) -> Result<FuseReport> {
     let checkpoint = Checkpoint::open(model)?;
-    check(&checkpoint, adapter)?;
-    let policy = if options.dequantize { Policy::Dense } else { options.policy };
+    if let (Ok(target), Ok(base)) = (out.canonicalize(), model.canonicalize())
+        && target == base
+    {
+        return Err(Error::IntoBase { path: out.to_path_buf() });
+    }
+    check(&checkpoint, adapter, on_event)?;
     let mut job = Job {
         checkpoint: &checkpoint,
         adapter,
         writer: DirWriter::create(out, options.overwrite)?,
         quantization: checkpoint.quantization().clone(),
-        policy,
+        policy: if options.dequantize { Policy::Dense } else { options.policy },
         dequantize: options.dequantize,
         layers: Vec::new(),
-        copied: 0,
-        tensors: 0,
-        bytes: 0,
+        totals: Totals::default(),
         done: BTreeSet::new(),
         on_event,
     };
-    job.run()?;
-    job.finish(model)
+    job.run(stop)?;
+    job.finish(options)
 }
 
 /// Refuses an adapter of another base, with everything that does not fit.
-fn check(checkpoint: &Checkpoint, adapter: &AdapterSet) -> Result<()> {
+fn check(checkpoint: &Checkpoint, adapter: &AdapterSet, on_event: &mut dyn FnMut(Event)) -> Result<()> {
     let model = checkpoint.dir();
     if let Some(trained) = Fingerprint::read(&adapter.config) {
         let base = Fingerprint::of(checkpoint, &model.display().to_string());
         if let Some(why) = trained.foreign_to(&base) {
             return Err(Error::Foreign { model: model.to_path_buf(), why });
         }
-    }
-    let shapes = checkpoint.module_shapes();
-    // Stand-ins of the right shape: lazy, so that the check reads no weight.
-    let mut targets = BTreeMap::new();
-    for path in adapter.adapters.keys() {
-        if let Some(&(rows, columns)) = shapes.get(path) {
-            let weight = Weight::Dense(mlx_rs::ops::zeros::<f32>(&[rows as i32, columns as i32])?);
-            targets.insert(path.as_str(), weight);
+        if trained.precision != base.precision {
+            on_event(Event::Warning(format!(
+                "the adapter was trained on {} in another precision ({}) than {}: the sum differs from what was trained",
+                trained.lineage,
+                trained.precision,
+                model.display()
+            )));
         }
     }
-    adapter.check(model, |path| targets.get(path).map(|weight| Target { weight, kind: kind_of(path) }))?;
+    let mut shapes = checkpoint.module_shapes();
+    if checkpoint.config().get("tie_word_embeddings").and_then(Value::as_bool) == Some(true) {
+        // A tied model may carry a copy of its embedding as head, but nobody reads it.
+        shapes.remove("lm_head");
+    }
+    adapter.check(model, |path| {
+        shapes.get(path).map(|&(rows, columns)| ((rows as i32, columns as i32), kind_of(path)))
+    })?;
     let mut problems = Vec::new();
     for (name, tensor) in &adapter.weights {
-        let Some(info) = checkpoint.info(name) else {
-            problems.push(format!("{name}: the base has no such tensor"));
-            continue;
-        };
-        let logical =
-            name.strip_suffix(".weight").and_then(|path| shapes.get(path)).map(|&(a, b)| vec![a, b]);
-        let verbatim = info.shape == tensor.shape && is_float(info.dtype) == is_float(tensor.dtype);
-        if !verbatim && !(is_float(tensor.dtype) && logical.as_ref() == Some(&tensor.shape)) {
-            problems.push(format!(
-                "{name}: the adapter has {:?} of {:?}, the base {:?} of {:?}",
-                tensor.shape,
-                tensor.dtype,
-                logical.as_ref().unwrap_or(&info.shape),
-                info.dtype
-            ));
+        let matrix = name.strip_suffix(".weight").and_then(|path| shapes.get(path)).map(|&(a, b)| vec![a, b]);
+        let packed =
+            name.rsplit_once('.').is_some_and(|(path, part)| part != "bias" && shapes.contains_key(path));
+        let other = || checkpoint.info(name).filter(|info| is_float(info.dtype) && !packed);
+        match matrix.or_else(|| other().map(|info| info.shape.clone())) {
+            None => problems.push(format!("{name}: the base has no such weight")),
+            Some(shape) if shape != tensor.shape => problems
+                .push(format!("{name}: expected shape {shape:?} as in the base, found {:?}", tensor.shape)),
+            Some(_) => {}
         }
     }
     if problems.is_empty() { Ok(()) } else { Err(Error::Mismatch { model: model.to_path_buf(), problems }) }
@@ -120,10 +129,6 @@ fn check(checkpoint: &Checkpoint, adapter: &AdapterSet) -> Result<()> {
 /// Which of the two orientations a module's adapter has; the base's names decide, as no network is built here.
 fn kind_of(path: &str) -> Kind {
     if path.ends_with("embed_tokens") { Kind::Embedding } else { Kind::Linear }
-}
-
-fn is_float(dtype: StoredDtype) -> bool {
-    matches!(dtype, StoredDtype::F32 | StoredDtype::F16 | StoredDtype::BF16 | StoredDtype::F64)
 }
 
 /// A fuse under way.
@@ -135,25 +140,28 @@ struct Job<'a> {
     policy: Policy,
     dequantize: bool,
     layers: Vec<LayerReport>,
-    copied: usize,
-    tensors: usize,
-    bytes: u64,
+    totals: Totals,
     /// Parts of packed weights that were written, or left away, together with their codes.
     done: BTreeSet<String>,
     on_event: &'a mut dyn FnMut(Event),
 }
 
-impl Job<'_> {
-    fn run(&mut self) -> Result<()> {
+impl<'a> Job<'a> {
+    fn run(&mut self, stop: &AtomicBool) -> Result<()> {
         let checkpoint = self.checkpoint;
-        let names: Vec<&String> = checkpoint.names().collect();
         // Weights first: whatever comes with one is then known to be dealt with.
         let (weights, others): (Vec<&String>, Vec<&String>) =
-            names.into_iter().partition(|name| name.ends_with(".weight"));
+            checkpoint.names().partition(|name| name.ends_with(".weight"));
         let total = weights.len() + others.len();
         for (done, name) in weights.into_iter().chain(others).enumerate() {
+            if stop.load(Ordering::Relaxed) {
+                return Err(Error::Stopped);
+            }
+            self.totals.base_bytes +=
+                checkpoint.info(name).map_or(0, |info| info.range.end - info.range.start);
             if !self.done.remove(name) {
                 self.tensor(name)?;
+                // Buffers of the sizes just used are of no use to the next tensor.
                 mlx_rs::memory::clear_cache()?;
             }
             (self.on_event)(Event::Tensor { done: done + 1, total });
@@ -163,98 +171,73 @@ impl Job<'_> {
 
     /// One tensor of the base, with its scales and biases if it is a weight that changes.
     fn tensor(&mut self, name: &str) -> Result<()> {
-        let path = name.strip_suffix(".weight");
-        let whole = self.adapter.weights.get(name);
-        if let Some(path) = path {
-            let low_rank = self.adapter.adapters.get(path);
-            if let Some(adapter) = low_rank {
-                return self.weight(path, &Update::LowRank(adapter, kind_of(path)));
-            }
-            if let Some(tensor) = whole.filter(|tensor| is_float(tensor.dtype) && tensor.shape.len() == 2) {
-                return self.weight(path, &Update::Whole(tensor.to_array()?.as_dtype(Dtype::Float32)?));
-            }
-            if self.dequantize && self.checkpoint.grid(path)?.is_some() {
-                let Weight::Packed(packed) = self.checkpoint.weight(path)? else { return self.copy(name) };
-                let dense = packed.dequantize(packed.scales.dtype())?;
-                return self.write(path, &Weight::Dense(dense));
-            }
+        let path = name.strip_suffix(".weight").unwrap_or(name);
+        let update = self.update(name, path)?;
+        if update.is_none() && !self.dequantize {
+            return self.copy(name);
         }
-        match whole {
-            Some(tensor) => {
-                let own = self.checkpoint.info(name).map_or(tensor.dtype, |info| info.dtype);
-                let array = tensor.to_array()?;
-                let like = match own {
-                    StoredDtype::F32 => array.as_dtype(Dtype::Float32)?,
-                    StoredDtype::F16 => array.as_dtype(Dtype::Float16)?,
-                    StoredDtype::BF16 => array.as_dtype(Dtype::Bfloat16)?,
-                    _ => array,
-                };
-                self.add(name, &Tensor::from_array(&like)?)
-            }
-            None => self.copy(name),
+        let weight = match self.checkpoint.grid(path)? {
+            None if update.is_none() => return self.copy(name),
+            None => Weight::Dense(matrix(&self.checkpoint.array(name)?)?),
+            Some(_) => self.checkpoint.weight(path)?,
+        };
+        let mut stored = None;
+        if let Some(update) = update {
+            let fused = fuse_weight(path, &weight, &update, self.policy)?;
+            self.layers.push(fused.report);
+            stored = fused.stored;
+        }
+        match (stored, weight) {
+            (Some(stored), _) => self.write(name, path, stored),
+            (None, Weight::Packed(packed)) if self.dequantize => self.write(name, path, dense(&packed)?),
+            // Its scales and biases, if it has any, are copied when their turn comes.
+            (None, _) => self.copy(name),
         }
     }
 
+    /// What the adapter does to a tensor.
+    fn update(&self, name: &str, path: &str) -> Result<Option<Update<'a>>> {
+        if let Some(adapter) = self.adapter.adapters.get(path).filter(|_| name != path) {
+            return Ok(Some(Update::LowRank(adapter, kind_of(path))));
+        }
+        let whole = self.adapter.weights.get(name);
+        whole.map(|tensor| Ok(Update::Whole(matrix(&tensor.to_array()?)?))).transpose()
+    }
+
     fn copy(&mut self, name: &str) -> Result<()> {
-        self.copied += 1;
+        self.totals.copied_tensors += 1;
         let tensor = self.checkpoint.read(name)?;
         self.add(name, &tensor)
     }
 
-    /// A weight that the adapter names.
-    fn weight(&mut self, path: &str, update: &Update) -> Result<()> {
-        let weight = self.checkpoint.weight(path)?;
-        let fused = fuse_weight(path, &weight, update, self.policy)?;
-        (self.on_event)(Event::Layer(fused.report.clone()));
-        self.layers.push(fused.report);
-        match (fused.stored, &weight) {
-            (Some(stored), _) => self.write(path, &stored),
-            (None, Weight::Packed(packed)) if self.dequantize => {
-                let dense = packed.dequantize(packed.scales.dtype())?;
-                self.write(path, &Weight::Dense(dense))
-            }
-            // Its scales and biases, if it has any, are copied when their turn comes.
-            (None, _) => self.copy(&format!("{path}.weight")),
-        }
-    }
-
     /// A weight in its new form, and the form's entry in the config.
-    fn write(&mut self, path: &str, weight: &Weight) -> Result<()> {
-        let part = |part: &str| format!("{path}.{part}");
-        let was_packed = self.checkpoint.grid(path)?.is_some();
-        if was_packed {
-            self.done.extend([part("scales"), part("biases")]);
-        }
-        match weight {
-            Weight::Dense(w) => {
-                if was_packed {
-                    self.quantization.paths.insert(path.to_owned(), None);
-                }
-                self.add(&part("weight"), &Tensor::from_array(w)?)
+    fn write(&mut self, name: &str, path: &str, mut stored: Stored) -> Result<()> {
+        let parts = [name.to_owned(), format!("{path}.scales"), format!("{path}.biases")];
+        if self.checkpoint.grid(path)?.is_none() {
+            if let (Some(tensor), Some(info)) = (stored.tensors.first_mut(), self.checkpoint.info(name)) {
+                tensor.shape.clone_from(&info.shape);
             }
-            Weight::Packed(Packed { codes, scales, biases, grid }) => {
-                if self.quantization.grid_of(path) != Some(*grid) {
-                    self.quantization.paths.insert(path.to_owned(), Some(*grid));
-                }
-                self.add(&part("weight"), &Tensor::from_array(codes)?)?;
-                self.add(&part("scales"), &Tensor::from_array(scales)?)?;
-                self.add(&part("biases"), &Tensor::from_array(biases)?)
+        } else {
+            self.done.extend(parts[1..].iter().cloned());
+            if self.quantization.grid_of(path) != stored.grid {
+                self.quantization.paths.insert(path.to_owned(), stored.grid);
             }
-            Weight::Arranged(_) => Err(graft_quant::Error::Request(format!("{path}: {NOT_STORED}")).into()),
         }
+        parts.iter().zip(&stored.tensors).try_for_each(|(name, tensor)| self.add(name, tensor))
     }
 
     fn add(&mut self, name: &str, tensor: &Tensor) -> Result<()> {
-        self.tensors += 1;
-        self.bytes += tensor.data.len() as u64;
+        self.totals.tensors += 1;
+        self.totals.bytes += tensor.data.len() as u64;
         Ok(self.writer.add(name, tensor)?)
     }
 
     /// Config, other files and the report; then the directory takes its place.
-    fn finish(mut self, model: &Path) -> Result<FuseReport> {
+    fn finish(mut self, options: &FuseOptions) -> Result<FuseReport> {
+        let model = self.checkpoint.dir();
         self.layers.sort_by(|a, b| a.path.cmp(&b.path));
-        let totals = Totals::of(&self.layers, self.copied, self.tensors, self.bytes);
-        self.warn(&totals);
+        self.totals.sum_up(&self.layers);
+        self.warn();
         if self.dequantize {
             self.quantization = Quantization::default();
         }
@@ -272,11 +255,13 @@ impl Job<'_> {
         let report = FuseReport {
             schema: 1,
             kind: "fuse".into(),
-            base: model.display().to_string(),
-            adapter: self.adapter.config.fine_tune_type.name().into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            base: options.base_name.clone(),
+            adapter: options.adapter_name.clone(),
+            fine_tune_type: self.adapter.config.fine_tune_type.name().into(),
             policy: self.policy.name().into(),
             dequantize: self.dequantize,
-            totals,
+            totals: self.totals,
             layers: self.layers,
         };
         let json = serde_json::to_vec_pretty(&report).map_err(Error::Report)?;
@@ -286,21 +271,28 @@ impl Job<'_> {
     }
 
     /// Says so when storing the sum cost a good part of the update.
-    fn warn(&mut self, totals: &Totals) {
-        let packed = |layer: &LayerReport| layer.changed() && layer.to.contains("bits");
-        let repacked = self.layers.iter().filter(|layer| packed(layer) && layer.to == layer.from).count();
+    fn warn(&mut self) {
+        let totals = &self.totals;
         let percent = 100.0 * totals.relative_error;
+        let repacked =
+            |layer: &&LayerReport| layer.changed() && layer.to == layer.from && layer.to.contains("bits");
+        let repacked = self.layers.iter().filter(repacked).count();
         if self.policy == Policy::Same && repacked > 0 {
             (self.on_event)(Event::Warning(format!(
-                "{repacked} packed layers were rounded to the bits they had, at an error of {percent:.1} % of the \
-                 update; --policy raise stores them at 8 bits, --policy dense as floats"
+                "{repacked} packed weights were rounded to the bits they had, which may lose the adapter: the error is \
+                 {percent:.1} % of the update; --policy raise stores them at 8 bits, --policy dense as floats"
             )));
         } else if totals.relative_error > LOSS {
             (self.on_event)(Event::Warning(format!(
-                "storing the fused weights cost {percent:.1} % of the update (most in {}): it is small beside the \
-                 steps of the weights; serve the adapter on its base instead, or train it further",
+                "storing the fused weights cost {percent:.1} % of the update (most in {}), which is small beside the steps \
+                 in which they are stored: serve the adapter on its base instead, or fuse it into a base of finer steps",
                 totals.worst.as_deref().unwrap_or("none")
             )));
         }
     }
+}
+
+/// A tensor of any shape as a matrix of its last dimension.
+fn matrix(array: &Array) -> Result<Array> {
+    Ok(array.reshape(&[-1, array.shape().last().copied().unwrap_or(1)])?)
 }

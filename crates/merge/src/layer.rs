@@ -42,71 +42,130 @@ const NOTHING: f64 = 3e-7;
 pub(crate) enum Update<'a> {
     /// The low-rank sum.
     LowRank(&'a Adapter, Kind),
-    /// Another weight in its place, f32.
+    /// Another weight in its place, of any float type.
     Whole(Array),
 }
 
-/// A weight after its update; none if the update is nothing.
+impl Update<'_> {
+    /// Rows `ids` (N,) of W' in f32, where `rows` are those of W.
+    fn apply(&self, rows: &Array, ids: &Array) -> Result<Array> {
+        Ok(match self {
+            Self::LowRank(adapter, kind) => adapter.rows(*kind, ids)?.fused(rows, *kind)?,
+            Self::Whole(whole) => whole.take_axis(ids, 0)?.as_dtype(Dtype::Float32)?,
+        })
+    }
+}
+
+/// A weight in the form of the file: codes, scales and biases, or one tensor of floats.
+#[derive(Default)]
+pub(crate) struct Stored {
+    pub(crate) tensors: Vec<Tensor>,
+    pub(crate) grid: Option<Grid>,
+}
+
+impl Stored {
+    /// Appends rows, all in one form.
+    fn push(&mut self, rows: &Weight) -> Result<()> {
+        let tensors = match rows {
+            Weight::Dense(w) => vec![Tensor::from_array(w)?],
+            Weight::Packed(Packed { codes, scales, biases, grid }) => {
+                self.grid = Some(*grid);
+                vec![Tensor::from_array(codes)?, Tensor::from_array(scales)?, Tensor::from_array(biases)?]
+            }
+            Weight::Arranged(_) => return Err(not_stored()),
+        };
+        if self.tensors.is_empty() {
+            self.tensors = tensors;
+            return Ok(());
+        }
+        for (whole, part) in self.tensors.iter_mut().zip(tensors) {
+            whole.shape[0] += part.shape[0];
+            whole.data.extend(part.data);
+        }
+        Ok(())
+    }
+}
+
+/// How a weight is stored, in words.
+fn form(weight: &Weight) -> String {
+    match weight {
+        Weight::Packed(packed) => packed.grid.to_string(),
+        Weight::Dense(w) => format!("{:?}", w.dtype()).to_lowercase(),
+        Weight::Arranged(_) => "packed".into(),
+    }
+}
+
+/// Checkpoints are read as they are stored; a weight in a layout of inference has no place here.
+fn not_stored() -> Error {
+    graft_quant::Error::Request("weights laid out for inference cannot be stored".into()).into()
+}
+
+/// A weight after its update; nothing to store if the update is nothing.
 pub(crate) struct Fused {
-    pub(crate) stored: Option<Weight>,
+    pub(crate) stored: Option<Stored>,
     pub(crate) report: LayerReport,
 }
 
-/// Fuses one weight.
+/// Fuses one matrix. Beside the weight itself and its result, a block of rows is in memory.
 pub(crate) fn fuse_weight(path: &str, weight: &Weight, update: &Update, policy: Policy) -> Result<Fused> {
-    let before = weight.dequantize(Dtype::Float32)?;
-    let exact = match update {
-        Update::LowRank(adapter, kind) => adapter.fused(&before, *kind)?,
-        Update::Whole(whole) => whole.clone(),
-    };
-    let delta = exact.subtract(&before)?;
-    let weight_norm = norm(&before)?;
-    drop(before);
-    let delta_norm = norm(&delta)?;
-    let scale = if let Update::LowRank(adapter, _) = update { adapter.scale } else { 1.0 };
-    if !delta_norm.is_finite() {
-        return Err(Error::NotFinite { path: path.to_owned(), scale });
+    let mut stored = Stored::default();
+    let mut to = form(weight);
+    let mut sums = Sums::default();
+    for ids in weight.row_blocks() {
+        let rows = weight.slice(&ids)?;
+        let before = rows.dequantize(Dtype::Float32)?;
+        let exact = update.apply(&before, &ids)?;
+        let delta = exact.subtract(&before)?;
+        let new = store(&exact, &rows, policy)?;
+        let error = new.dequantize(Dtype::Float32)?.subtract(&exact)?;
+        sums.weight += sum(&before.square()?)?;
+        sums.delta += sum(&delta.square()?)?;
+        sums.error += sum(&error.square()?)?;
+        sums.along += sum(&error.multiply(&delta)?)?;
+        stored.push(&new)?;
+        to = form(&new);
     }
-    let mut report = LayerReport {
+    let (weight_norm, delta_norm, error_norm) = (sums.weight.sqrt(), sums.delta.sqrt(), sums.error.sqrt());
+    let (kind, rank, scale) = match update {
+        Update::LowRank(a, _) if a.magnitude.is_some() => ("dora", Some(a.rank()), Some(a.scale)),
+        Update::LowRank(a, _) => ("lora", Some(a.rank()), Some(a.scale)),
+        Update::Whole(_) => ("full", None, None),
+    };
+    if !(delta_norm.is_finite() && error_norm.is_finite()) {
+        return Err(Error::NotFinite { path: path.to_owned(), scale: scale.unwrap_or(1.0) });
+    }
+    let changed = delta_norm > NOTHING * weight_norm;
+    let report = LayerReport {
         path: path.to_owned(),
-        kind: match update {
-            Update::LowRank(adapter, _) if adapter.magnitude.is_some() => "dora".into(),
-            Update::LowRank(..) => "lora".into(),
-            Update::Whole(_) => "full".into(),
-        },
-        rank: if let Update::LowRank(adapter, _) = update { Some(adapter.rank()) } else { None },
-        scale: if matches!(update, Update::LowRank(..)) { Some(scale) } else { None },
+        kind: kind.into(),
+        rank,
+        scale,
         from: form(weight),
-        to: form(weight),
+        to: if changed { to } else { form(weight) },
         weight_norm,
-        delta_norm: 0.0,
-        relative_error: 0.0,
-        survival: 1.0,
+        delta_norm: if changed { delta_norm } else { 0.0 },
+        relative_error: if changed { error_norm / delta_norm } else { 0.0 },
+        survival: if changed { 1.0 + sums.along / sums.delta } else { 1.0 },
     };
-    if delta_norm <= NOTHING * weight_norm {
-        return Ok(Fused { stored: None, report });
-    }
-    let stored = store(&exact, weight, policy)?;
-    stored.eval()?;
-    let error = stored.dequantize(Dtype::Float32)?.subtract(&exact)?;
-    let error_norm = norm(&error)?;
-    if !error_norm.is_finite() {
-        return Err(Error::NotFinite { path: path.to_owned(), scale });
-    }
-    let along = sum(&error.multiply(&delta)?)?;
-    report.to = form(&stored);
-    report.delta_norm = delta_norm;
-    report.relative_error = error_norm / delta_norm;
-    report.survival = 1.0 + along / (delta_norm * delta_norm);
-    Ok(Fused { stored: Some(stored), report })
+    Ok(Fused { stored: changed.then_some(stored), report })
 }
 
-/// The exact weight in the form that the policy gives it.
-fn store(exact: &Array, weight: &Weight, policy: Policy) -> Result<Weight> {
-    let packed = match weight {
+/// A packed matrix made dense, in the type of its scales.
+pub(crate) fn dense(weight: &Packed) -> Result<Stored> {
+    let (dtype, weight) = (weight.scales.dtype(), Weight::Packed(weight.clone()));
+    let mut stored = Stored::default();
+    for ids in weight.row_blocks() {
+        stored.push(&Weight::Dense(weight.slice(&ids)?.dequantize(dtype)?))?;
+    }
+    Ok(stored)
+}
+
+/// Rows of the exact weight in the form that the policy gives them.
+fn store(exact: &Array, rows: &Weight, policy: Policy) -> Result<Weight> {
+    let packed = match rows {
         Weight::Dense(w) => return Ok(Weight::Dense(exact.as_dtype(w.dtype())?)),
         Weight::Packed(packed) => packed,
-        Weight::Arranged(_) => return Err(graft_quant::Error::Request(NOT_STORED.into()).into()),
+        Weight::Arranged(_) => return Err(not_stored()),
     };
     let dtype = packed.scales.dtype();
     let old = Levels { scales: packed.scales.clone(), biases: packed.biases.clone() };
@@ -120,26 +179,13 @@ fn store(exact: &Array, weight: &Weight, policy: Policy) -> Result<Weight> {
     Ok(Weight::Packed(round_nearest(exact, grid, &[old, fresh])?))
 }
 
-/// How a weight is stored, in words.
-pub(crate) fn form(weight: &Weight) -> String {
-    match weight {
-        Weight::Packed(Packed { grid, .. }) => grid.to_string(),
-        Weight::Dense(w) => match w.dtype() {
-            Dtype::Float32 => "float32".into(),
-            Dtype::Float16 => "float16".into(),
-            Dtype::Bfloat16 => "bfloat16".into(),
-            other => format!("{other:?}"),
-        },
-        Weight::Arranged(_) => "packed".into(),
-    }
-}
-
-/// Checkpoints are read as they are stored; a weight in a layout of inference has no place here.
-pub(crate) const NOT_STORED: &str = "weights laid out for inference cannot be stored";
-
-/// The Frobenius norm.
-fn norm(array: &Array) -> Result<f64> {
-    Ok(sum(&array.square()?)?.sqrt())
+/// Sums of squares over a matrix: W, W' - W, stored - W', and the product of the last two.
+#[derive(Default)]
+struct Sums {
+    weight: f64,
+    delta: f64,
+    error: f64,
+    along: f64,
 }
 
 /// The sum of a matrix: rows in f32, the rows' sums in f64.

@@ -5,10 +5,10 @@ use serde::Serialize;
 /// The report's name in the fused directory.
 pub const REPORT_FILE: &str = "fuse_report.json";
 
-/// One touched weight.
+/// One weight that the adapter names.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LayerReport {
-    /// Module path.
+    /// Module path; the tensor's name if it is no `.weight`.
     pub path: String,
     /// `lora`, `dora` or `full`.
     pub kind: String,
@@ -38,23 +38,27 @@ impl LayerReport {
 }
 
 /// All layers together.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Totals {
-    /// Layers that were written anew.
+    /// Weights that were written anew.
     pub changed: usize,
-    /// Layers whose update is nothing, left as they were.
+    /// Weights whose update is nothing, left as they were.
     pub unchanged: usize,
     /// Tensors copied byte for byte.
     pub copied_tensors: usize,
     /// Tensors written.
     pub tensors: usize,
+    /// Bytes of the base's tensors.
+    pub base_bytes: u64,
     /// Bytes of the tensors written.
     pub bytes: u64,
-    /// Root of the sum of the squared `delta_norm`.
+    /// ||W' - W|| of all weights together.
     pub delta_norm: f64,
-    /// The same of the errors, over `delta_norm`.
+    /// ||stored - W'|| / ||W' - W|| of all weights together.
     pub relative_error: f64,
-    /// The layer with the greatest `relative_error`.
+    /// <stored - W, W' - W> / ||W' - W||^2 of all weights together.
+    pub survival: f64,
+    /// The weight with the greatest `relative_error`.
     pub worst: Option<String>,
 }
 
@@ -65,40 +69,37 @@ pub struct FuseReport {
     pub schema: u32,
     /// `fuse`.
     pub kind: String,
+    /// Version of graft.
+    pub version: String,
     /// The base, as given.
     pub base: String,
-    /// `lora`, `dora` or `full`.
+    /// The adapter, as given.
     pub adapter: String,
+    /// `lora`, `dora` or `full`.
+    pub fine_tune_type: String,
     /// `raise`, `dense` or `same`.
     pub policy: String,
     /// Whether every packed weight of the model was made dense.
     pub dequantize: bool,
     /// All layers together.
     pub totals: Totals,
-    /// The layers the adapter names, by path.
+    /// The weights the adapter names, by path.
     pub layers: Vec<LayerReport>,
 }
 
 impl Totals {
-    /// The totals of `layers`; the counts of tensors are the writer's.
-    pub(crate) fn of(layers: &[LayerReport], copied_tensors: usize, tensors: usize, bytes: u64) -> Self {
-        let root = |f: fn(&LayerReport) -> f64| layers.iter().map(|l| f(l).powi(2)).sum::<f64>().sqrt();
-        let delta = root(|l| l.delta_norm);
-        let error = root(|l| l.delta_norm * l.relative_error);
-        let worst = layers
-            .iter()
-            .filter(|l| l.changed())
-            .max_by(|a, b| a.relative_error.total_cmp(&b.relative_error));
-        let changed = layers.iter().filter(|l| l.changed()).count();
-        Self {
-            changed,
-            unchanged: layers.len() - changed,
-            copied_tensors,
-            tensors,
-            bytes,
-            delta_norm: delta,
-            relative_error: if delta > 0.0 { error / delta } else { 0.0 },
-            worst: worst.map(|l| l.path.clone()),
-        }
+    /// Adds up what the layers say.
+    pub(crate) fn sum_up(&mut self, layers: &[LayerReport]) {
+        let sum = |f: fn(&LayerReport) -> f64| layers.iter().map(f).sum::<f64>();
+        let squared = sum(|l| l.delta_norm.powi(2));
+        let share = |part: f64, none: f64| if squared > 0.0 { part / squared } else { none };
+        self.changed = layers.iter().filter(|l| l.changed()).count();
+        self.unchanged = layers.len() - self.changed;
+        self.delta_norm = squared.sqrt();
+        self.relative_error = share(sum(|l| (l.delta_norm * l.relative_error).powi(2)), 0.0).sqrt();
+        self.survival = share(sum(|l| l.delta_norm.powi(2) * l.survival), 1.0);
+        let worst = layers.iter().filter(|l| l.changed());
+        let worst = worst.max_by(|a, b| a.relative_error.total_cmp(&b.relative_error));
+        self.worst = worst.map(|l| l.path.clone());
     }
 }

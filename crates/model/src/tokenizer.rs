@@ -124,6 +124,19 @@ impl Tokenizer {
         self.shared.tokenizer.token_to_id(token)
     }
 
+    /// Variables that mlx-lm gives every chat template: `enable_thinking`, true where the vocabulary has the tokens that
+    /// begin and end a thought.
+    pub fn template_variables(&self) -> Map<String, Value> {
+        let pairs = [
+            ("<think>", "</think>"),
+            ("<longcat_think>", "</longcat_think>"),
+            ("<|think:start|>", "<|think:end|>"),
+        ];
+        let has = |token: &str| self.token_to_id(token).is_some();
+        let thinks = pairs.iter().any(|(open, close)| has(open) && has(close));
+        Map::from_iter([("enable_thinking".to_owned(), thinks.into())])
+    }
+
     /// The token of an id as it stands in the vocabulary, which is not its text.
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.shared.tokenizer.id_to_token(id)
@@ -155,7 +168,7 @@ fn missing(dir: &Path, file: PathBuf) -> Error {
             "missing; {name} alone cannot be read: convert it once with Hugging Face transformers \
              (AutoTokenizer.from_pretrained(dir).save_pretrained(dir))"
         ),
-        None => "missing: is this a model directory".to_owned(),
+        None => "missing; a model directory needs it: get it from where the weights are from".to_owned(),
     };
     Error::Tokenizer { file, message }
 }

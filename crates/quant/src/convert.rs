@@ -180,7 +180,7 @@ pub fn convert_gguf(
 
 /// The files of a model directory that go with its weights: tokenizer, template, generation settings, code, licence.
 ///
-/// Weights in any form, their indexes, config.json, reports, READMEs and hidden files are none of them.
+/// Weights in any form, their indexes, config.json, an adapter's config, reports, READMEs and hidden files are none of them.
 ///
 /// # Errors
 /// When the directory cannot be read.
@@ -191,7 +191,10 @@ pub fn companion_files(dir: &Path) -> Result<Vec<PathBuf>> {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
         let kept = match extension {
-            "json" => !matches!(name, "config.json" | "fuse_report.json") && !name.ends_with(".index.json"),
+            "json" => {
+                !matches!(name, "config.json" | "adapter_config.json" | "fuse_report.json")
+                    && !name.ends_with(".index.json")
+            }
             "jinja" | "txt" | "model" | "py" | "tiktoken" => true,
             _ => name.starts_with("LICENSE") || name.starts_with("NOTICE"),
         };
@@ -470,6 +473,7 @@ impl<'a> Sink<'a> {
     }
 }
 
-fn is_float(dtype: StoredDtype) -> bool {
+/// Whether a tensor of this type holds floats.
+pub fn is_float(dtype: StoredDtype) -> bool {
     matches!(dtype, StoredDtype::F16 | StoredDtype::BF16 | StoredDtype::F32 | StoredDtype::F64)
 }

@@ -163,6 +163,33 @@ impl Weight {
         }
     }
 
+    /// All rows in runs, ids (N,) each, of which a dense copy in f32 takes 16 MB at most.
+    pub fn row_blocks(&self) -> impl Iterator<Item = Array> + use<> {
+        let (out, step) = (self.out_features(), (BLOCK / self.in_features().max(1)).max(1));
+        (0..out).step_by(step as usize).map(move |from| {
+            let to = (from + step).min(out);
+            Array::from_iter(from..to, &[to - from])
+        })
+    }
+
+    /// The weight of rows `ids` (N,) alone, in the same form.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn slice(&self, ids: &Array) -> Result<Weight> {
+        let take = |array: &Array| array.take_axis(ids, 0);
+        Ok(match self {
+            Self::Dense(w) => Self::Dense(take(w)?),
+            Self::Packed(Packed { codes, scales, biases, grid }) => {
+                let (codes, scales, biases) = (take(codes)?, take(scales)?, take(biases)?);
+                Self::Packed(Packed { codes, scales, biases, grid: *grid })
+            }
+            Self::Arranged(_) => {
+                return Err(Exception::custom("weights laid out for inference have no slices"));
+            }
+        })
+    }
+
     /// The same weight in the form that inference reads fastest with the precision in use; itself where that is this one.
     ///
     /// # Errors
@@ -177,17 +204,11 @@ impl Weight {
     /// # Errors
     /// When an array operation fails.
     pub fn row_norms_squared(&self) -> Result<Array> {
-        let (out, input) = (self.out_features(), self.in_features());
-        let step = (BLOCK / input.max(1)).clamp(1, out.max(1));
         let mut blocks = Vec::new();
-        let mut from = 0;
-        while from < out {
-            let to = (from + step).min(out);
-            let ids = Array::from_iter(from..to, &[to - from]);
+        for ids in self.row_blocks() {
             let squared = self.rows(&ids, Dtype::Float32)?.square()?.sum_axis(1, false)?;
             squared.eval()?;
             blocks.push(squared);
-            from = to;
         }
         let all = mlx_rs::ops::concatenate(&blocks, 0)?;
         all.eval()?;

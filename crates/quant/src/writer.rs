@@ -208,8 +208,11 @@ impl DirWriter {
     }
 }
 
-/// JSON with four spaces, as Python's `indent=4`.
-pub(crate) fn pretty(value: &Value) -> Result<Vec<u8>> {
+/// JSON with four spaces, as Python's `indent=4`, for files that people compare with mlx-lm's.
+///
+/// # Errors
+/// When a key of a map is no text.
+pub fn pretty(value: &Value) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let formatter = serde_json::ser::PrettyFormatter::with_indent(b"    ");
     let mut serializer = serde_json::Serializer::with_formatter(&mut bytes, formatter);
@@ -229,15 +232,18 @@ fn check_target(target: &Path, overwrite: bool) -> Result<()> {
     if !metadata.is_dir() {
         return exists(no_directory);
     }
-    let empty = std::fs::read_dir(target).map_err(Error::io(target))?.next().is_none();
-    if empty {
+    let mut inside = std::fs::read_dir(target).map_err(Error::io(target))?.flatten().peekable();
+    if inside.peek().is_none() {
         return Ok(());
     }
     if !overwrite {
         return exists("remove it or choose another path");
     }
-    if !target.join("config.json").is_file() {
-        return exists("it holds other files than a model's, which would be lost; choose another path");
+    // A model's files stand side by side; a folder among them is someone's data, adapters being trained perhaps.
+    if !target.join("config.json").is_file() || inside.any(|entry| entry.path().is_dir()) {
+        return exists(
+            "it holds other things than a model's files, which would be lost; choose another path",
+        );
     }
     Ok(())
 }

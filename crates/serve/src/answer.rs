@@ -118,16 +118,16 @@ fn chat_prompt(info: &Info, request: &ChatRequest) -> Result<Vec<u32>, ApiError>
         let why = "This model has no chat template; use /v1/completions.";
         return Err(ApiError::unsupported("messages", why));
     };
-    let text = template
-        .render(&request.messages, request.tools.as_ref(), true, &request.template_args)
-        .map_err(|e| {
-            // Where the template's file is concerns nobody outside.
-            let why = match e {
-                graft_model::Error::Template { message, .. } => message,
-                other => other.to_string(),
-            };
-            ApiError::invalid("messages", format!("The chat template refuses these messages: {why}"))
-        })?;
+    let mut variables = info.tokenizer.template_variables();
+    variables.extend(request.template_args.clone());
+    let text = template.render(&request.messages, request.tools.as_ref(), true, &variables).map_err(|e| {
+        // Where the template's file is concerns nobody outside.
+        let why = match e {
+            graft_model::Error::Template { message, .. } => message,
+            other => other.to_string(),
+        };
+        ApiError::invalid("messages", format!("The chat template refuses these messages: {why}"))
+    })?;
     let ids = info.tokenizer.encode(&text, false).map_err(|_| unreadable("messages"))?;
     fitting(info, "messages", ids)
 }

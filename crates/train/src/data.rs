@@ -51,6 +51,15 @@ pub struct DataConfig {
     pub text_feature: String,
 }
 
+impl DataConfig {
+    /// With mlx-lm's names of the keys.
+    pub fn new(mask_prompt: bool, max_seq_length: usize) -> Self {
+        let [prompt_feature, completion_feature, chat_feature, text_feature] =
+            ["prompt", "completion", "messages", "text"].map(str::to_owned);
+        Self { mask_prompt, max_seq_length, prompt_feature, completion_feature, chat_feature, text_feature }
+    }
+}
+
 /// One row as read.
 #[derive(Debug, Clone)]
 pub struct Row {
@@ -86,7 +95,7 @@ impl Example {
 }
 
 /// The rows of one file that can be trained or evaluated on.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Split {
     /// The file.
     pub file: PathBuf,
@@ -220,7 +229,9 @@ impl Split {
         let problem = match (self.found, self.skipped.len()) {
             (false, _) => "there is no such file".to_owned(),
             (true, 0) => "the file has no rows".to_owned(),
-            (true, n) => format!("all {n} rows were skipped, since none has anything to train on"),
+            (true, n) => {
+                format!("all {n} rows were skipped, since none has a target within max_seq_length: raise it")
+            }
         };
         Err(Error::EmptySplit { file: self.file.clone(), problem })
     }

@@ -8,16 +8,16 @@ pub(crate) struct FuseArgs {
     /// Base model directory or Hugging Face id
     #[arg(long, default_value = "mlx_model")]
     pub(crate) model: String,
-    /// Where the fused model is written
+    /// Where the fused model is written; a model directory there is replaced
     #[arg(long, default_value = "fused_model")]
     pub(crate) save_path: String,
     /// Adapter directory
     #[arg(long, default_value = "adapters")]
     pub(crate) adapter_path: String,
-    /// Write a model without packed weights (--policy dense)
+    /// Write a model without packed weights: --policy dense, and the weights without an adapter too
     #[arg(long)]
     pub(crate) dequantize: bool,
-    /// What a packed layer with an adapter becomes: 8 bits, dense, or its own width again
+    /// What a packed weight with an adapter becomes: 8 bits (raise, the default), floats, or its own width again
     #[arg(long, value_parser = ["raise", "dense", "same"], help_heading = "graft's own")]
     pub(crate) policy: Option<String>,
 }

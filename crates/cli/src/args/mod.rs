@@ -18,7 +18,13 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// Trains low-rank adapters on (quantized) language models with MLX, fuses them into the base and serves them.
 #[derive(Parser, Debug)]
-#[command(name = "graft", version, infer_long_args = true, arg_required_else_help = true)]
+#[command(
+    name = "graft",
+    version,
+    infer_long_args = true,
+    args_override_self = true,
+    arg_required_else_help = true
+)]
 pub(crate) struct Cli {
     /// Threads of our CPU operations (default: the cores allowed; also GRAFT_THREADS)
     #[arg(long, global = true, value_name = "N")]

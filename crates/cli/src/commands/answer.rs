@@ -60,22 +60,21 @@ pub(crate) fn stop_ids(loaded: &Loaded, extra: &[String]) -> Result<BTreeSet<u32
     Ok(ids)
 }
 
-/// Generates, printing the text as it comes if `print`.
+/// Generates, printing `opening` once nothing stands in the way, then the text as it comes.
 pub(crate) fn answer(
     loaded: &Loaded,
     route: Route<'_>,
     prompt: &[u32],
     options: GenerateOptions,
-    print: bool,
+    opening: &str,
 ) -> Result<Answer> {
     let start = Instant::now();
     let mut generator = Generator::new(&loaded.model, prompt, options, route)?;
+    ui::print(opening);
     let mut stream = loaded.tokenizer.stream();
     let mut text = String::new();
     let mut show = |piece: String| {
-        if print && !piece.is_empty() {
-            ui::print(&piece);
-        }
+        ui::print(&piece);
         text.push_str(&piece);
     };
     let (mut tokens, mut first) = (0, None);

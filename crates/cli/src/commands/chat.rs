@@ -43,12 +43,13 @@ pub(crate) fn chat(args: &ChatArgs) -> Result<()> {
                 messages.push(json!({"role": "user", "content": query}));
                 let ids = match &loaded.template {
                     Some(template) => {
-                        let text = template.render(&messages, None, true, &loaded.template_extra())?;
+                        let text =
+                            template.render(&messages, None, true, &loaded.tokenizer.template_variables())?;
                         loaded.tokenizer.encode(&text, false)?
                     }
                     None => loaded.tokenizer.encode(query, true)?,
                 };
-                let answer = answer(&loaded, route.route(), &ids, options.clone(), true)?;
+                let answer = answer(&loaded, route.route(), &ids, options.clone(), "")?;
                 ui::out("");
                 if shown {
                     ui::note(&format!("{} tokens, {:.1} tokens-per-sec", answer.tokens, answer.speed()));

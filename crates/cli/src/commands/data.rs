@@ -11,88 +11,62 @@ use std::path::{Path, PathBuf};
 
 /// Reads the splits that the settings need; the others stay empty.
 pub(crate) fn load(settings: &Settings, loaded: &Loaded) -> Result<Data> {
-    let names = [
-        ("train", settings.flag("train")),
-        ("valid", settings.flag("train")),
-        ("test", settings.flag("test")),
-    ];
-    let mut splits = Vec::new();
-    match settings.all.get("hf_dataset").filter(|v| !v.is_null()) {
-        Some(described) => {
-            let parts: Vec<&Map<String, Value>> = match described {
-                Value::Array(list) => list.iter().filter_map(Value::as_object).collect(),
-                other => other.as_object().into_iter().collect(),
-            };
-            for (name, needed) in names {
-                splits.push(if needed {
-                    described_split(&parts, name, settings, loaded)?
-                } else {
-                    empty(name, loaded)?
-                });
-            }
-        }
-        None => {
-            let dir = hub::resolve(settings.text("data").unwrap_or_default(), What::Data)?;
-            let config = features(settings, &Map::new(), text_rows(settings, &dir)?);
-            for (name, needed) in names {
-                let file = dir.join(format!("{name}.jsonl"));
-                splits.push(if needed {
-                    Split::load(&file, &loaded.encoder(), &config)?
-                } else {
-                    empty(name, loaded)?
-                });
-            }
-        }
+    let described: Option<Vec<&Map<String, Value>>> = match settings.all.get("hf_dataset") {
+        Some(Value::Array(list)) => Some(list.iter().filter_map(Value::as_object).collect()),
+        other => other.and_then(Value::as_object).map(|one| vec![one]),
+    };
+    let (train, test) = (settings.flag("train"), settings.flag("test"));
+    if let Some(parts) = described {
+        let split = |name: &str, needed: bool| {
+            if needed { described_split(&parts, name, settings, loaded) } else { Ok(empty(name)) }
+        };
+        return Ok(Data {
+            train: split("train", train)?,
+            valid: split("valid", train)?,
+            test: split("test", test)?,
+        });
     }
-    let (test, valid, train) = (splits.pop(), splits.pop(), splits.pop());
-    match (train, valid, test) {
-        (Some(train), Some(valid), Some(test)) => Ok(Data { train, valid, test }),
-        _ => bail!("no splits were read"),
-    }
+    let dir = hub::resolve(settings.text("data").unwrap_or_default(), What::Data)?;
+    let mut config = features(settings, &Map::new());
+    config.mask_prompt &= !(settings.mask_is_default && text_rows(&dir.join("train.jsonl"), &config)?);
+    let split = |name: &str, needed: bool| {
+        let file = dir.join(format!("{name}.jsonl"));
+        if needed { Split::load(&file, &loaded.encoder(), &config) } else { Ok(empty(name)) }
+    };
+    Ok(Data { train: split("train", train)?, valid: split("valid", train)?, test: split("test", test)? })
 }
 
 /// The recipe masks prompts where rows have prompts; rows of plain text have none.
-fn text_rows(settings: &Settings, dir: &Path) -> Result<bool> {
-    let file = dir.join("train.jsonl");
-    if !settings.mask_is_default || !file.exists() {
-        return Ok(false);
-    }
-    let first = read_rows(&file)?.into_iter().next();
-    let key = |name: &str, default: &'static str| settings.text(name).unwrap_or(default).to_string();
+fn text_rows(file: &Path, config: &DataConfig) -> Result<bool> {
+    let first = if file.exists() { read_rows(file)?.into_iter().next() } else { None };
+    let has = |row: &Row, key: &String| row.value.contains_key(key);
     Ok(first.is_some_and(|row| {
-        row.value.contains_key(&key("text_feature", "text"))
-            && !row.value.contains_key(&key("chat_feature", "messages"))
-            && !row.value.contains_key(&key("prompt_feature", "prompt"))
+        has(&row, &config.text_feature)
+            && !has(&row, &config.chat_feature)
+            && !has(&row, &config.prompt_feature)
     }))
 }
 
-fn features(settings: &Settings, own: &Map<String, Value>, unmasked: bool) -> DataConfig {
-    let key = |name: &str, default: &str| {
-        let own = own.get(name).and_then(Value::as_str);
-        own.or_else(|| settings.text(name)).unwrap_or(default).to_string()
-    };
-    let mask =
-        own.get("mask_prompt").and_then(Value::as_bool).unwrap_or_else(|| settings.flag("mask_prompt"));
-    DataConfig {
-        mask_prompt: mask && !unmasked,
-        max_seq_length: usize::try_from(settings.int("max_seq_length")).unwrap_or_default(),
-        prompt_feature: key("prompt_feature", "prompt"),
-        completion_feature: key("completion_feature", "completion"),
-        chat_feature: key("chat_feature", "messages"),
-        text_feature: key("text_feature", "text"),
+/// How rows are read, as a data set's `own` settings say, else those of the run.
+fn features(settings: &Settings, own: &Map<String, Value>) -> DataConfig {
+    let mask = own.get("mask_prompt").and_then(Value::as_bool);
+    let limit = usize::try_from(settings.int("max_seq_length")).unwrap_or_default();
+    let mut config = DataConfig::new(mask.unwrap_or_else(|| settings.flag("mask_prompt")), limit);
+    for (name, key) in [
+        ("prompt_feature", &mut config.prompt_feature),
+        ("completion_feature", &mut config.completion_feature),
+        ("chat_feature", &mut config.chat_feature),
+        ("text_feature", &mut config.text_feature),
+    ] {
+        if let Some(given) = own.get(name).and_then(Value::as_str).or_else(|| settings.text(name)) {
+            given.clone_into(key);
+        }
     }
+    config
 }
 
-fn empty(name: &str, loaded: &Loaded) -> Result<Split> {
-    let config = DataConfig {
-        mask_prompt: false,
-        max_seq_length: 2,
-        prompt_feature: String::new(),
-        completion_feature: String::new(),
-        chat_feature: String::new(),
-        text_feature: String::new(),
-    };
-    Ok(Split::from_rows(Path::new(name), &[], &loaded.encoder(), &config)?)
+fn empty(name: &str) -> Split {
+    Split { file: name.into(), ..Split::default() }
 }
 
 /// One split of all data sets that `hf_dataset` lists, one after another.
@@ -104,7 +78,6 @@ fn described_split(
 ) -> Result<Split> {
     let mut whole: Option<Split> = None;
     for part in parts {
-        check_keys(part)?;
         let Some(path) = part.get("path").and_then(Value::as_str) else {
             bail!(Usage(
                 "hf_dataset: `path` is required and must be a directory or a Hugging Face data set id".into()
@@ -118,43 +91,18 @@ fn described_split(
         let spec = part.get(&format!("{name}_split")).and_then(Value::as_str).or(default);
         let Some(spec) = spec else { continue };
         let (file, rows) = slice(&hub::resolve(path, What::Data)?, spec)?;
-        let split = Split::from_rows(&file, &rows, &loaded.encoder(), &features(settings, part, false))?;
-        whole = Some(match whole {
-            None => split,
-            Some(mut whole) => {
+        let split = Split::from_rows(&file, &rows, &loaded.encoder(), &features(settings, part))?;
+        match &mut whole {
+            None => whole = Some(split),
+            Some(whole) => {
                 whole.examples.extend(split.examples);
                 whole.skipped.extend(split.skipped);
                 whole.truncated += split.truncated;
                 whole.warnings.extend(split.warnings);
-                whole
             }
-        });
-    }
-    whole.map_or_else(|| empty(name, loaded), Ok)
-}
-
-fn check_keys(part: &Map<String, Value>) -> Result<()> {
-    const KNOWN: [&str; 9] = [
-        "path",
-        "train_split",
-        "valid_split",
-        "test_split",
-        "mask_prompt",
-        "prompt_feature",
-        "completion_feature",
-        "chat_feature",
-        "text_feature",
-    ];
-    let unset = |v: &Value| v.is_null() || v.as_object().is_some_and(Map::is_empty);
-    for (key, value) in part {
-        if !KNOWN.contains(&key.as_str()) && !(key == "config" && unset(value)) {
-            bail!(Usage(format!(
-                "hf_dataset: `{key}` is not supported: graft reads JSON-lines files ({} are known)",
-                KNOWN.join(", ")
-            )));
         }
     }
-    Ok(())
+    Ok(whole.unwrap_or_else(|| empty(name)))
 }
 
 /// `train[:80%]`: the file train.jsonl and the rows of the slice.

@@ -41,10 +41,8 @@ pub(crate) fn generate(args: &GenerateArgs) -> Result<()> {
             ..sampling(&args.sampling, &loaded, args.seed)?
         },
     };
-    if verbose {
-        ui::out("==========");
-    }
-    let answer = answer(&loaded, route.route(), &ids, options, true)?;
+    let opening = if verbose { "==========\n" } else { "" };
+    let answer = answer(&loaded, route.route(), &ids, options, opening)?;
     ui::out("");
     if !verbose {
         return Ok(());
@@ -68,7 +66,7 @@ fn render(args: &GenerateArgs, loaded: &Loaded, prompt: &str, extra: Map<String,
         messages.push(json!({"role": "system", "content": system}));
     }
     messages.push(json!({"role": "user", "content": prompt}));
-    let mut variables = loaded.template_extra();
+    let mut variables = loaded.tokenizer.template_variables();
     variables.extend(extra);
     let Some(prefill) = &args.prefill_response else {
         return Ok(template.render(&messages, None, true, &variables)?);
@@ -84,11 +82,12 @@ fn render(args: &GenerateArgs, loaded: &Loaded, prompt: &str, extra: Map<String,
 
 /// The JSON object that a flag holds.
 pub(crate) fn json_object(flag: &str, text: &str) -> Result<Map<String, Value>> {
+    let wrong = |why: String| {
+        Usage(format!("{flag} must be a JSON object such as {{\"enable_thinking\": false}}{why}"))
+    };
     match serde_json::from_str(text) {
         Ok(Value::Object(map)) => Ok(map),
-        Ok(_) => bail!(Usage(format!("{flag} must be a JSON object such as {{\"enable_thinking\": false}}"))),
-        Err(e) => {
-            bail!(Usage(format!("{flag} must be a JSON object such as {{\"enable_thinking\": false}}: {e}")))
-        }
+        Ok(_) => bail!(wrong(String::new())),
+        Err(error) => bail!(wrong(format!(": {error}"))),
     }
 }

@@ -1,10 +1,10 @@
 //! `graft inspect`: what a model or adapter directory holds, without loading its weights into a network.
 
 use crate::args::InspectArgs;
-use crate::errors::Usage;
+use crate::settings::object;
 use crate::{hub, ui};
-use anyhow::{Result, anyhow};
-use graft_adapters::{AdapterSet, CONFIG_FILE};
+use anyhow::{Result, bail};
+use graft_adapters::{AdapterSet, CONFIG_FILE, Fingerprint};
 use graft_quant::Checkpoint;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -22,10 +22,7 @@ pub(crate) fn inspect(args: &InspectArgs) -> Result<()> {
     } else if dir.join("config.json").is_file() {
         model_report(&dir)?
     } else {
-        return Err(anyhow!(Usage(format!(
-            "{} holds neither config.json (a model) nor {CONFIG_FILE} (an adapter)",
-            dir.display()
-        ))));
+        bail!("{} holds neither config.json (a model) nor {CONFIG_FILE} (an adapter)", dir.display());
     };
     if args.json {
         ui::out(&serde_json::to_string_pretty(&report)?);
@@ -59,15 +56,11 @@ fn text(value: &Value) -> String {
     }
 }
 
-/// Bits of a packed or dense matrix, as the histogram names them.
-fn bits_name(checkpoint: &Checkpoint, path: &str) -> Result<String> {
-    Ok(match checkpoint.grid(path)? {
-        Some(grid) => format!("{} bits, groups of {}", grid.bits, grid.group_size),
-        None => {
-            let info = checkpoint.info(&format!("{path}.weight"));
-            info.map_or_else(|| "dense".into(), |i| format!("{:?}", i.dtype).to_lowercase())
-        }
-    })
+/// How a matrix is stored, as the histogram names it.
+fn form(checkpoint: &Checkpoint, path: &str) -> Result<String> {
+    let dense =
+        || checkpoint.info(&format!("{path}.weight")).map(|info| format!("{:?}", info.dtype).to_lowercase());
+    Ok(checkpoint.grid(path)?.map(|grid| grid.to_string()).or_else(dense).unwrap_or_default())
 }
 
 fn model_report(dir: &Path) -> Result<Map<String, Value>> {
@@ -78,7 +71,7 @@ fn model_report(dir: &Path) -> Result<Map<String, Value>> {
     let (mut parameters, mut matrices) = (0u64, 0u64);
     for (path, (out, input)) in checkpoint.module_shapes() {
         let count = out as u64 * input as u64;
-        let entry = histogram.entry(bits_name(&checkpoint, &path)?).or_default();
+        let entry = histogram.entry(form(&checkpoint, &path)?).or_default();
         *entry = (entry.0 + 1, entry.1 + count);
         parameters += count;
         matrices += 1;
@@ -126,7 +119,7 @@ fn adapter(dir: &Path) -> Result<Map<String, Value>> {
         .map(|(target, (modules, rank))| json!({"target": target, "modules": modules, "rank": rank}))
         .collect();
     let lora = set.config.parameters.as_ref();
-    let base = ["base", "fingerprint"].iter().find_map(|k| set.config.extra(k)).cloned();
+    let base = set.config.extra(Fingerprint::KEY).cloned();
     let report = json!({
         "kind": "adapter", "path": dir.display().to_string(), "fine_tune_type": set.config.fine_tune_type.name(),
         "rank": lora.map(|l| l.rank), "scale": lora.map(|l| f64::from(l.scale)), "num_layers": set.config.num_layers,
@@ -134,11 +127,4 @@ fn adapter(dir: &Path) -> Result<Map<String, Value>> {
         "base": base.or_else(|| set.config.raw.get("model").cloned()), "targets": rows,
     });
     Ok(object(report))
-}
-
-fn object(value: Value) -> Map<String, Value> {
-    match value {
-        Value::Object(map) => map,
-        _ => Map::new(),
-    }
 }

@@ -7,12 +7,8 @@ use graft_model::{ChatTemplate, Model, Tokenizer};
 use graft_ops::Dtype;
 use graft_quant::Checkpoint;
 use graft_train::{ModelEncoder, OwnedRoute};
-use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-
-/// Where adapter_config.json keeps the base's fingerprint, in graft's own part.
-pub(crate) const BASE: &str = "base";
 
 /// A model directory, open.
 pub(crate) struct Loaded {
@@ -46,24 +42,12 @@ impl Loaded {
         })
     }
 
-    /// Variables that mlx-lm gives every template: `enable_thinking`, true where the vocabulary has thinking tokens.
-    pub(crate) fn template_extra(&self) -> Map<String, Value> {
-        let thinks = [
-            ("<think>", "</think>"),
-            ("<longcat_think>", "</longcat_think>"),
-            ("<|think:start|>", "<|think:end|>"),
-        ];
-        let has = |token: &str| self.tokenizer.token_to_id(token).is_some();
-        let thinks = thinks.iter().any(|(open, close)| has(open) && has(close));
-        Map::from_iter([("enable_thinking".to_string(), thinks.into())])
-    }
-
     /// What turns rows of data into tokens.
     pub(crate) fn encoder(&self) -> ModelEncoder<'_> {
         ModelEncoder {
             tokenizer: &self.tokenizer,
             template: self.template.as_ref(),
-            extra: self.template_extra(),
+            extra: self.tokenizer.template_variables(),
             eos: self.tokenizer.eos_id(),
         }
     }
@@ -84,12 +68,7 @@ pub(crate) fn compute_dtype(checkpoint: &Checkpoint) -> Dtype {
 
 /// Refuses an adapter that says it was trained on another base.
 pub(crate) fn check_base(set: &AdapterSet, dir: &Path, base: &Fingerprint) -> Result<()> {
-    let Some(own) =
-        set.config.extra(BASE).and_then(|v| serde_json::from_value::<Fingerprint>(v.clone()).ok())
-    else {
-        return Ok(());
-    };
-    if let Some(why) = own.foreign_to(base) {
+    if let Some(why) = Fingerprint::read(&set.config).and_then(|own| own.foreign_to(base)) {
         bail!(
             "the adapter {} is for another base than {}: {why}; give the model it was trained on",
             dir.display(),

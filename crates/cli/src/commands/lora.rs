@@ -1,15 +1,14 @@
 //! `graft lora` and `graft train`: settings, a run, its report.
 
-use super::{data, load::BASE, load::Loaded};
+use super::{data, load::Loaded};
 use crate::args::LoraArgs;
 use crate::errors::{Interrupted, Usage};
 use crate::settings::{Defaults, Settings};
 use crate::{host, ui};
 use anyhow::{Result, bail};
-use graft_adapters::{FineTuneType, LoraParameters};
-use graft_train::{Data, Event, Outcome, Summary, TrainConfig, TrainReport};
+use graft_adapters::{FineTuneType, Fingerprint, LoraParameters};
+use graft_train::{Data, Event, Outcome, TrainConfig, TrainReport};
 use serde_json::{Map, Value, json};
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
@@ -41,7 +40,7 @@ fn train(settings: &Settings, loaded: &Loaded, data: &Data, stop: &AtomicBool) -
         graft_train::run(&config, loaded.model.clone(), data, stop, &mut |event| report.event(&event));
     report.progress.done();
     let summary = result?;
-    report.close(&summary);
+    report.curve();
     if let Outcome::Interrupted { step } = summary.outcome {
         bail!(Interrupted(format!(
             "Interrupted after {step} of {} iterations; all of it is saved. Continue with: {}",
@@ -49,6 +48,7 @@ fn train(settings: &Settings, loaded: &Loaded, data: &Data, stop: &AtomicBool) -
             resume_command()
         )));
     }
+    ui::out(&format!("Saved final weights to {}.", summary.adapter_file.display()));
     Ok(())
 }
 
@@ -100,8 +100,8 @@ fn config(settings: &Settings, loaded: &Loaded) -> Result<TrainConfig> {
     let base = serde_json::to_value(&loaded.base)?;
     let version = env!("CARGO_PKG_VERSION");
     let mut adapter_config = settings.all.clone();
-    adapter_config.insert("graft".into(), json!({"version": version, BASE: base}));
-    let metadata = [("graft", version.to_string()), (BASE, base.to_string())];
+    adapter_config.insert("graft".into(), json!({"version": version, Fingerprint::KEY: base}));
+    let metadata = [("graft", version.to_string()), (Fingerprint::KEY, base.to_string())];
     Ok(TrainConfig {
         fine_tune_type,
         num_layers: i32::try_from(settings.int("num_layers")).unwrap_or(i32::MAX),
@@ -135,7 +135,7 @@ fn config(settings: &Settings, loaded: &Loaded) -> Result<TrainConfig> {
         resume_adapter_file: settings.text("resume_adapter_file").map(PathBuf::from),
         clear_cache_threshold: count(settings, "clear_cache_threshold"),
         adapter_config,
-        metadata: metadata.into_iter().map(|(k, v)| (k.to_string(), v)).collect::<BTreeMap<_, _>>(),
+        metadata: metadata.into_iter().map(|(k, v)| (k.to_string(), v)).collect(),
         peak_memory: host::peak_memory,
     })
 }
@@ -197,10 +197,9 @@ impl Report {
         ));
     }
 
-    fn close(&self, summary: &Summary) {
+    fn curve(&self) {
         if self.losses.len() > 1 {
             ui::note(&format!("loss {}", ui::sparkline(&self.losses, CURVE)));
         }
-        ui::out(&format!("Saved final weights to {}.", summary.adapter_file.display()));
     }
 }

@@ -90,14 +90,7 @@ fn data_file(argument: &str) -> Result<PathBuf> {
 
 /// Whole windows of the rows' tokens, in an order that the seed decides.
 fn windows(args: &PerplexityArgs, loaded: &Loaded, file: &Path, rows: &[Row]) -> Result<Vec<Vec<u32>>> {
-    let config = DataConfig {
-        mask_prompt: false,
-        max_seq_length: usize::MAX,
-        prompt_feature: "prompt".into(),
-        completion_feature: "completion".into(),
-        chat_feature: "messages".into(),
-        text_feature: "text".into(),
-    };
+    let config = DataConfig::new(false, usize::MAX);
     let wanted = usize::try_from(args.num_samples).ok().filter(|n| *n > 0);
     let order = Rng::new(args.seed).permutation(rows.len());
     let mut tokens = Vec::new();

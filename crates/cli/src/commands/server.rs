@@ -35,7 +35,7 @@ pub(crate) fn server(args: &ServerArgs) -> Result<()> {
         min_p: args.min_p,
         ..Sampling::greedy()
     };
-    sampling.check().map_err(|e| Usage(e.to_string()))?;
+    sampling.check()?;
     let addr = address(&args.host, args.port)?;
     let (adapters, default_adapter) = adapters(args)?;
     let dir = hub::resolve(model, What::Model)?;
@@ -108,8 +108,11 @@ fn address(host: &str, port: u16) -> Result<SocketAddr> {
     found.next().with_context(|| format!("--host {host} has no address"))
 }
 
+/// Names and directories.
+type Adapters = Vec<(String, PathBuf)>;
+
 /// `--adapter NAME=DIR` of all, then `--adapter-path` under its directory's name, which is then the default.
-fn adapters(args: &ServerArgs) -> Result<(Vec<(String, PathBuf)>, Option<String>)> {
+fn adapters(args: &ServerArgs) -> Result<(Adapters, Option<String>)> {
     let mut all = Vec::new();
     for given in &args.adapter {
         let Some((name, dir)) =

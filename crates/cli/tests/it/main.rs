@@ -1,0 +1,16 @@
+//! The `graft` binary from outside, on tiny models: what it writes, prints and answers, and how it refuses.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a panic is a test's report")]
+
+mod convert;
+mod facts;
+mod fuse;
+mod generate;
+mod gguf;
+mod http;
+mod lora;
+mod perplexity;
+mod pipeline;
+mod server;
+mod setting;
+mod usage;

@@ -1,0 +1,42 @@
+//! The command line itself: commands that are not there, and flags that say nothing twice.
+
+use serde_json::Value;
+
+use crate::setting::Folder;
+
+#[test]
+fn commands_of_mlx_lm_that_are_not_here_are_refused_with_ours() {
+    let folder = Folder::new();
+    for (command, ours) in [
+        ("evaluate --model x", "use `graft perplexity`"),
+        ("mlx_lm.evaluate", "use `graft perplexity`"),
+        ("awq", "use `graft convert -q`"),
+        ("cache_prompt", "give `graft generate` the whole prompt"),
+        ("manage", "huggingface-cli"),
+        ("frobnicate", "unrecognized subcommand 'frobnicate'"),
+    ] {
+        folder.fails(2, command, &[ours]);
+    }
+    let help = folder.run("");
+    assert_eq!(help.status, Some(2));
+    assert!(help.err.contains("Usage: graft") && help.err.contains("fuse"), "{help:?}");
+    assert_eq!(folder.ok("--version").out, format!("graft {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn flags_that_change_nothing_are_noted_and_the_last_of_two_counts() {
+    let folder = Folder::with_model();
+    let flags = "generate --model gone --trust-remote-code --max-tokens 9 --model model --max-tokens 1";
+    let run = folder.ok(flags);
+    assert!(run.err.contains("note: graft runs no code from a model directory"), "{run:?}");
+    assert!(run.out.contains("Generation: 1 tokens"), "{run:?}");
+    folder.fails(2, "generate --model model --threads 0", &["--threads must be at least 1"]);
+}
+
+#[test]
+fn every_flag_is_listed_for_tools() {
+    let flags: Value = serde_json::from_str(&Folder::new().ok("flags").out).unwrap();
+    assert_eq!(flags["fuse"]["--policy"], "supported");
+    assert_eq!(flags["fuse"]["--export-gguf"], "refused");
+    assert_eq!(flags["server"]["--prompt-cache-size"], "noted");
+}
