@@ -16,7 +16,7 @@ const USES: &[(&str, &[&str])] = &[
     ("merge", &["adapters", "ops", "quant"]),
     ("train", &["adapters", "model", "ops", "quant"]),
     ("serve", &["adapters", "model", "ops"]),
-    ("cli", &["adapters", "model", "ops", "quant", "serve", "train"]),
+    ("cli", &["adapters", "merge", "model", "ops", "quant", "serve", "train"]),
     ("testkit", &[]),
     ("xtask", &[]),
 ];
