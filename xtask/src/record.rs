@@ -52,20 +52,26 @@ fn load(file: &Path) -> Result<Map<String, Value>> {
     serde_json::from_str(&text).with_context(|| format!("{} is not a record", file.display()))
 }
 
-/// The block of README.md.
+/// The block of README.md: the figures of both kinds, and the answers of the first.
 fn block(reports: &Map<String, Value>) -> String {
-    reports.values().map(render).collect::<Vec<_>>().join("\n")
+    let kinds = ["lora", "dora"].iter().filter_map(|kind| reports.get(*kind));
+    let answers = kinds.clone().take(1).map(answers);
+    kinds.map(figures).chain(answers).collect::<Vec<_>>().join("\n")
 }
 
 /// The text with another block between the markers.
 fn replaced(text: &str, block: &str) -> Option<String> {
     let (before, rest) = text.split_once(MARKERS[0])?;
     let (_, after) = rest.split_once(MARKERS[1])?;
-    Some(format!("{before}{}\n{block}{}{after}", MARKERS[0], MARKERS[1]))
+    Some(format!("{before}{}\n\n{block}\n{}{after}", MARKERS[0], MARKERS[1]))
 }
 
 /// One report as Markdown that is readable as it is.
 pub(crate) fn render(report: &Value) -> String {
+    format!("{}\n{}", figures(report), answers(report))
+}
+
+fn figures(report: &Value) -> String {
     let training = &report["training"];
     let number = |key: &str| training[key].as_f64().unwrap_or_default();
     let kind = report["fine_tune_type"].as_str().unwrap_or_default();
@@ -82,17 +88,6 @@ pub(crate) fn render(report: &Value) -> String {
         row(score, &|model| text(&report["scores"][model])),
         row("weights".into(), &|model| bytes(&report["bytes"][model])),
     ]);
-    let mut answers = vec![vec!["request".to_owned(), "model".into(), "answer".into()]];
-    for (i, question) in report["questions"].as_array().into_iter().flatten().enumerate() {
-        for model in MODELS {
-            let question = if model == MODELS[0] { short(&text(question), ANSWER) } else { String::new() };
-            answers.push(vec![
-                question,
-                model.to_owned(),
-                short(&text(&report["answers"][model][i]), ANSWER),
-            ]);
-        }
-    }
     let losses: Vec<f64> =
         training["losses"].as_array().into_iter().flatten().filter_map(Value::as_f64).collect();
     let ends =
@@ -100,7 +95,7 @@ pub(crate) fn render(report: &Value) -> String {
     let (first, last) = ends.unwrap_or_default();
     format!(
         "{figures}\nLoss {first} `{curve}` {last}: {iters} steps in {seconds:.0} s ({rows} rows/s, {tokens} trained \
-         tokens/s), peak memory {memory}, on {machine}.\n\n{answers}",
+         tokens/s), peak memory {memory}, on {machine}.\n",
         curve = curve(&losses),
         iters = text(&training["iters"]),
         seconds = number("seconds"),
@@ -108,8 +103,18 @@ pub(crate) fn render(report: &Value) -> String {
         tokens = number("tokens_per_second"),
         memory = bytes(&training["peak_memory_bytes"]),
         machine = text(&report["machine"]),
-        answers = table(&answers),
     )
+}
+
+fn answers(report: &Value) -> String {
+    let mut rows = vec![vec!["request".to_owned(), "model".into(), "answer".into()]];
+    for (i, question) in report["questions"].as_array().into_iter().flatten().enumerate() {
+        for model in MODELS {
+            let question = if model == MODELS[0] { short(&text(question), ANSWER) } else { String::new() };
+            rows.push(vec![question, model.to_owned(), short(&text(&report["answers"][model][i]), ANSWER)]);
+        }
+    }
+    table(&rows)
 }
 
 fn text(value: &Value) -> String {
@@ -199,7 +204,7 @@ mod tests {
     fn only_what_is_between_the_markers_changes() {
         let text = format!("a\n{}\nold\n{}\nb\n", MARKERS[0], MARKERS[1]);
         let new = replaced(&text, "new\n").unwrap();
-        assert_eq!(new, format!("a\n{}\nnew\n{}\nb\n", MARKERS[0], MARKERS[1]));
+        assert_eq!(new, format!("a\n{}\n\nnew\n\n{}\nb\n", MARKERS[0], MARKERS[1]));
         assert_eq!(replaced(&new, "new\n"), Some(new));
         assert_eq!(replaced("nothing", "new"), None);
     }
