@@ -73,15 +73,7 @@ pub(crate) fn wheel(wheel: &Wheel, finish: impl FnOnce(&Path) -> Result<()>) -> 
         let download = temporary.join("download");
         sh::output(
             Command::new(&python)
-                .args([
-                    "-m",
-                    "pip",
-                    "download",
-                    "--quiet",
-                    "--no-deps",
-                    "--only-binary=:all:",
-                    "--require-hashes",
-                ])
+                .args("-m pip download --quiet --no-deps --only-binary=:all: --require-hashes".split(' '))
                 .arg("--dest")
                 .arg(&download)
                 .arg("--requirement")
@@ -102,7 +94,7 @@ pub(crate) fn wheel(wheel: &Wheel, finish: impl FnOnce(&Path) -> Result<()>) -> 
 }
 
 /// A Python 3 that has pip.
-fn python() -> Result<PathBuf> {
+pub(crate) fn python() -> Result<PathBuf> {
     for name in ["python3", "python"] {
         if sh::works(Command::new(name).args(["-m", "pip", "--version"])) {
             return Ok(name.into());

@@ -4,11 +4,24 @@
 //! depends on no crate of the workspace. One file per task; a new task is a file and a line in [`TASKS`].
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a terminal program")]
 
+mod bench;
 mod cache;
+mod children;
+mod data;
 mod elf;
+mod http;
+mod lint;
+mod model;
 mod native;
+mod pipeline;
+mod record;
+mod reference;
+mod rows;
 mod setup;
 mod sh;
+mod test;
+#[cfg(test)]
+mod tidy;
 
 use std::process::ExitCode;
 
@@ -17,12 +30,22 @@ use anyhow::{Result, bail};
 /// A task: its name, what `--help` says of it, and the function that gets the remaining arguments.
 type Task = (&'static str, &'static str, fn(&[String]) -> Result<()>);
 
-const TASKS: &[Task] =
-    &[("setup", "get MLX onto this machine, so that plain cargo build and test work", setup::task)];
+const TASKS: &[Task] = &[
+    ("setup", "get MLX onto this machine, so that plain cargo build and test work", setup::task),
+    ("demo", "train, measure, fuse, serve and ask, from nothing [--dora] [--keep]", pipeline::demo),
+    ("pipeline", "the same with a model and data of one's own: --model M --data D", pipeline::task),
+    ("test", "run all tests; arguments go to cargo test", test::task),
+    ("lint", "format, clippy, docs and the house rules", lint::task),
+    ("bench", "run the benchmarks; arguments go to criterion", bench::task),
+    ("model", "print the directory of the demo's base model, made at the first call", model::task),
+    ("data", "write the rows of the demo's data set from its grammar", data::task),
+    ("golden", "write the golden values of the tests anew with mlx-lm", reference::golden),
+    ("conformance", "compare with mlx-lm on the demo's base [--only NAME ...]", reference::conformance),
+];
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    match run(&args) {
+    match children::end_at_signals().and_then(|()| run(&args)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("xtask: {error:#}");

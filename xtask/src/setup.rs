@@ -13,9 +13,7 @@ use crate::native::{self, Native};
 use crate::sh;
 
 pub(crate) fn task(args: &[String]) -> Result<()> {
-    if let Some(arg) = args.first() {
-        bail!("setup takes no arguments, found {arg}");
-    }
+    sh::no_arguments("setup", args)?;
     run()
 }
 

@@ -1,4 +1,5 @@
 //! Equivalences of the adapter maths, and what the files of mlx-lm and PEFT may and may not hold.
+#![allow(clippy::unwrap_used, reason = "tests: a panic is the report")]
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -136,9 +137,10 @@ fn a_row_of_zeros_keeps_factor_one() {
 }
 
 fn write_peft(dir: &Path, extra: serde_json::Value, tensors: &BTreeMap<String, Tensor>) {
+    let serde_json::Value::Object(extra) = extra else { panic!("options are an object, not {extra}") };
     let mut config =
         json!({"peft_type": "LORA", "r": 4, "lora_alpha": 2.0, "bias": "none", "use_rslora": false});
-    config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+    config.as_object_mut().unwrap().extend(extra);
     std::fs::write(dir.join("adapter_config.json"), config.to_string()).unwrap();
     let bytes = graft_quant::safetensors_bytes(tensors, &BTreeMap::new()).unwrap();
     std::fs::write(dir.join("adapter_model.safetensors"), bytes).unwrap();

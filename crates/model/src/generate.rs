@@ -184,7 +184,7 @@ impl<'a> Generator<'a> {
             Pending::Logits(logits)
         };
         let (Pending::Id(array) | Pending::Logits(array)) = &pending;
-        mlx_rs::transforms::async_eval([&*array])?;
+        mlx_rs::transforms::async_eval([array])?;
         Ok(pending)
     }
 }

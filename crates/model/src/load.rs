@@ -149,7 +149,7 @@ fn verify(checkpoint: &Checkpoint, config: &DecoderConfig) -> Result<()> {
         }
     }
     for name in checkpoint.names() {
-        if !known.contains(name.as_str()) && !ignored(config, &name) {
+        if !known.contains(name.as_str()) && !ignored(config, name) {
             problems.push(format!("{name}: a {} model has no such tensor", config.model_type));
         }
     }

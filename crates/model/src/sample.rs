@@ -101,7 +101,7 @@ impl Sampling {
     /// Names the first field that is outside its range.
     pub fn check(&self) -> Result<()> {
         let within = |field: &'static str, value: f32, low: f32, high: f32, expected: &str| {
-            if value >= low && value <= high { Ok(()) } else { Err(wrong(field, expected, value)) }
+            if value >= low && value <= high { Ok(()) } else { Err(wrong(field, expected, &value)) }
         };
         within("temperature", self.temperature, 0.0, f32::MAX, "a number of at least 0")?;
         within("top_p", self.top_p, 0.0, 1.0, "a number from 0 to 1")?;
@@ -112,18 +112,18 @@ impl Sampling {
         within("presence_penalty", self.presence_penalty, f32::MIN, f32::MAX, "a finite number")?;
         within("frequency_penalty", self.frequency_penalty, f32::MIN, f32::MAX, "a finite number")?;
         if self.min_tokens_to_keep == 0 {
-            return Err(wrong("min_tokens_to_keep", "a whole number of at least 1", 0));
+            return Err(wrong("min_tokens_to_keep", "a whole number of at least 1", &0));
         }
         match self.logit_bias.iter().find(|(_, bias)| bias.is_nan() || *bias == f32::INFINITY) {
             Some((id, bias)) => {
-                Err(wrong("logit_bias", "numbers below infinity", format!("{bias} for id {id}")))
+                Err(wrong("logit_bias", "numbers below infinity", &format!("{bias} for id {id}")))
             }
             None => Ok(()),
         }
     }
 }
 
-fn wrong(field: &'static str, expected: &str, found: impl ToString) -> Error {
+fn wrong(field: &'static str, expected: &str, found: &dyn ToString) -> Error {
     Error::Sampling { field, expected: expected.to_owned(), found: found.to_string() }
 }
 
@@ -202,7 +202,7 @@ impl Sampler {
         for (id, bias) in &s.logit_bias {
             let vocab = logits.len();
             let logit = logits.get_mut(*id as usize);
-            *logit.ok_or_else(|| wrong("logit_bias", &format!("ids below {vocab}"), id))? += bias;
+            *logit.ok_or_else(|| wrong("logit_bias", &format!("ids below {vocab}"), &id))? += bias;
         }
         // Ids of the history were checked where they entered; one that is outside has no logit to change.
         if s.repeats() {

@@ -1,5 +1,6 @@
 //! GGUF files of every architecture against the same weights in a plain checkpoint; tokenizers of every kind; and files
 //! that are damaged, contradict themselves, or are none of ours.
+#![allow(clippy::unwrap_used, reason = "tests: a panic is the report")]
 
 use std::path::{Path, PathBuf};
 

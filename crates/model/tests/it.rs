@@ -1,4 +1,5 @@
 //! Equivalences of the decoder: cached = uncached, a batch = its rows alone, packed = dequantized, and mlx-lm's values.
+#![allow(clippy::unwrap_used, reason = "tests: a panic is the report")]
 
 use std::path::Path;
 

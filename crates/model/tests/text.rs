@@ -1,5 +1,6 @@
 //! Tokenizer, streaming, templates and sampling: against transformers and mlx-lm (tests/data/text.py wrote their
 //! answers), and against properties that any tokenizer must have.
+#![allow(clippy::unwrap_used, reason = "tests: a panic is the report")]
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

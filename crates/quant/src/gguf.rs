@@ -312,7 +312,7 @@ impl Gguf {
     pub fn read(&self, info: &TensorInfo, rows: Option<&[usize]>) -> Result<Block> {
         let (weights, bytes) = self.readable(info)?;
         let length = usize::try_from(info.bytes)
-            .map_err(|_| self.tensor_error(info, "a tensor that fits into memory", info.bytes))?;
+            .map_err(|_| self.tensor_error(info, &"a tensor that fits into memory", &info.bytes))?;
         let mut data = vec![0; length];
         self.file.read_exact_at(&mut data, info.offset).map_err(Error::io(&self.path))?;
         let inputs = info.shape.last().copied().unwrap_or(1);
@@ -351,14 +351,14 @@ impl Gguf {
         let mut out = Vec::with_capacity(data.len());
         for &row in rows {
             if row >= count || std::mem::replace(&mut seen[row], true) {
-                return Err(self.tensor_error(info, "each row once", format!("row {row} of {count}")));
+                return Err(self.tensor_error(info, &"each row once", &format!("row {row} of {count}")));
             }
             out.extend_from_slice(&data[row * row_bytes..(row + 1) * row_bytes]);
         }
         if rows.len() == count {
             Ok(out)
         } else {
-            Err(self.tensor_error(info, format!("{count} rows"), rows.len()))
+            Err(self.tensor_error(info, &format!("{count} rows"), &rows.len()))
         }
     }
 
@@ -378,7 +378,7 @@ impl Gguf {
             };
             if !d.is_finite() || !bias.is_finite() {
                 let found = format!("a block with scale {d} and bias {bias}");
-                return Err(self.tensor_error(info, "finite scales and biases", found));
+                return Err(self.tensor_error(info, &"finite scales and biases", &found));
             }
             match info.kind {
                 Kind::Q8_0 => codes.extend(block[2..].iter().map(|code| code ^ 0x80)),
@@ -404,7 +404,7 @@ impl Gguf {
         })
     }
 
-    fn tensor_error(&self, info: &TensorInfo, expected: impl ToString, found: impl ToString) -> Error {
+    fn tensor_error(&self, info: &TensorInfo, expected: &dyn ToString, found: &dyn ToString) -> Error {
         Error::Tensor {
             file: self.path.clone(),
             name: info.name.clone(),

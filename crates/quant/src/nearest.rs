@@ -18,7 +18,7 @@ impl Levels {
     /// MLX's own for W (out, in), stored in `dtype`.
     ///
     /// # Errors
-    /// As [`round`].
+    /// As [`round()`].
     pub fn fresh(w: &Array, grid: Grid, dtype: Dtype) -> Result<Levels> {
         let packed = round(&w.as_dtype(Dtype::Float32)?, grid)?;
         Ok(Levels { scales: packed.scales.as_dtype(dtype)?, biases: packed.biases.as_dtype(dtype)? })

@@ -1,4 +1,5 @@
 //! Conversion of tiny models: what is packed, how exactly, and what is left alone.
+#![allow(clippy::unwrap_used, reason = "tests: a panic is the report")]
 
 use std::path::{Path, PathBuf};
 

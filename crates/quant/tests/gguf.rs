@@ -1,4 +1,5 @@
 //! GGUF files made byte by byte, against the formulas of the format; and files that lie.
+#![allow(clippy::unwrap_used, reason = "tests: a panic is the report")]
 
 use std::path::Path;
 

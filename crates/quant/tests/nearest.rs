@@ -1,4 +1,5 @@
 //! Rounding to given scales: MLX's packing order, values that are on the grid, and never worse than MLX's own rounding.
+#![allow(clippy::unwrap_used, reason = "tests: a panic is the report")]
 
 use graft_ops::{Array, Dtype};
 use graft_quant::{Grid, Levels, Packed, round, round_nearest};

@@ -1,4 +1,5 @@
 //! Writes the tiny models and adapters for which golden values are made: `tiny OUT` fills OUT with one directory per case.
+#![allow(clippy::expect_used, reason = "development only: a panic is the report")]
 
 use std::path::Path;
 

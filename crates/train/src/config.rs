@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use graft_adapters::{FineTuneType, LoraParameters};
 use serde_json::{Map, Value};
 
-/// Settings of [`crate::run`].
+/// Settings of [`crate::run()`].
 #[derive(Debug, Clone)]
 pub struct TrainConfig {
     /// lora, dora or full.

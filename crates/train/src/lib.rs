@@ -4,7 +4,7 @@
 //! written. Shape letters: B batch, L tokens of a row, N tokens of all rows concatenated, M targets, E hidden,
 //! V vocabulary, R rank.
 //!
-//! [`run`] trains; [`Data::load`] makes its rows, [`test`] and [`evaluate`] measure.
+//! [`run()`] trains; [`Data::load`] makes its rows, [`test()`] and [`evaluate`] measure.
 
 mod batch;
 mod config;

@@ -11,7 +11,8 @@ fn chat(question: &str) -> Value {
 }
 
 fn with(mut body: Value, fields: Value) -> Value {
-    body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    let Value::Object(fields) = fields else { panic!("fields are an object, not {fields}") };
+    body.as_object_mut().unwrap().extend(fields);
     body
 }
 

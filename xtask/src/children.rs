@@ -1,0 +1,108 @@
+//! Programs and folders that must not outlive us, whether a task ends well, fails or is interrupted.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Child, ChildStdout, Command, ExitStatus};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::sh;
+
+struct Ours {
+    children: Vec<Child>,
+    folders: Vec<PathBuf>,
+}
+
+static OURS: Mutex<Ours> = Mutex::new(Ours { children: Vec::new(), folders: Vec::new() });
+
+fn ours() -> MutexGuard<'static, Ours> {
+    OURS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// From here on an interrupt or termination signal ends what is ours, then us with status 130.
+pub(crate) fn end_at_signals() -> Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot watch for signals")?;
+    std::thread::spawn(move || {
+        if signals.forever().next().is_none() {
+            return;
+        }
+        // The lock is kept to the end: nothing new starts meanwhile.
+        let mut ours = ours();
+        for child in &mut ours.children {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        for folder in &ours.folders {
+            let _ = fs::remove_dir_all(folder);
+        }
+        std::process::exit(130);
+    });
+    Ok(())
+}
+
+/// A program that runs; it is ended when this is dropped.
+pub(crate) struct Process {
+    id: u32,
+    line: String,
+}
+
+impl Process {
+    /// Starts it; its stdout comes back where `command` asks for a pipe.
+    pub(crate) fn start(command: &mut Command) -> Result<(Self, Option<ChildStdout>)> {
+        let line = sh::line(command);
+        let mut ours = ours();
+        let mut child = command.spawn().with_context(|| format!("cannot start {line}"))?;
+        let stdout = child.stdout.take();
+        let process = Self { id: child.id(), line };
+        ours.children.push(child);
+        Ok((process, stdout))
+    }
+
+    /// Waits for its end. It is looked at now and then, because who waits in it would keep a signal from ending it.
+    pub(crate) fn wait(&self) -> Result<ExitStatus> {
+        loop {
+            let mut ours = ours();
+            let child = ours.children.iter_mut().find(|child| child.id() == self.id);
+            let child = child.with_context(|| format!("{} has gone", self.line))?;
+            if let Some(status) = child.try_wait()? {
+                return Ok(status);
+            }
+            drop(ours);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let mut ours = ours();
+        if let Some(at) = ours.children.iter().position(|child| child.id() == self.id) {
+            let mut child = ours.children.swap_remove(at);
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// A new temporary folder, removed when this is dropped.
+pub(crate) struct Temporary(pub(crate) PathBuf);
+
+impl Temporary {
+    pub(crate) fn new() -> Result<Self> {
+        let path = std::env::temp_dir().join(format!("graft-{}", std::process::id()));
+        let mut ours = ours();
+        fs::create_dir(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        ours.folders.push(path.clone());
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}

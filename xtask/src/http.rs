@@ -1,0 +1,108 @@
+//! The little of HTTP that asking `graft server` takes: one request a connection, the answer read as it comes.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+/// The server sends a sign of life every 15 seconds, so this long a silence means that it is stuck.
+const SILENCE: Duration = Duration::from_secs(120);
+
+/// Posts a streaming request and joins the text of its events. `go_on` is shown the text so far; when it says no the
+/// connection is closed, which ends the server's work on the answer too.
+pub(crate) fn stream(
+    address: &str,
+    path: &str,
+    body: &Value,
+    go_on: impl Fn(&str) -> bool,
+) -> Result<String> {
+    let mut socket =
+        TcpStream::connect(address).with_context(|| format!("no server answers at {address}"))?;
+    socket.set_read_timeout(Some(SILENCE))?;
+    let body = body.to_string();
+    // Version 1.0 ends the body with the connection, so it has no chunks to take apart.
+    let head = format!(
+        "POST {path} HTTP/1.0\r\nHost: {address}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    socket.write_all((head + &body).as_bytes())?;
+    let mut reader = BufReader::new(socket);
+    let mut status = String::new();
+    reader.read_line(&mut status)?;
+    for line in reader.by_ref().lines() {
+        if line?.is_empty() {
+            break;
+        }
+    }
+    if status.split(' ').nth(1) != Some("200") {
+        let mut reply = String::new();
+        reader.read_to_string(&mut reply)?;
+        bail!("{path}: {} {}", status.trim(), reply.trim());
+    }
+    let mut text = String::new();
+    for line in reader.lines() {
+        let line = line?;
+        let Some(event) = line.strip_prefix("data: ") else { continue };
+        if event == "[DONE]" {
+            return Ok(text);
+        }
+        let event: Value = serde_json::from_str(event).with_context(|| format!("{path}: {event}"))?;
+        ensure!(event["error"].is_null(), "{path}: {}", event["error"]);
+        let choice = &event["choices"][0];
+        text += choice["delta"]["content"].as_str().or_else(|| choice["text"].as_str()).unwrap_or_default();
+        if !go_on(&text) {
+            return Ok(text);
+        }
+    }
+    bail!("{path}: the answer broke off after {text:?}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    /// What `stream` makes of a reply, and what it had sent.
+    fn of(reply: &'static str, go_on: fn(&str) -> bool) -> (Result<String>, String) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let server = std::thread::spawn(move || {
+            let (mut socket, _) = listener.accept().unwrap();
+            // All of the request first: a server that closes early takes its reply back.
+            let mut request = String::new();
+            while !request.ends_with('}') {
+                let mut part = vec![0; 4096];
+                let length = socket.read(&mut part).unwrap();
+                request += std::str::from_utf8(&part[..length]).unwrap();
+            }
+            socket.write_all(reply.as_bytes()).unwrap();
+            request
+        });
+        let result = stream(&address, "/v1/completions", &serde_json::json!({"prompt": "é"}), go_on);
+        (result, server.join().unwrap())
+    }
+
+    const REPLY: &str = "HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n: ping\n\n\
+        data: {\"choices\":[{\"delta\":{\"role\":\"assistant\"}}]}\n\n\
+        data: {\"choices\":[{\"delta\":{\"content\":\"a \"}}]}\n\n\
+        data: {\"choices\":[{\"delta\":{\"content\":\"b\"}}]}\n\ndata: {\"choices\":[]}\n\n";
+
+    #[test]
+    fn events_are_joined_until_they_are_done_or_enough() {
+        let (text, request) = of(&format!("{REPLY}data: [DONE]\n\n").leak()[..], |_| true);
+        assert_eq!(text.unwrap(), "a b");
+        assert!(request.ends_with("Content-Length: 15\r\n\r\n{\"prompt\":\"é\"}"), "{request}");
+        assert_eq!(of(REPLY, |text| text != "a ").0.unwrap(), "a ");
+    }
+
+    #[test]
+    fn what_goes_wrong_is_told() {
+        let message = |reply| format!("{:#}", of(reply, |_| true).0.unwrap_err());
+        assert!(message(REPLY).contains("broke off after \"a b\""));
+        assert!(message("HTTP/1.0 404 Not Found\r\n\r\n{\"error\":\"no model x\"}").contains("no model x"));
+        let failed = "HTTP/1.0 200 OK\r\n\r\ndata: {\"error\":{\"message\":\"out of memory\"}}\n\n";
+        assert!(message(failed).contains("out of memory"));
+    }
+}

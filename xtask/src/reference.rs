@@ -1,0 +1,61 @@
+//! `cargo xtask golden` and `cargo xtask conformance`: what mlx-lm computes, written down or compared live.
+//!
+//! The Python side lives in xtask/reference; mlx-lm and its MLX are pinned, because a golden value is one of a version.
+
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::{cache, model, setup, sh};
+
+const MLX_LM: &str = "0.32.2";
+const MLX: &str = "0.32.4";
+const TRANSFORMERS: &str = "5.24.0";
+
+/// Writes the golden files of the tests anew.
+pub(crate) fn golden(args: &[String]) -> Result<()> {
+    sh::no_arguments("golden", args)?;
+    setup::run()?;
+    let root = sh::root();
+    let cases = sh::fresh(sh::target()?.join("golden-cases"))?;
+    sh::run(
+        Command::new(sh::build(&["--workspace", "--example", "tiny"])?.join("examples/tiny")).arg(&cases),
+    )?;
+    let mut values = python()?;
+    values.arg(root.join("xtask/reference/golden.py")).arg(&cases);
+    values.arg(root.join("crates/model/tests/golden/logits.json"));
+    sh::run(values.arg(root.join("crates/train/tests/golden/losses.json")))?;
+    sh::run(python()?.arg(root.join("crates/model/tests/data/text.py")))
+}
+
+/// Compares graft with mlx-lm on the demo's base; arguments (`--only NAME ...`) go to the script.
+pub(crate) fn conformance(args: &[String]) -> Result<()> {
+    setup::run()?;
+    let graft = sh::graft()?;
+    let logits = sh::build(&["--workspace", "--example", "logits"])?.join("examples/logits");
+    let mut script = python()?;
+    script.arg(sh::root().join("xtask/reference/conformance.py"));
+    script.arg("--graft").arg(&graft).arg("--logits").arg(logits);
+    script.arg("--model").arg(model::dir(&graft)?).arg("--work").arg(sh::target()?.join("conformance"));
+    sh::run(script.args(args))
+}
+
+/// A Python with mlx-lm, in a virtual environment of its own in the cache.
+fn python() -> Result<Command> {
+    let environment = cache::dir(&format!("mlx-lm-{MLX_LM}-mlx-{MLX}"), |temporary| {
+        eprintln!("installing mlx-lm {MLX_LM} from PyPI");
+        sh::output(Command::new(cache::python()?).args(["-m", "venv"]).arg(temporary)).context(
+            "cannot make a virtual environment: install it with `sudo apt-get install python3-venv` (Debian, Ubuntu)",
+        )?;
+        let mut install = Command::new(temporary.join("bin/python"));
+        install.args(["-m", "pip", "install", "--quiet"]).arg(format!("mlx-lm=={MLX_LM}"));
+        // The extra exists on Linux only; a Mac's package runs on the CPU as it is.
+        let extra = if cfg!(target_os = "macos") { "" } else { "[cpu]" };
+        install.arg(format!("mlx{extra}=={MLX}")).arg(format!("transformers=={TRANSFORMERS}"));
+        sh::run(&mut install)
+    })?;
+    // The environment was filled under another name: its interpreter works all the same, its scripts would not.
+    let mut python = Command::new(environment.join("bin/python"));
+    python.env("HF_HUB_OFFLINE", "1");
+    Ok(python)
+}
