@@ -1,6 +1,7 @@
 //! Our CPU operations by themselves, at the sizes of a small model (E 576, F 1536, V 49152, 9 heads of 64 over 3).
 //!
 //! Everything is evaluated inside the timed closure. `cargo xtask bench` runs it in the profile that everything else uses.
+#![allow(missing_docs, clippy::unwrap_used, reason = "a benchmark: a panic is the report")]
 
 use std::hint::black_box;
 

@@ -62,6 +62,9 @@ impl KeyValues {
     /// The same first `len` tokens for another sequence, which goes its own way from there. Memory is shared as far as
     /// it stays the same.
     pub fn fork(&self, len: i32) -> KeyValues {
+        // MLX's buffers are shared whole: writing to one copies it, and what is behind `len` is written over.
+        #[cfg(not(graft_cpu))]
+        let _ = len;
         KeyValues {
             kv: self.kv.clone(),
             #[cfg(graft_cpu)]

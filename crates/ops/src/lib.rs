@@ -2,7 +2,7 @@
 //!
 //! Every operation is one public function with two forms that compute the same: plain MLX operations, which is what a
 //! GPU wants, and on a CPU an operation of our own with its gradient, because MLX's CPU backend is scalar and
-//! single-threaded. [`form`] says which is in use. All C++ and all unsafe code of the workspace stand here.
+//! single-threaded. [`form()`] says which is in use. All C++ and all unsafe code of the workspace stand here.
 //!
 //! Shapes are written in these letters: N tokens (all rows of a batch, concatenated), H heads, K key/value heads,
 //! D head dimension, E hidden, V vocabulary, M rows of a matrix.

@@ -51,7 +51,7 @@ fn check_targets(rows: i32, targets: &Array) -> Result<()> {
     Ok(())
 }
 
-/// logsumexp(logits) - logits[target] for each row: logits (M, V), targets (M,) i32 give (M,) f32. Differentiable in the logits.
+/// `logsumexp(logits) - logits[target]` for each row: logits (M, V), targets (M,) i32 give (M,) f32. Differentiable in the logits.
 pub fn cross_entropy(logits: &Array, targets: &Array) -> Result<Array> {
     let &[rows, _] = logits.shape() else {
         return Err(Exception::custom(format!(

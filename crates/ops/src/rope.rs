@@ -14,7 +14,7 @@ use crate::{Array, Dtype, Exception, Result, Rows};
 /// The frequencies of a rotary embedding, after whatever scaling the model's config asks for.
 #[derive(Debug)]
 pub struct RopeTable {
-    /// (dims / 2,) f32: the angle of pair i at position p is p * inv_freq[i].
+    /// (dims / 2,) f32: the angle of pair i at position p is `p * inv_freq[i]`.
     pub inv_freq: Array,
     /// How many leading dimensions of a head are rotated; the others pass through.
     pub dims: i32,

@@ -130,6 +130,7 @@ impl<'a> WeightRef<'a> {
     }
 
     /// The arrays that it is made of.
+    #[cfg(graft_cpu)]
     pub(crate) fn arrays(&self) -> Vec<&'a Array> {
         match *self {
             WeightRef::Dense(w) => vec![w],

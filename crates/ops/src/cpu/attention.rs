@@ -528,8 +528,8 @@ impl Kernel for BackwardPart<'_> {
                         weights[seen..].fill(f32::NEG_INFINITY);
                         let lse = s.splat(self.sums[place(first + i, g)]);
                         let along = s.splat(along[g * length + first + i]);
-                        // SAFETY: whole vectors of a block.
                         for at in vectors::<S>(KEYS) {
+                            // SAFETY: whole vectors of a block.
                             unsafe {
                                 let score = s.mul(s.load(weights.as_ptr().add(at)), s.splat(scale));
                                 let weight = exp(s, s.sub(score, lse));
@@ -550,6 +550,7 @@ impl Kernel for BackwardPart<'_> {
                         Product { rows: count, columns: width, k: KEYS, a_row: KEYS, a_k: 1, add: false };
                     plain.run(s, slopes, k, dq);
                     for i in 0..count {
+                        // SAFETY: this part's query heads of this row.
                         let to = unsafe { self.dq.part(place(first + i, g) * dim, dim) };
                         to.iter_mut().zip(&dq[i * width..]).for_each(|(to, x)| *to += x);
                     }

@@ -4,6 +4,7 @@ pub(crate) mod attention;
 pub(crate) mod gemm;
 pub(crate) mod level;
 pub(crate) mod linears;
+mod linears_gradient;
 pub(crate) mod loss;
 pub(crate) mod norm;
 pub(crate) mod packed;
@@ -15,6 +16,7 @@ mod simd;
 mod simd_portable;
 #[cfg(target_arch = "x86_64")]
 mod simd_x86;
+mod slim;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 pub(crate) mod weights;

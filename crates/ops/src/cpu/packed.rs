@@ -2,7 +2,7 @@
 //!
 //! With few rows the work is reading the weights once, so each row of W is widened in registers (or, for more than a
 //! few rows, in the first-level cache) and multiplied with all rows of x. With many rows a panel of W is widened and
-//! [`gemm`] does the rest. Either way an element of the result is summed in an order that nothing else decides.
+//! [`super::gemm`] does the rest. Either way an element of the result is summed in an order that nothing else decides.
 
 use std::ops::Range;
 

@@ -181,7 +181,7 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     let y = s.min(s.splat(88.3), s.max(lowest, x));
     let n = s.round(s.mul(y, s.splat(std::f32::consts::LOG2_E)));
     // ln 2 in two parts, the first with few bits, so that n times it is exact.
-    let r = s.fma(n, s.splat(-0.693_359_375), y);
+    let r = s.fma(n, s.splat(-355.0 / 512.0), y);
     let r = s.fma(n, s.splat(2.121_944_4e-4), r);
     // The Taylor series to the seventh power: |r| <= 0.347, so what is left out is below 6e-9.
     let mut p = s.splat(1.0 / 5040.0);

@@ -83,6 +83,15 @@ impl Kind {
         }
     }
 
+    /// Row `row` of W.
+    pub(crate) fn row(self, row: usize, parts: &[Tensor], to: &mut [f32]) {
+        match self {
+            Kind::Dense { inputs, .. } => to.copy_from_slice(&parts[0].f32()[row * inputs..][..inputs]),
+            Kind::Packed(layout) => dispatch(UnpackRow { w: &Packed::new(layout, parts), id: row, to }),
+            Kind::Arranged(of) => dispatch(ArrangedRow { w: &Panels::new(of, parts), row, to }),
+        }
+    }
+
     /// Fails for weights that have no transposed product, and so no gradient.
     pub(crate) fn check_gradient(self) -> Result<()> {
         match self {
@@ -176,15 +185,9 @@ impl Op for Lookup {
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
         let rows = outputs[0].f32_mut().chunks_exact_mut(self.0.inputs());
         for (&id, to) in inputs[0].i32().iter().zip(rows) {
-            let row = usize::try_from(id).ok().filter(|&id| id < self.0.out());
-            match (row, self.0) {
-                (Some(id), Kind::Packed(layout)) => {
-                    dispatch(UnpackRow { w: &Packed::new(layout, &inputs[1..]), id, to })
-                }
-                (Some(row), Kind::Arranged(of)) => {
-                    dispatch(ArrangedRow { w: &Panels::new(of, &inputs[1..]), row, to })
-                }
-                _ => to.fill(0.0),
+            match usize::try_from(id).ok().filter(|&id| id < self.0.out()) {
+                Some(row) => self.0.row(row, &inputs[1..], to),
+                None => to.fill(0.0),
             }
         }
     }

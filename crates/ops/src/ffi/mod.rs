@@ -124,9 +124,14 @@ impl Drop for ArrayList {
 
 /// New references to the arrays of a list that stays its owner's.
 pub(crate) fn vector_to_arrays(list: mlx_sys::mlx_vector_array) -> Result<Vec<Array>> {
-    // SAFETY: the caller's handle is valid; every array read from it is a reference of its own.
+    // SAFETY: the caller's handle is valid.
     let count = unsafe { mlx_sys::mlx_vector_array_size(list) };
-    (0..count).map(|i| array_from(|out| unsafe { mlx_sys::mlx_vector_array_get(out, list, i) })).collect()
+    (0..count)
+        .map(|i| {
+            // SAFETY: i is below the size; the array read is a reference of its own.
+            array_from(|out| unsafe { mlx_sys::mlx_vector_array_get(out, list, i) })
+        })
+        .collect()
 }
 
 pub(crate) fn stream() -> mlx_rs::Stream {

@@ -26,9 +26,10 @@ impl Case<'_> {
             let seed = 10 * i as u64;
             args.extend([random(seed + 2, &[inputs, rank]), random(seed + 3, &[rank, out])]);
             if self.factor {
-                // Away from zero, as a ratio of norms is.
+                // Around one, as a ratio of norms is; some of them tiny or zero.
                 let c = random(seed + 4, &[out]).abs().unwrap().add(Array::from_f32(0.5)).unwrap();
-                args.push(c);
+                let some = (0..out).map(|o| [1.0, 1.0, 0.0, 1.0, 1e-4][o as usize % 5]);
+                args.push(c.multiply(Array::from_iter(some, &[out])).unwrap());
             }
             if self.own_input {
                 args.push(random(seed + 5, &[rows, inputs]));

@@ -1,6 +1,7 @@
 //! Our CPU operations against MLX's own, at every level of instructions; their gradients; and the fixed order of sums.
 
 #![cfg(graft_cpu)]
+#![allow(clippy::unwrap_used, reason = "tests: a panic is the report")]
 
 mod arranged;
 mod attention;

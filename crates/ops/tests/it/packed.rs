@@ -132,11 +132,11 @@ fn rows_are_alone(precision: Precision) {
                 let few = random(1, &[32, inputs]);
                 let many = random(2, &[1100, inputs]);
                 let all = |x: &Array| {
-                    let products = [matmul(x, w.view()), matmul(&x, WeightRef::Dense(&dense))];
+                    let products = [matmul(x, w.view()), matmul(x, WeightRef::Dense(&dense))];
                     products.map(|y| bits(&y.unwrap()))
                 };
                 let back = |x: &Array| {
-                    bits(&matmul_t(&matmul(&x, WeightRef::Dense(&dense)).unwrap(), w.view()).unwrap())
+                    bits(&matmul_t(&matmul(x, WeightRef::Dense(&dense)).unwrap(), w.view()).unwrap())
                 };
                 set_threads(2);
                 let (whole_few, whole_many, whole_back) = (all(&few), all(&many), back(&many));
