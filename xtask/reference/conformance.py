@@ -107,9 +107,18 @@ def check_convert(a):
         same = sorted(left) == sorted(right) and all(
             left[k].dtype == right[k].dtype and mx.array_equal(left[k], right[k]).item() for k in left
         )
-        block = [json.loads((d / "config.json").read_text())["quantization"] for d in (ours, theirs)]
+        block = [quantization(d) for d in (ours, theirs)]
         report(f"convert {name}", f"{len(left)} tensors equal: {same}, blocks equal: {block[0] == block[1]}", "all", same and block[0] == block[1])
         shutil.rmtree(theirs)
+
+
+def quantization(directory):
+    """The quantization block. A recipe leaves the group size of mlx-lm's overrides null, which means the general one."""
+    block = json.loads((directory / "config.json").read_text())["quantization"]
+    for value in block.values():
+        if isinstance(value, dict) and value.get("group_size", 0) is None:
+            value["group_size"] = block["group_size"]
+    return block
 
 
 def logits_of(a, directory, ids):

@@ -285,6 +285,11 @@ fn defaults_of(defaults: Defaults) -> Result<Map<String, Value>> {
             "optimizer": "adamw", "learning_rate": 2e-4, "num_layers": -1, "iters": 600, "val_batches": -1,
             "steps_per_eval": 100, "max_grad_norm": 1.0, "mask_prompt": true,
             "lora_parameters": {"rank": 16, "dropout": 0.0, "scale": 2.0},
+            "optimizer_config": OPTIMIZERS.iter().map(|(name, _)| {
+                // mlx-lm's default leaves Adam's first steps several times too large.
+                let corrected = name.starts_with("adam");
+                ((*name).to_string(), if corrected { json!({"bias_correction": true}) } else { json!({}) })
+            }).collect::<Map<_, _>>(),
         })));
     }
     Ok(all)

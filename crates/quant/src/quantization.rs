@@ -100,7 +100,11 @@ fn grid(file: &Path, name: &str, block: &Map<String, Value>) -> Result<Grid> {
             hint: "affine weights are; convert the original model with `graft convert -q`".into(),
         });
     }
-    let number = |key: &str| {
+    // What mlx_lm's recipes leave open is null, and means MLX's default.
+    let number = |key: &str, default: i32| {
+        if block.get(key).is_some_and(Value::is_null) {
+            return Ok(default);
+        }
         block.get(key).and_then(Value::as_i64).and_then(|n| i32::try_from(n).ok()).ok_or_else(|| {
             Error::Config {
                 file: file.to_path_buf(),
@@ -110,7 +114,7 @@ fn grid(file: &Path, name: &str, block: &Map<String, Value>) -> Result<Grid> {
             }
         })
     };
-    let grid = Grid { bits: number("bits")?, group_size: number("group_size")? };
+    let grid = Grid { bits: number("bits", 4)?, group_size: number("group_size", 64)? };
     grid.check().map_err(|error| Error::Config {
         file: file.to_path_buf(),
         field: name.into(),
@@ -118,4 +122,29 @@ fn grid(file: &Path, name: &str, block: &Map<String, Value>) -> Result<Grid> {
         found: error.to_string(),
     })?;
     Ok(grid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(config: Value) -> Result<Quantization> {
+        Quantization::from_config(Path::new("config.json"), config.as_object().unwrap())
+    }
+
+    #[test]
+    fn overrides_are_read_also_as_the_recipes_of_mlx_lm_leave_them() {
+        let block = read(serde_json::json!({"quantization": {
+            "group_size": 64, "bits": 2, "mode": "affine", "a": {"group_size": null, "bits": 6}, "b": false, "c": true,
+        }}))
+        .unwrap();
+        let grid = |bits| Some(Grid { bits, group_size: 64 });
+        assert_eq!(["a", "b", "c", "d"].map(|path| block.grid_of(path)), [grid(6), None, grid(2), grid(2)]);
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let error = read(serde_json::json!({"quantization": {"group_size": 64}})).unwrap_err().to_string();
+        assert!(error.contains("quantization.bits") && error.contains("a whole number"), "{error}");
+    }
 }
