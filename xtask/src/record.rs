@@ -8,7 +8,10 @@ use serde_json::{Map, Value};
 
 use crate::sh;
 
-/// What stands around the record in README.md.
+/// What holds the record.
+const READMES: [&str; 2] = ["README.md", "README.ko.md"];
+
+/// What stands around it.
 const MARKERS: [&str; 2] = ["<!-- demo: written by `cargo xtask demo --record` -->", "<!-- end of demo -->"];
 
 /// What is compared, as columns.
@@ -29,14 +32,12 @@ pub(crate) fn save(kind: &str, report: Value) -> Result<()> {
     fs::create_dir_all(sh::root().join("docs"))?;
     let text = serde_json::to_string_pretty(&reports)? + "\n";
     fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
-    let readme = sh::root().join("README.md");
-    if readme.exists() {
-        let text = fs::read_to_string(&readme)?;
+    for name in READMES {
+        let readme = sh::root().join(name);
+        let text =
+            fs::read_to_string(&readme).with_context(|| format!("cannot read {}", readme.display()))?;
         let text = replaced(&text, &block(&reports)).with_context(|| {
-            format!(
-                "README.md has no place for the record: it needs the lines\n{}\n{}",
-                MARKERS[0], MARKERS[1]
-            )
+            format!("{name} has no place for the record: it needs the lines\n{}\n{}", MARKERS[0], MARKERS[1])
         })?;
         fs::write(&readme, text).with_context(|| format!("cannot write {}", readme.display()))?;
     }
@@ -166,15 +167,13 @@ mod tests {
 
     #[test]
     fn the_readme_holds_what_the_record_says() {
-        let readme = sh::root().join("README.md");
-        if !readme.exists() {
-            return;
-        }
-        let text = fs::read_to_string(readme).unwrap();
         let reports = load(&file()).unwrap();
         assert!(!reports.is_empty(), "docs/demo.json is missing: run `cargo xtask demo --record`");
-        let expected = replaced(&text, &block(&reports)).expect("README.md has the markers of the record");
-        assert!(text == expected, "README.md differs from docs/demo.json: run `cargo xtask demo --record`");
+        for name in READMES {
+            let text = fs::read_to_string(sh::root().join(name)).unwrap();
+            let expected = replaced(&text, &block(&reports)).expect("the markers of the record");
+            assert!(text == expected, "{name} differs from docs/demo.json: run `cargo xtask demo --record`");
+        }
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub(crate) struct Cli {
     /// Threads of our CPU operations (default: the cores allowed; also GRAFT_THREADS)
     #[arg(long, global = true, value_name = "N")]
     pub(crate) threads: Option<usize>,
-    /// Compute in f32 throughout, where on a CPU graft would use bf16 and 8-bit products
+    /// Compute in f32 throughout, where on a CPU graft trains with bf16 products and answers with 16-bit ones
     #[arg(long, global = true)]
     pub(crate) exact: bool,
     #[command(subcommand)]
