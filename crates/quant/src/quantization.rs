@@ -128,13 +128,13 @@ fn grid(file: &Path, name: &str, block: &Map<String, Value>) -> Result<Grid> {
 mod tests {
     use super::*;
 
-    fn read(config: Value) -> Result<Quantization> {
+    fn read(config: &Value) -> Result<Quantization> {
         Quantization::from_config(Path::new("config.json"), config.as_object().unwrap())
     }
 
     #[test]
     fn overrides_are_read_also_as_the_recipes_of_mlx_lm_leave_them() {
-        let block = read(serde_json::json!({"quantization": {
+        let block = read(&serde_json::json!({"quantization": {
             "group_size": 64, "bits": 2, "mode": "affine", "a": {"group_size": null, "bits": 6}, "b": false, "c": true,
         }}))
         .unwrap();
@@ -144,7 +144,7 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_named() {
-        let error = read(serde_json::json!({"quantization": {"group_size": 64}})).unwrap_err().to_string();
+        let error = read(&serde_json::json!({"quantization": {"group_size": 64}})).unwrap_err().to_string();
         assert!(error.contains("quantization.bits") && error.contains("a whole number"), "{error}");
     }
 }
