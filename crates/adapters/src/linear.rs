@@ -1,6 +1,6 @@
 //! The parts of a decoder whose weights a route can change. They own no adapter: a forward is handed a route.
 
-use graft_ops::{Array, Dtype, Exception, LinearRef, Result, WeightRef};
+use graft_ops::{Array, Dtype, Exception, Input, LinearRef, Result, WeightRef};
 use graft_quant::Weight;
 
 use crate::Route;
@@ -22,45 +22,48 @@ impl Linear {
     /// # Errors
     /// When shapes do not fit.
     pub fn forward(&self, x: &Array, route: &Route) -> Result<Array> {
-        let [y] = Self::all([self], x, None, route)?;
+        let [y] = Self::all([self], x.into(), None, route)?;
         Ok(y)
     }
 
-    /// h (..., out) + [`Linear::forward`] of x.
+    /// h (..., out) + [`Linear::forward`] of x, which may be what a gate gives.
     ///
     /// # Errors
     /// When shapes do not fit.
-    pub fn forward_onto(&self, h: &Array, x: &Array, route: &Route) -> Result<Array> {
-        let [y] = Self::all([self], x, Some(h), route)?;
+    pub fn forward_onto<'a>(&self, h: &Array, x: impl Into<Input<'a>>, route: &Route) -> Result<Array> {
+        let [y] = Self::all([self], x.into(), Some(h), route)?;
         Ok(y)
     }
 
-    /// [`Linear::forward`] of one x through each of some linears, which takes less time together.
+    /// [`Linear::forward`] of one x, which may be a norm, through each of some linears: it takes less time together.
     ///
     /// # Errors
     /// When shapes do not fit.
-    pub fn forward_each<const N: usize>(
+    pub fn forward_each<'a, const N: usize>(
         linears: [&Linear; N],
-        x: &Array,
+        x: impl Into<Input<'a>>,
         route: &Route,
     ) -> Result<[Array; N]> {
-        Self::all(linears, x, None, route)
+        Self::all(linears, x.into(), None, route)
     }
 
     fn all<const N: usize>(
         linears: [&Linear; N],
-        x: &Array,
+        input: Input,
         residual: Option<&Array>,
         route: &Route,
     ) -> Result<[Array; N]> {
         let ys = if linears.iter().any(|linear| route.tensor(&linear.path, "weight").is_some()) {
+            let x = &input.array()?;
             linears.iter().map(|linear| linear.trained(x, residual, route)).collect::<Result<Vec<_>>>()?
         } else {
             let sites = linears.map(|linear| route.site(&linear.path));
+            let dropouts = sites.map(|site| site.and_then(|site| site.dropout.as_ref()));
+            // What dropout takes from must be there by itself.
+            let whole = if dropouts.iter().any(Option::is_some) { Some(input.array()?) } else { None };
             let mut inputs = Vec::with_capacity(N);
-            for site in &sites {
-                let dropout = site.and_then(|site| site.dropout.as_ref());
-                inputs.push(dropout.map(|dropout| dropout.apply(x)).transpose()?);
+            for dropout in dropouts {
+                inputs.push(dropout.zip(whole.as_ref()).map(|(d, x)| d.apply(x)).transpose()?);
             }
             let parts: Vec<LinearRef> = linears
                 .iter()
@@ -73,7 +76,7 @@ impl Linear {
                     low_rank: site.map(|site| site.low_rank(input.as_ref())),
                 })
                 .collect();
-            graft_ops::linears(x, &parts)?
+            graft_ops::linears(whole.as_ref().map_or(input, Input::Plain), &parts)?
         };
         ys.try_into().map_err(|_| Exception::custom("a linear has no output"))
     }
@@ -108,7 +111,13 @@ impl Norm {
     /// # Errors
     /// When shapes do not fit.
     pub fn forward(&self, x: &Array, route: &Route) -> Result<Array> {
-        graft_ops::rms_norm(x, route.tensor(&self.path, "weight").unwrap_or(&self.weight), self.eps)
+        self.of(x, route).array()
+    }
+
+    /// The norm of x as what linears read.
+    pub fn of<'a>(&'a self, x: &'a Array, route: &Route<'a>) -> Input<'a> {
+        let weight = route.tensor(&self.path, "weight").unwrap_or(&self.weight);
+        Input::Norm { x, weight, eps: self.eps }
     }
 }
 

@@ -8,7 +8,7 @@
 //! ```
 
 use graft_adapters::{Embedding, Kind, Linear, Norm, Route, Target};
-use graft_ops::{Array, Dtype, Head, RopeTable, Rows};
+use graft_ops::{Array, Dtype, Head, Input, RopeTable, Rows};
 
 use crate::cache::rows_of;
 use crate::{DecoderConfig, Error, KvCache, Result};
@@ -65,7 +65,7 @@ struct Pass<'a> {
 
 impl Attention {
     /// h (N, E) plus the attention of its norm x (N, E); `index` is the block's place in the caches.
-    fn forward(&self, h: &Array, x: &Array, pass: &Pass, caches: Caches, index: usize) -> Result<Array> {
+    fn forward(&self, h: &Array, x: Input, pass: &Pass, caches: Caches, index: usize) -> Result<Array> {
         let normed = |y: Array, norm: &Option<Norm>| match norm {
             Some(norm) => norm.forward(&y, pass.route),
             None => Ok(y),
@@ -85,11 +85,11 @@ impl Attention {
 
 impl Block {
     fn forward(&self, h: &Array, pass: &Pass, caches: Caches, index: usize) -> Result<Array> {
-        let x = self.input_norm.forward(h, pass.route)?;
-        let h = self.attention.forward(h, &x, pass, caches, index)?;
-        let x = self.post_norm.forward(&h, pass.route)?;
-        let [gate, up] = Linear::forward_each([&self.mlp.gate, &self.mlp.up], &x, pass.route)?;
-        Ok(self.mlp.down.forward_onto(&h, &graft_ops::swiglu(&gate, &up)?, pass.route)?)
+        let x = self.input_norm.of(h, pass.route);
+        let h = self.attention.forward(h, x, pass, caches, index)?;
+        let x = self.post_norm.of(&h, pass.route);
+        let [gate, up] = Linear::forward_each([&self.mlp.gate, &self.mlp.up], x, pass.route)?;
+        Ok(self.mlp.down.forward_onto(&h, Input::Swiglu { gate: &gate, up: &up }, pass.route)?)
     }
 
     fn linears(&self) -> [&Linear; 7] {

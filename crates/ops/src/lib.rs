@@ -28,7 +28,7 @@ pub use attention::{Head, KeyValues, attention, attention_cached};
 #[cfg(graft_cpu)]
 pub use cpu::level::{Level, best_cpu_level, cpu_level, set_cpu_level};
 pub use form::{Form, Precision, form, precision, set_form, set_precision, with_precision};
-pub use linears::{LinearRef, LowRank, linears};
+pub use linears::{Input, LinearRef, LowRank, linears};
 pub use loss::{cross_entropy, linear_cross_entropy};
 pub use mlx_rs::error::Exception;
 pub use mlx_rs::{Array, Dtype};

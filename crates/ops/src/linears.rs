@@ -2,10 +2,12 @@
 
 use mlx_rs::ops;
 
+#[cfg(all(graft_cpu, target_arch = "x86_64"))]
+use crate::cpu::answers::Answers;
 #[cfg(graft_cpu)]
 use crate::cpu::linears::Linears;
 use crate::weight::check_last;
-use crate::{Array, Dtype, Exception, Result, WeightRef, matmul};
+use crate::{Array, Dtype, Exception, Result, WeightRef, matmul, rms_norm, swiglu};
 
 /// A low-rank update of a weight W (out, in): s A B beside it, and perhaps a factor of each row.
 #[derive(Clone, Copy)]
@@ -35,9 +37,72 @@ pub struct LinearRef<'a> {
     pub low_rank: Option<LowRank<'a>>,
 }
 
+/// What the x (..., in) of linears comes out of: where that pays, it is computed as a part of them.
+#[derive(Clone, Copy)]
+pub enum Input<'a> {
+    /// x itself.
+    Plain(&'a Array),
+    /// [`rms_norm`] of x.
+    Norm {
+        /// x (..., in)
+        x: &'a Array,
+        /// w (in,)
+        weight: &'a Array,
+        /// Added to the mean square.
+        eps: f32,
+    },
+    /// [`swiglu`].
+    Swiglu {
+        /// (..., in)
+        gate: &'a Array,
+        /// (..., in)
+        up: &'a Array,
+    },
+}
+
+impl<'a> From<&'a Array> for Input<'a> {
+    fn from(x: &'a Array) -> Self {
+        Self::Plain(x)
+    }
+}
+
+impl Input<'_> {
+    /// x as an operation of its own.
+    pub fn array(&self) -> Result<Array> {
+        match *self {
+            Self::Plain(x) => Ok(x.clone()),
+            Self::Norm { x, weight, eps } => rms_norm(x, weight, eps),
+            Self::Swiglu { gate, up } => swiglu(gate, up),
+        }
+    }
+
+    /// An array of x's shape and type, where what is given fits together.
+    fn like(&self) -> Option<&Array> {
+        match *self {
+            Self::Plain(x) => Some(x),
+            Self::Norm { x, weight, .. } => (weight.ndim() == 1
+                && x.shape().last() == Some(&weight.dim(0))
+                && weight.dtype() == x.dtype())
+            .then_some(x),
+            Self::Swiglu { gate, up } => {
+                (gate.shape() == up.shape() && gate.dtype() == up.dtype()).then_some(gate)
+            }
+        }
+    }
+}
+
 /// Each linear's y (..., out) for one x (..., in), in the type of x. The side path is summed in f32 and rounded before it
 /// meets W x. Differentiable in x, A, B, c, h and the side path's own input.
-pub fn linears(x: &Array, linears: &[LinearRef]) -> Result<Vec<Array>> {
+pub fn linears<'a>(input: impl Into<Input<'a>>, linears: &[LinearRef]) -> Result<Vec<Array>> {
+    let input = input.into();
+    #[cfg(all(graft_cpu, target_arch = "x86_64"))]
+    if let Some(like) = input.like().filter(|like| like.dtype() == Dtype::Float32)
+        && Answers::fits(linears)
+    {
+        linears.iter().try_for_each(|linear| check(like, linear))?;
+        return Answers::apply(input, linears);
+    }
+    let x = &input.array()?;
     for linear in linears {
         check(x, linear)?;
     }

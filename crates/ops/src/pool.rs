@@ -9,9 +9,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-/// How often a thread looks before it sleeps: some ten microseconds.
-const LOOKS: u32 = 2000;
+/// How long a thread looks for the next call before it sleeps: longer than what happens between two calls of one token, for
+/// waking a thread costs as much as a call.
+const PATIENCE: Duration = Duration::from_micros(200);
+/// Looks between two glances at the clock, after which another thread may have the core.
+const LOOKS: u32 = 64;
 
 static POOL: OnceLock<RwLock<Arc<Pool>>> = OnceLock::new();
 
@@ -77,6 +81,7 @@ impl Shared {
         let mut seen = 0;
         loop {
             let mut looks = 0;
+            let mut since = None;
             loop {
                 let calls = self.calls.load(Ordering::Acquire);
                 if calls != seen {
@@ -84,10 +89,15 @@ impl Shared {
                     break;
                 }
                 looks += 1;
-                if looks < LOOKS {
+                if looks % LOOKS != 0 {
                     std::hint::spin_loop();
                     continue;
                 }
+                if since.get_or_insert_with(Instant::now).elapsed() < PATIENCE {
+                    std::thread::yield_now();
+                    continue;
+                }
+                since = None;
                 let mut asleep = lock(&self.asleep);
                 while self.calls.load(Ordering::SeqCst) == seen {
                     *asleep += 1;
@@ -158,7 +168,7 @@ impl Pool {
             let mut looks = 0;
             while self.shared.inside.load(Ordering::Acquire) != 0 {
                 looks += 1;
-                if looks < LOOKS { std::hint::spin_loop() } else { std::thread::yield_now() }
+                if looks % LOOKS == 0 { std::thread::yield_now() } else { std::hint::spin_loop() }
             }
         }
         drop(turn);

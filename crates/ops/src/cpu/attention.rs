@@ -118,7 +118,14 @@ impl Product {
                 && rows * columns <= c.len()
         );
         let c = c.as_mut_ptr();
-        for column in (0..columns).step_by(2 * S::LANES) {
+        // A few queries: whole rows of B at a time, in the order in which they lie in memory, since reading B is all there is
+        // to do.
+        let wide = if S::LANES == 16 && rows < S::SMALL_ROWS && columns.is_multiple_of(4 * S::LANES) {
+            4
+        } else {
+            2
+        };
+        for column in (0..columns).step_by(wide * S::LANES) {
             let at = |row: usize| Tile {
                 k,
                 a: a[row * a_row..].as_ptr(),
@@ -134,6 +141,15 @@ impl Product {
             let mut row = 0;
             // SAFETY: the assertion covers every element that a tile reads or writes.
             unsafe {
+                while wide == 4 && row < rows {
+                    match rows - row {
+                        1 => tile::<S, 1, 4>(s, at(row)),
+                        2 => tile::<S, 2, 4>(s, at(row)),
+                        3 => tile::<S, 3, 4>(s, at(row)),
+                        _ => tile::<S, 4, 4>(s, at(row)),
+                    }
+                    row = (row + 4).min(rows);
+                }
                 while row + S::SMALL_ROWS <= rows {
                     s.small_tile(at(row));
                     row += S::SMALL_ROWS;

@@ -8,7 +8,6 @@ use std::ffi::CStr;
 
 use super::level::dispatch;
 use super::linears_gradient::{LinearsGradient, Wanted};
-use super::panels::{self, Panels};
 use super::primitive::{Backward, Op, Tensor, apply};
 use super::scratch::{SIDE, scratch};
 use super::simd::{Kernel, Simd};
@@ -49,6 +48,27 @@ pub(super) struct Places {
 }
 
 impl Part {
+    /// The part of a linear, whose arrays are added to the inputs.
+    pub(super) fn of<'a>(linear: &LinearRef<'a>, inputs: &mut Vec<&'a Array>) -> Result<Part> {
+        inputs.extend(linear.weight.arrays());
+        inputs.extend(linear.bias);
+        inputs.extend(linear.residual);
+        let mut side = None;
+        if let Some(update) = &linear.low_rank {
+            inputs.extend([update.a, update.b]);
+            inputs.extend(update.factor);
+            inputs.extend(update.input);
+            side = Some(Side {
+                rank: update.b.dim(0) as usize,
+                scale: update.scale,
+                factor: update.factor.is_some(),
+                own_input: update.input.is_some(),
+            });
+        }
+        let (bias, residual) = (linear.bias.is_some(), linear.residual.is_some());
+        Ok(Part { kind: Kind::of(linear.weight)?, bias, residual, side })
+    }
+
     fn places(&self, first: usize) -> Places {
         let mut next = first + self.kind.arrays();
         let mut take = |there: bool| {
@@ -66,8 +86,8 @@ impl Part {
     }
 }
 
-pub(super) fn places(parts: &[Part]) -> Vec<Places> {
-    let mut first = 1;
+/// The places of each part, of which the first has its arrays from input `first` on.
+pub(super) fn places(parts: &[Part], mut first: usize) -> Vec<Places> {
     parts
         .iter()
         .map(|part| {
@@ -89,23 +109,7 @@ impl Linears {
         let mut inputs = vec![x];
         let mut parts = Vec::with_capacity(linears.len());
         for linear in linears {
-            inputs.extend(linear.weight.arrays());
-            inputs.extend(linear.bias);
-            inputs.extend(linear.residual);
-            let mut side = None;
-            if let Some(update) = &linear.low_rank {
-                inputs.extend([update.a, update.b]);
-                inputs.extend(update.factor);
-                inputs.extend(update.input);
-                side = Some(Side {
-                    rank: update.b.dim(0) as usize,
-                    scale: update.scale,
-                    factor: update.factor.is_some(),
-                    own_input: update.input.is_some(),
-                });
-            }
-            let (bias, residual) = (linear.bias.is_some(), linear.residual.is_some());
-            parts.push(Part { kind: Kind::of(linear.weight)?, bias, residual, side });
+            parts.push(Part::of(linear, &mut inputs)?);
         }
         let rows = x.size() as i32 / x.dim(-1).max(1);
         let mut shapes: Vec<Vec<i32>> = Vec::new();
@@ -131,23 +135,10 @@ impl Op for Linears {
 
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
         let x = inputs[0].f32();
-        let places = places(&self.parts);
+        let places = places(&self.parts, 1);
         let (ys, zs) = outputs.split_at_mut(self.parts.len());
-        let arranged = self.parts.iter().zip(&places).map(|(part, at)| match part.kind {
-            Kind::Arranged(of) => Some(Panels::new(of, &inputs[at.weight..])),
-            _ => None,
-        });
-        match arranged.collect::<Option<Vec<Panels>>>() {
-            Some(ws) => {
-                let ys = ys.iter_mut().map(Tensor::f32_mut).collect();
-                panels::times_transpose(x, &ws, ys, self.precision);
-            }
-            None => {
-                for ((part, at), y) in self.parts.iter().zip(&places).zip(ys.iter_mut()) {
-                    let y = y.f32_mut();
-                    part.kind.times_transpose(x, &inputs[at.weight..], y, self.precision, false);
-                }
-            }
+        for ((part, at), y) in self.parts.iter().zip(&places).zip(ys.iter_mut()) {
+            part.kind.times_transpose(x, &inputs[at.weight..], y.f32_mut(), self.precision, false);
         }
         let mut zs = zs.iter_mut();
         for ((part, at), y) in self.parts.iter().zip(&places).zip(ys) {
@@ -198,7 +189,7 @@ impl Op for Linears {
         if wants(0) {
             self.parts.iter().try_for_each(|part| part.kind.check_gradient())?;
         }
-        let places = places(&self.parts);
+        let places = places(&self.parts, 1);
         let wanted: Vec<Wanted> = self
             .parts
             .iter()

@@ -50,7 +50,7 @@ impl Op for LinearsGradient {
 
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
         let x = inputs[0].f32();
-        let places = places(&self.parts);
+        let places = places(&self.parts, 1);
         let sides = self.parts.iter().filter(|part| part.side.is_some()).count();
         let kept = self.wanted.iter().filter(|wanted| wanted.factor).count();
         let mut next_z = places.last().map_or(1, |at| at.end);

@@ -1,5 +1,7 @@
 //! Our own operations for a CPU: kernels, and the MLX primitive that runs them.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod answers;
 pub(crate) mod attention;
 pub(crate) mod gemm;
 pub(crate) mod level;

@@ -78,12 +78,13 @@ fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
     s.sum(sums) + a[whole..].iter().zip(&b[whole..]).map(|(a, b)| a * b).sum::<f32>()
 }
 
-struct NormRows<'a> {
-    x: &'a [f32],
-    weight: &'a [f32],
-    eps: f32,
-    y: &'a Shares<'a, f32>,
-    rows: Range<usize>,
+/// Some rows of the norm.
+pub(super) struct NormRows<'a> {
+    pub(super) x: &'a [f32],
+    pub(super) weight: &'a [f32],
+    pub(super) eps: f32,
+    pub(super) y: &'a Shares<'a, f32>,
+    pub(super) rows: Range<usize>,
 }
 
 impl Kernel for NormRows<'_> {
@@ -217,10 +218,11 @@ impl Op for Swiglu {
 /// Elements that a task takes at a time.
 const CHUNK: usize = 1024;
 
-struct Gate<'a> {
-    gate: &'a [f32],
-    up: &'a [f32],
-    y: &'a mut [f32],
+/// silu(gate) up of slices of one length.
+pub(super) struct Gate<'a> {
+    pub(super) gate: &'a [f32],
+    pub(super) up: &'a [f32],
+    pub(super) y: &'a mut [f32],
 }
 
 impl Kernel for Gate<'_> {

@@ -68,14 +68,25 @@ impl Arrangement {
     }
 }
 
-/// The parts of W arranged anew: codes (panels, bytes / 4) u32, scales and biases (panels, groups, 16).
+/// The parts of W arranged anew: codes (panels x bytes / 4 and room for [`aligned`],) u32, scales and biases (panels, groups,
+/// 16). MLX's buffers begin anywhere, and a line that crosses the border of two cache lines costs two reads.
 pub(crate) fn arrange(w: PackedRef, layout: Layout) -> Result<Vec<Array>> {
     let to = Arrangement::of(layout);
-    let codes = [to.panels() as i32, (to.panel_bytes() / 4) as i32];
+    let codes = [((to.panels() * to.panel_bytes() + LINE) / 4) as i32];
     let levels = [to.panels() as i32, to.groups() as i32, ROWS as i32];
     let dtype = w.scales.dtype();
     let outputs = [(&codes[..], Dtype::Uint32), (&levels[..], dtype), (&levels[..], dtype)];
     apply(Arrange { from: layout, to }, &[w.codes, w.scales, w.biases], &outputs)
+}
+
+/// Bytes of a line.
+const LINE: usize = 64;
+
+/// Where `len` bytes begin that lie on whole lines, in memory that has a line more. Arranged weights are never copied, so
+/// it is the same place whenever it is asked for.
+fn aligned(memory: &[u8], len: usize) -> Range<usize> {
+    let from = memory.as_ptr().align_offset(LINE);
+    from..from + len
 }
 
 struct Arrange {
@@ -91,7 +102,9 @@ impl Op for Arrange {
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
         let (from, to) = (Packed::new(self.from, inputs), self.to);
         let [codes, scales, biases] = outputs else { return };
-        let codes = Shares::new(codes.bytes_mut());
+        let codes = codes.bytes_mut();
+        let place = aligned(codes, to.panels() * to.panel_bytes());
+        let codes = Shares::new(&mut codes[place]);
         pool::run(to.panels(), |panel| {
             // SAFETY: each panel belongs to one task.
             let bytes = unsafe { codes.part(panel * to.panel_bytes(), to.panel_bytes()) };
@@ -131,11 +144,9 @@ impl<'a> Panels<'a> {
     /// From the memory of codes, scales and biases.
     pub(crate) fn new(arrangement: Arrangement, parts: &'a [Tensor]) -> Panels<'a> {
         let codes = parts[0].bytes();
-        assert_eq!(
-            codes.len(),
-            arrangement.panels() * arrangement.panel_bytes(),
-            "arranged weights of another size"
-        );
+        let len = arrangement.panels() * arrangement.panel_bytes();
+        assert_eq!(codes.len(), len + LINE, "arranged weights of another size");
+        let codes = &codes[aligned(codes, len)];
         Panels { arrangement, codes, scales: parts[1].floats(), biases: parts[2].floats() }
     }
 
@@ -156,23 +167,34 @@ impl<'a> Panels<'a> {
     }
 }
 
-/// y = x W^T for x (m, inputs) and each of some W: in integers if `precision` and the processor allow, else by panels of
-/// floats.
-pub(crate) fn times_transpose(x: &[f32], ws: &[Panels], ys: Vec<&mut [f32]>, precision: Precision) {
+/// y = x W^T for x (m, inputs): in integers if `precision` and the processor allow, else by panels of floats.
+pub(crate) fn times_transpose(x: &[f32], w: &Panels, y: &mut [f32], precision: Precision) {
     #[cfg(target_arch = "x86_64")]
     if precision == Precision::Int16 && super::vnni::available() {
-        rounded(x, ws, ys);
+        rounded(x, &[Job { w: *w, y: Shares::new(y), after: Default::default() }]);
         return;
     }
-    for (w, y) in ws.iter().zip(ys) {
-        product(x, w.arrangement.inputs, w, w.arrangement.out, y, precision, false);
-    }
+    product(x, w.arrangement.inputs, w, w.arrangement.out, y, precision, false);
 }
 
+/// A product of x with one W, and what becomes of it.
 #[cfg(target_arch = "x86_64")]
-fn rounded(x: &[f32], ws: &[Panels], ys: Vec<&mut [f32]>) {
+pub(crate) struct Job<'a> {
+    pub(crate) w: Panels<'a>,
+    /// (m, out)
+    pub(crate) y: Shares<'a, f32>,
+    pub(crate) after: super::vnni::After<'a>,
+}
+
+/// Rows of x that are multiplied by a task's panels before the next are: what is read again and again stays in the cache.
+#[cfg(target_arch = "x86_64")]
+const BAND: usize = 64;
+
+/// All jobs of one x (m, inputs), which is rounded once. The processor must have the instructions.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn rounded(x: &[f32], jobs: &[Job]) {
     use super::vnni;
-    let inputs = ws.first().map_or(1, |w| w.arrangement.inputs);
+    let inputs = jobs.first().map_or(1, |job| job.w.arrangement.inputs);
     let (m, words, blocks) = (x.len() / inputs, inputs / 2, inputs / BLOCK);
     let mut scratch = scratch(&LEFT, m * (words + 2 * blocks));
     let (q, rest) = scratch.split_at_mut(m * words);
@@ -192,23 +214,26 @@ fn rounded(x: &[f32], ws: &[Panels], ys: Vec<&mut [f32]>) {
         });
     }
     let x = vnni::Rounded { m, inputs, q, factors, sums };
-    let ys: Vec<Shares<f32>> = ys.into_iter().map(Shares::new).collect();
-    // The panels of all W, one after another, each with its W.
-    let panels: Vec<(usize, usize)> = ws
-        .iter()
-        .enumerate()
-        .flat_map(|(i, w)| (0..w.arrangement.panels()).map(move |panel| (i, panel)))
-        .collect();
-    by_parts(panels.len(), m * panels.len() * ROWS * inputs >= 1 << 15, |range| {
-        for &(i, panel) in &panels[range] {
-            // SAFETY: each panel's columns of y belong to one task; the processor has the instructions.
-            unsafe { vnni::multiply(&ws[i], panel, &x, &ys[i]) };
+    // The panels of all W, one after another.
+    let panels: usize = jobs.iter().map(|job| job.w.arrangement.panels()).sum();
+    by_parts(panels, m * panels * ROWS * inputs >= 1 << 15, |range| {
+        for row in (0..m).step_by(BAND) {
+            let mut first = 0;
+            for job in jobs {
+                let count = job.w.arrangement.panels();
+                for panel in range.start.max(first)..range.end.min(first + count) {
+                    let rows = row..(row + BAND).min(m);
+                    // SAFETY: each panel's columns of y belong to one task; the processor has the instructions.
+                    unsafe { vnni::multiply(&job.w, panel - first, &x, rows, &job.y, &job.after) };
+                }
+                first += count;
+            }
         }
     });
 }
 
 /// Calls `run` with ranges that cover `0..count`, on all threads if it is worth it.
-fn by_parts(count: usize, worth_it: bool, run: impl Fn(Range<usize>) + Sync) {
+pub(crate) fn by_parts(count: usize, worth_it: bool, run: impl Fn(Range<usize>) + Sync) {
     let each = if worth_it { count.div_ceil(4 * pool::threads()).max(1) } else { count.max(1) };
     share(worth_it, count.div_ceil(each), |task| run(task * each..((task + 1) * each).min(count)));
 }

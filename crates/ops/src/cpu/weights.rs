@@ -64,7 +64,7 @@ impl Kind {
             Kind::Packed(layout) => {
                 packed::times_transpose(x, &Packed::new(layout, parts), y, precision, many)
             }
-            Kind::Arranged(of) => panels::times_transpose(x, &[Panels::new(of, parts)], vec![y], precision),
+            Kind::Arranged(of) => panels::times_transpose(x, &Panels::new(of, parts), y, precision),
         }
     }
 

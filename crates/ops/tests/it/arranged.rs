@@ -10,7 +10,13 @@ use crate::packed::{Weights, first};
 use crate::support::{bits, every_level, random, values};
 
 /// The weights in both layouts, or none where the processor has no use for the second.
-fn both(out: i32, inputs: i32, width: i32, group: i32, dtype: Dtype) -> Option<(Weights, Arranged)> {
+pub(crate) fn both(
+    out: i32,
+    inputs: i32,
+    width: i32,
+    group: i32,
+    dtype: Dtype,
+) -> Option<(Weights, Arranged)> {
     let w = Weights::new(out, inputs, width, group, dtype);
     let arranged = with_precision(Precision::Int16, || arrange(w.parts())).unwrap()?;
     mlx_rs::transforms::eval(arranged.arrays()).unwrap();

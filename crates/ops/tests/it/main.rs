@@ -3,6 +3,7 @@
 #![cfg(graft_cpu)]
 #![allow(clippy::unwrap_used, reason = "tests: a panic is the report")]
 
+mod answers;
 mod arranged;
 mod attention;
 mod blas;
