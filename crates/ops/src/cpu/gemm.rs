@@ -122,9 +122,9 @@ pub(crate) unsafe fn gemm<B: Right, const BF16: bool>(
             });
             let add = add || begin > 0;
             let block = Block { sizes, row, rows, begin, here, depth, width, narrow, c_row, add };
-            let (column_tasks, columns) = cut(n.div_ceil(width), 2 * pool::threads(), WIDE);
-            let (row_tasks, row_panels) =
-                cut(panels, (2 * pool::threads()).div_ceil(column_tasks), usize::MAX);
+            let threads = pool::threads();
+            let (column_tasks, columns) = spread(n.div_ceil(width), threads);
+            let (row_tasks, row_panels) = cut(panels, (2 * threads).div_ceil(column_tasks));
             // SAFETY: only read from here on.
             let left = unsafe { shares.part(0, panels * tile_rows * steps::<BF16>(here)) };
             share(rows * n * here >= SMALL, column_tasks * row_tasks, |task| {
@@ -161,9 +161,18 @@ pub(crate) fn share(worth_it: bool, tasks: usize, run: impl Fn(usize) + Sync) {
     }
 }
 
-/// Cuts `count` things into at least `wanted` parts of at most `most`, if there are enough: (parts, things in a part).
-fn cut(count: usize, wanted: usize, most: usize) -> (usize, usize) {
-    let each = (count / wanted.max(1)).clamp(1, most);
+/// Cuts `count` panels into parts of at most WIDE, two or more a thread if there are enough, so that the thread with the
+/// largest share has as little as can be: (parts, panels in a part).
+fn spread(count: usize, threads: usize) -> (usize, usize) {
+    let largest = (count / (2 * threads)).clamp(1, WIDE);
+    let share = |each: &usize| count.div_ceil(*each).div_ceil(threads) * each;
+    let each = (1..=largest).rev().min_by_key(share).unwrap_or(1);
+    (count.div_ceil(each), each)
+}
+
+/// Cuts `count` things into at least `wanted` parts, if there are enough: (parts, things in a part).
+fn cut(count: usize, wanted: usize) -> (usize, usize) {
+    let each = (count / wanted.max(1)).max(1);
     (count.div_ceil(each), each)
 }
 
