@@ -6,6 +6,8 @@
 mod arranged;
 mod attention;
 mod blas;
+mod empty;
+mod fixed_order;
 mod linears;
 mod loss;
 mod packed;
