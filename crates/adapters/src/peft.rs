@@ -60,9 +60,10 @@ pub(crate) fn load(dir: &Path, file: &Path, raw: Map<String, Value>) -> Result<A
             problems.push(format!("{path}: lora_A and lora_B must come together"));
             continue;
         };
-        if a.shape.len() != 2 || b.shape.len() != 2 || a.shape[0] != b.shape[1] {
+        let fits = a.shape.len() == 2 && b.shape.len() == 2 && a.shape[0] == b.shape[1];
+        if !fits || a.shape.contains(&0) || b.shape.contains(&0) {
             problems.push(format!(
-                "{path}: expected lora_A (r, in) and lora_B (out, r), found {:?} and {:?}",
+                "{path}: expected lora_A (r, in) and lora_B (out, r), at least 1 of each, found {:?} and {:?}",
                 a.shape, b.shape
             ));
             continue;

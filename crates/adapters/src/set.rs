@@ -225,9 +225,10 @@ fn collect(
             problems.push(format!("{path}: lora_a and lora_b must come together"));
             continue;
         };
-        if a.shape.len() != 2 || b.shape.len() != 2 || a.shape[1] != b.shape[0] {
+        let fits = a.shape.len() == 2 && b.shape.len() == 2 && a.shape[1] == b.shape[0];
+        if !fits || a.shape.contains(&0) || b.shape.contains(&0) {
             problems.push(format!(
-                "{path}: expected lora_a (in, r) and lora_b (r, out), found {:?} and {:?}",
+                "{path}: expected lora_a (in, r) and lora_b (r, out), at least 1 of each, found {:?} and {:?}",
                 a.shape, b.shape
             ));
             continue;

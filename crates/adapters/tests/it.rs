@@ -9,7 +9,7 @@ use graft_adapters::{
 };
 use graft_ops::{Array, Dtype};
 use graft_quant::{Grid, Tensor, Weight};
-use graft_testkit::{mlx, wanted_form_is_mlx};
+use graft_testkit::{mlx, wanted, wanted_form_is_mlx};
 use serde_json::json;
 
 /// Deterministic values in ±1 that no formula here could produce by itself.
@@ -31,6 +31,9 @@ fn gap(a: &Array, b: &Array) -> f32 {
 fn start() {
     if wanted_form_is_mlx() {
         graft_ops::set_form(graft_ops::Form::Mlx);
+    }
+    if let Some(level) = wanted("GRAFT_CPU") {
+        graft_ops::set_cpu_level(level);
     }
 }
 
@@ -204,6 +207,34 @@ fn peft_is_read_with_its_scalings_and_the_rest_refused_by_name() {
         write_peft(dir.path(), json!({}), &peft_tensors(&broken));
         let message = AdapterSet::load(dir.path()).unwrap_err().to_string();
         assert!(message.contains("lora_B.weight: holds values that are not finite"), "{message}");
+    });
+}
+
+#[test]
+fn an_adapter_without_a_rank_is_refused() {
+    mlx(|| {
+        let zeros = |shape: &[i32]| mlx_rs::ops::zeros::<f32>(shape).unwrap();
+        for (a, b, found) in [
+            (zeros(&[64, 0]), zeros(&[0, 96]), "found [64, 0] and [0, 96]"),
+            (zeros(&[0, 4]), zeros(&[4, 96]), "found [0, 4] and [4, 96]"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let broken = Adapter { a, b, scale: 1.0, magnitude: None };
+            let json = json!({"fine_tune_type": "lora", "num_layers": 1,
+                "lora_parameters": {"rank": 4, "scale": 1.0, "dropout": 0.0}});
+            let config: AdapterConfig =
+                AdapterConfig::from_map(Path::new("config"), json.as_object().unwrap().clone()).unwrap();
+            let adapters = BTreeMap::from([("model.layers.0.mlp.up_proj".to_owned(), broken)]);
+            let set = AdapterSet { adapters, weights: BTreeMap::new(), config, metadata: BTreeMap::new() };
+            set.save(dir.path()).unwrap();
+            let message = AdapterSet::load(dir.path()).unwrap_err().to_string();
+            assert!(message.contains("at least 1 of each") && message.contains(found), "{message}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let broken = Adapter { a: zeros(&[64, 0]), b: zeros(&[0, 96]), ..adapter(false) };
+        write_peft(dir.path(), json!({}), &peft_tensors(&broken));
+        let message = AdapterSet::load(dir.path()).unwrap_err().to_string();
+        assert!(message.contains("at least 1 of each, found [0, 64] and [96, 0]"), "{message}");
     });
 }
 

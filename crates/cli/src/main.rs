@@ -82,7 +82,7 @@ fn run(arguments: Vec<String>) -> Result<()> {
     }
 }
 
-/// The form of the operations (`GRAFT_OPS=mlx`) and their threads (`--threads`, else `GRAFT_THREADS`).
+/// The form of the operations (`GRAFT_OPS=mlx`), their instructions (`GRAFT_CPU=avx2`) and their threads (`--threads`, else `GRAFT_THREADS`).
 fn choose_form(threads: Option<usize>) -> Result<()> {
     match std::env::var("GRAFT_OPS").as_deref() {
         Ok("mlx") => graft_ops::set_form(Form::Mlx),
@@ -91,6 +91,12 @@ fn choose_form(threads: Option<usize>) -> Result<()> {
         }
         Ok("" | "cpu") | Err(_) => {}
         Ok(other) => bail!(errors::Usage(format!("GRAFT_OPS must be `mlx` or `cpu`, not `{other}`"))),
+    }
+    if let Some(level) = std::env::var("GRAFT_CPU").ok().filter(|text| !text.is_empty()) {
+        match level.parse() {
+            Ok(level) => graft_ops::set_cpu_level(level),
+            Err(problem) => bail!(errors::Usage(format!("GRAFT_CPU: {problem}"))),
+        }
     }
     let threads = match (threads, std::env::var("GRAFT_THREADS")) {
         (None, Ok(text)) if !text.is_empty() => match text.parse() {

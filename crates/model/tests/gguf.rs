@@ -11,7 +11,7 @@ use graft_quant::convert::{ConvertOptions, GgufParts, Report, convert_gguf, dtyp
 use graft_quant::gguf::Gguf;
 use graft_testkit::tolerance::{EXACT, F32_DEEP};
 use graft_testkit::{
-    Dtype, Family, GgufMaker, Tiny, assert_close, mlx, tiny_gguf, tiny_model, wanted_form_is_mlx,
+    Dtype, Family, GgufMaker, Tiny, assert_close, mlx, tiny_gguf, tiny_model, wanted, wanted_form_is_mlx,
 };
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
@@ -113,6 +113,9 @@ fn every_architecture_computes_what_its_checkpoint_computes() {
             mlx(|| {
                 if wanted_form_is_mlx() {
                     graft_ops::set_form(graft_ops::Form::Mlx);
+                }
+                if let Some(level) = wanted("GRAFT_CPU") {
+                    graft_ops::set_cpu_level(level);
                 }
                 assert_close(&logits(&converted.dir()), &logits(plain.path()), EXACT);
             });

@@ -8,7 +8,7 @@ use graft_model::{GenerateOptions, Generator, KvCache, Model, Sampling};
 use graft_ops::{Array, Dtype, Form, Rows};
 use graft_testkit::tolerance::{BF16_DEEP, F32_DEEP};
 use graft_testkit::{
-    Family, Tiny, assert_close, mlx, tiny_adapter, tiny_dense_of, tiny_model, wanted_form_is_mlx,
+    Family, Tiny, assert_close, mlx, tiny_adapter, tiny_dense_of, tiny_model, wanted, wanted_form_is_mlx,
 };
 
 /// Runs on the array thread, in the form that the environment asks for.
@@ -16,6 +16,9 @@ fn arrays(test: impl FnOnce() + Send) {
     mlx(|| {
         if wanted_form_is_mlx() {
             graft_ops::set_form(Form::Mlx);
+        }
+        if let Some(level) = wanted("GRAFT_CPU") {
+            graft_ops::set_cpu_level(level);
         }
         test();
     });

@@ -46,7 +46,8 @@ struct GraftHooks {
   const char* (*name)(const void* op);
   void (*drop)(void* op);
   int (*takes_over)(const void* op, size_t output); // an input, or -1
-  int (*run)(const void* op, const GraftTensor* in, size_t n, GraftTensor* out, size_t m);
+  int (*run)(
+      const void* op, const GraftTensor* in, size_t n, GraftTensor* out, size_t m, char* message, size_t capacity);
   void (*copy)(const char* from, char* to, const GraftStrided* layout);
   int (*gradients)(const void* op, const GraftBackward* request, void** gradients, char* message, size_t capacity);
 };
@@ -102,8 +103,9 @@ class GraftPrimitive : public mx::Primitive {
     }
     // MLX keeps the buffers of inputs and outputs alive until the stream has passed this task.
     encoder.dispatch([op = op_, hooks = hooks_, in = std::move(in), out = std::move(out)]() mutable {
-      if (hooks->run(op.get(), in.data(), in.size(), out.data(), out.size()) != 0) {
-        throw std::runtime_error(std::string("graft: the operation ") + hooks->name(op.get()) + " failed");
+      char message[512] = {0};
+      if (hooks->run(op.get(), in.data(), in.size(), out.data(), out.size(), message, sizeof(message)) != 0) {
+        throw std::runtime_error(std::string("graft: the operation ") + hooks->name(op.get()) + " failed: " + message);
       }
     });
   }

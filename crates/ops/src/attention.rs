@@ -27,9 +27,9 @@ pub struct KeyValues {
     /// Ours.
     #[cfg(graft_cpu)]
     blocks: Vec<Arc<KvBlock>>,
-    /// The last block is another sequence's too, and has to be copied before it is written.
+    /// So many of the first blocks are another sequence's too: neither side writes them any more, but a copy.
     #[cfg(graft_cpu)]
-    shared: bool,
+    shared: usize,
     /// An output of the last operation that wrote to the blocks and an input of the next one, so that MLX, which sees no
     /// other connection between them, runs them in this order.
     #[cfg(graft_cpu)]
@@ -61,16 +61,22 @@ impl KeyValues {
 
     /// The same first `len` tokens for another sequence, which goes its own way from there. Memory is shared as far as
     /// it stays the same.
-    pub fn fork(&self, len: i32) -> KeyValues {
+    pub fn fork(&mut self, len: i32) -> KeyValues {
         // MLX's buffers are shared whole: writing to one copies it, and what is behind `len` is written over.
         #[cfg(not(graft_cpu))]
         let _ = len;
+        #[cfg(graft_cpu)]
+        let common = (len.max(0) as usize).div_ceil(KEYS).min(self.blocks.len());
+        #[cfg(graft_cpu)]
+        {
+            self.shared = self.shared.max(common);
+        }
         KeyValues {
             kv: self.kv.clone(),
             #[cfg(graft_cpu)]
-            blocks: self.blocks[..(len.max(0) as usize).div_ceil(KEYS).min(self.blocks.len())].to_vec(),
+            blocks: self.blocks[..common].to_vec(),
             #[cfg(graft_cpu)]
-            shared: true,
+            shared: common,
             #[cfg(graft_cpu)]
             written: self.written.clone(),
         }
@@ -265,12 +271,11 @@ fn cpu_cached(
         // The first block that is written; what comes after it was forgotten.
         let written = before / KEYS;
         cache.blocks.truncate(before.div_ceil(KEYS));
+        cache.shared = cache.shared.min(cache.blocks.len());
         let mut copied = None;
-        if cache.shared && length > 0 {
-            cache.shared = false;
-            if cache.blocks.len() > written {
-                copied = cache.blocks.pop();
-            }
+        if cache.shared > written && length > 0 {
+            cache.shared = written;
+            copied = cache.blocks.pop();
         }
         while cache.blocks.len() * KEYS < before + length {
             cache.blocks.push(Arc::new(KvBlock::new(heads)));

@@ -2,6 +2,7 @@
 //! which is some twenty times slower. libmlx leaves the name to the executable, where the linker finds ours.
 
 use crate::cpu::gemm::{Matrix, Sizes, gemm};
+use crate::cpu::level::Instructions;
 use crate::pool::Shares;
 
 const ROW_MAJOR: i32 = 101;
@@ -60,8 +61,7 @@ pub(crate) unsafe extern "C" fn cblas_sgemm(
             row[..sizes.n].iter_mut().for_each(|c| *c *= beta);
         }
     }
+    let (with, left, right) = (Instructions::now(), (matrix(left), alpha), matrix(right));
     // SAFETY: the caller's A and B, of the sizes that were said.
-    unsafe {
-        gemm::<_, false>(sizes, matrix(left), alpha, &matrix(right), &Shares::new(c), c_row, beta != 0.0)
-    };
+    unsafe { gemm::<_, false>(with, sizes, left, &right, &Shares::new(c), c_row, beta != 0.0) };
 }

@@ -43,8 +43,9 @@ pub enum Precision {
     F32,
     /// Products of many rows round both sides to bf16 and sum in f32, where the processor has instructions for that.
     Bf16,
-    /// As [`Precision::Bf16`]; products with weights laid out by [`crate::arrange`] round the other side to 16 bits by block,
-    /// and sum blocks in integers, then in f32. For inference only: such weights have no gradient.
+    /// Products with weights laid out by [`crate::arrange`] round the other side to 16 bits by block, and sum blocks in
+    /// integers, then in f32; all others are f32, so that a prompt is read as its answer is written. For inference only:
+    /// such weights have no gradient.
     Int16,
 }
 

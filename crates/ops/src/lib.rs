@@ -16,6 +16,7 @@ mod cpu;
 pub mod ffi;
 mod form;
 pub mod info;
+mod level;
 mod linears;
 mod loss;
 mod norm;
@@ -25,9 +26,8 @@ mod rows;
 mod weight;
 
 pub use attention::{Head, KeyValues, attention, attention_cached};
-#[cfg(graft_cpu)]
-pub use cpu::level::{Level, best_cpu_level, cpu_level, set_cpu_level};
 pub use form::{Form, Precision, form, precision, set_form, set_precision, with_precision};
+pub use level::{Level, best_cpu_level, cpu_level, set_cpu_level};
 pub use linears::{Input, LinearRef, LowRank, linears};
 pub use loss::{cross_entropy, linear_cross_entropy};
 pub use mlx_rs::error::Exception;

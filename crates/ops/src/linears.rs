@@ -108,6 +108,7 @@ pub fn linears<'a>(input: impl Into<Input<'a>>, linears: &[LinearRef]) -> Result
     }
     #[cfg(graft_cpu)]
     if linears.iter().all(|linear| linear.weight.on_cpu(x)) {
+        linears.iter().try_for_each(check_f32)?;
         return Linears::apply(x, linears);
     }
     linears.iter().map(|linear| mlx_linear(x, linear)).collect()
@@ -133,12 +134,38 @@ fn check(x: &Array, linear: &LinearRef) -> Result<()> {
     let Some(update) = &linear.low_rank else { return Ok(()) };
     vector("the factor", update.factor)?;
     let (a, b) = (update.a.shape(), update.b.shape());
+    if let (&[inputs, 0], &[0, out]) = (a, b) {
+        return Err(Exception::custom(format!(
+            "linear: A ({inputs}, 0) and B (0, {out}) have rank 0; expected at least 1, or no update at all"
+        )));
+    }
     let fits = matches!((a, b), (&[i, r], &[q, o]) if i == inputs && r == q && o == out);
     if !fits || update.input.is_some_and(|own| own.shape() != x.shape()) {
         return Err(Exception::custom(format!(
             "linear: A {a:?} and B {b:?} (and what x {:?} becomes by dropout) do not fit a weight of ({out}, {inputs})",
             x.shape()
         )));
+    }
+    Ok(())
+}
+
+/// What stands beside the weight in our CPU form, which knows f32 alone.
+#[cfg(graft_cpu)]
+fn check_f32(linear: &LinearRef) -> Result<()> {
+    let update = linear.low_rank.as_ref();
+    let parts = [
+        ("the bias", linear.bias),
+        ("the residual", linear.residual),
+        ("A", update.map(|update| update.a)),
+        ("B", update.map(|update| update.b)),
+        ("the factor", update.and_then(|update| update.factor)),
+        ("the side path's own input", update.and_then(|update| update.input)),
+    ];
+    for (name, part) in parts {
+        if let Some(part) = part.filter(|part| part.dtype() != Dtype::Float32) {
+            let found = part.dtype();
+            return Err(Exception::custom(format!("linear: {name} must be f32 as x is, found {found:?}")));
+        }
     }
     Ok(())
 }

@@ -117,16 +117,24 @@ pub enum WeightRef<'a> {
 }
 
 impl<'a> WeightRef<'a> {
-    /// (out, in). Fails if the parts do not belong together.
+    /// (out, in), neither of them 0. Fails if the parts do not belong together.
     pub fn shape(&self) -> Result<(i32, i32)> {
-        match self {
-            WeightRef::Packed(w) => w.shape(),
-            WeightRef::Arranged(w) => Ok(w.shape),
+        let (out, inputs) = match self {
+            WeightRef::Packed(w) => w.shape()?,
+            WeightRef::Arranged(w) => w.shape,
             WeightRef::Dense(w) => match w.shape() {
-                &[out, inputs] => Ok((out, inputs)),
-                other => Err(Exception::custom(format!("a weight must be (out, in), found {other:?}"))),
+                &[out, inputs] => (out, inputs),
+                other => {
+                    return Err(Exception::custom(format!("a weight must be (out, in), found {other:?}")));
+                }
             },
+        };
+        if out == 0 || inputs == 0 {
+            return Err(Exception::custom(format!(
+                "a weight must be (out, in) with at least 1 of each, found ({out}, {inputs})"
+            )));
         }
+        Ok((out, inputs))
     }
 
     /// The arrays that it is made of.

@@ -23,7 +23,7 @@ pub mod tolerance;
 pub use adapter::tiny_adapter;
 pub use compare::{assert_close, close};
 pub use gguf::{GgufMaker, gguf_text, tiny_gguf};
-pub use thread::{mlx, wanted_form_is_mlx};
+pub use thread::{mlx, wanted, wanted_form_is_mlx};
 pub use tiny::{Dtype, Family, Tiny, tiny_dense_of, tiny_model};
 pub use tokenizer::{CHAT_TEMPLATE, tokenizer_json};
 pub use tolerance::Tolerance;

@@ -3,6 +3,8 @@
 //! MLX keeps streams and pending graphs by thread, and evaluation recurses through a graph, so tests use a single long
 //! lived thread with a large stack instead of the short ones of the test harness.
 
+use std::fmt::Debug;
+use std::str::FromStr;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -32,6 +34,13 @@ pub fn mlx<T: Send>(f: impl FnOnce() -> T + Send) -> T {
 /// Whether the tests should run with plain MLX operations: `GRAFT_OPS=mlx`.
 pub fn wanted_form_is_mlx() -> bool {
     std::env::var("GRAFT_OPS").is_ok_and(|v| v == "mlx")
+}
+
+/// What the environment asks for: `GRAFT_CPU=avx2` for a level of instructions, which each crate's tests choose where they
+/// choose the form.
+pub fn wanted<T: FromStr<Err: Debug>>(variable: &str) -> Option<T> {
+    let text = std::env::var(variable).ok().filter(|text| !text.is_empty())?;
+    Some(text.parse().unwrap_or_else(|e| panic!("{variable}: {e:?}")))
 }
 
 #[cfg(test)]

@@ -26,7 +26,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
     arg_required_else_help = true
 )]
 pub(crate) struct Cli {
-    /// Threads of our CPU operations (default: the cores allowed; also GRAFT_THREADS)
+    /// Threads of our CPU operations (default: the cores allowed; also GRAFT_THREADS). Their instructions:
+    /// GRAFT_CPU=avx512|avx2|portable
     #[arg(long, global = true, value_name = "N")]
     pub(crate) threads: Option<usize>,
     /// Compute in f32 throughout, where on a CPU graft trains with bf16 products and answers with 16-bit ones

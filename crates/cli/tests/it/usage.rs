@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::setting::Folder;
+use crate::setting::{Folder, Run};
 
 #[test]
 fn commands_of_mlx_lm_that_are_not_here_are_refused_with_ours() {
@@ -31,6 +31,22 @@ fn flags_that_change_nothing_are_noted_and_the_last_of_two_counts() {
     assert!(run.err.contains("note: graft runs no code from a model directory"), "{run:?}");
     assert!(run.out.contains("Generation: 1 tokens"), "{run:?}");
     folder.fails(2, "generate --model model --threads 0", &["--threads must be at least 1"]);
+}
+
+#[test]
+fn the_environment_chooses_instructions() {
+    let folder = Folder::with_model();
+    let run = |level: &str| -> Run {
+        let words = ["generate", "--model", "model", "--max-tokens", "1"];
+        folder.command(&words).env("GRAFT_CPU", level).output().unwrap().into()
+    };
+    for level in ["portable", "avx2", "avx512", ""] {
+        let run = run(level);
+        assert_eq!(run.status, Some(0), "{level}: {run:?}");
+    }
+    let run = run("sse2");
+    assert_eq!(run.status, Some(2), "{run:?}");
+    assert!(run.err.contains("GRAFT_CPU: expected `avx512`, `avx2` or `portable`, found `sse2`"), "{run:?}");
 }
 
 #[test]

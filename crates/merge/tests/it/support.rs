@@ -9,7 +9,7 @@ use graft_merge::{Event, FuseOptions, FuseReport, Policy, Result, fuse};
 use graft_model::Model;
 use graft_ops::{Array, Dtype, Form, Rows};
 use graft_quant::{StoredDtype, Tensor, read_safetensors, safetensors_bytes};
-use graft_testkit::{Family, Tiny, mlx, wanted_form_is_mlx};
+use graft_testkit::{Family, Tiny, mlx, wanted, wanted_form_is_mlx};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -21,6 +21,9 @@ pub(crate) fn arrays<T: Send>(body: impl FnOnce() -> T + Send) -> T {
     mlx(|| {
         if wanted_form_is_mlx() {
             graft_ops::set_form(Form::Mlx);
+        }
+        if let Some(level) = wanted("GRAFT_CPU") {
+            graft_ops::set_cpu_level(level);
         }
         body()
     })

@@ -293,7 +293,7 @@ impl Op for Causal {
 trait Source: Copy {
     /// Floats of scratch memory that `block` needs.
     fn scratch(&self) -> usize;
-    /// Block `index`: keys turned (width, KEYS) and values (KEYS, width); beyond the last key is anything finite.
+    /// Block `index`: keys turned (width, KEYS) and values (KEYS, width); beyond the last key is anything.
     fn block<'a>(&'a self, index: usize, scratch: &'a mut [f32]) -> (&'a [f32], &'a [f32]);
 }
 
@@ -361,7 +361,9 @@ impl<B: Source> Kernel for Forward<'_, B> {
                 let output = &mut o[row * width..][..width];
                 softmax_step(s, scores, seen, &mut largest[row], &mut total[row], output);
             }
-            let product = Product { rows, columns: width, k: KEYS, a_row: KEYS, a_k: 1, add: true };
+            // Up to the last key only: what a block holds beyond may be no number, which a weight of zero does not undo.
+            let k = KEYS.min(part.before + count - block * KEYS);
+            let product = Product { rows, columns: width, k, a_row: KEYS, a_k: 1, add: true };
             product.run(s, scores, values, o);
         }
         for row in 0..rows {
@@ -598,7 +600,7 @@ unsafe impl Send for KvBlock {}
 unsafe impl Sync for KvBlock {}
 
 impl KvBlock {
-    /// An empty block. Everything in it is finite, so that what a product reads beyond the last token has no effect.
+    /// An empty block.
     pub(crate) fn new(heads: Heads) -> KvBlock {
         KvBlock((0..heads.kv_heads * KvBlock::part(heads)).map(|_| UnsafeCell::new(0.0)).collect())
     }

@@ -4,7 +4,7 @@
 //! never exists. Work is shared over blocks of C, never over k: each element of C is summed in one fixed order.
 //! With bf16 both panels hold words of two neighbours in k, which one instruction multiplies and adds to an f32.
 
-use super::level::{dispatch, dispatch_bf16, has_bf16};
+use super::level::Instructions;
 use super::scratch::{LEFT, PANEL, scratch};
 use super::simd::{Kernel, Simd, Tile, vectors};
 use crate::Precision;
@@ -62,12 +62,13 @@ pub(crate) fn product(
     assert!(y.len() >= sizes.m * n);
     let a = Matrix { data: x.as_ptr(), row: k, column: 1 };
     let c = Shares::new(y);
+    let with = Instructions::with_bf16();
     // SAFETY: x is (m, k), y is (m, n) and borrowed for us alone.
     unsafe {
-        if precision >= Precision::Bf16 && has_bf16() {
-            gemm::<_, true>(sizes, a, 1.0, b, &c, n, add);
+        if precision == Precision::Bf16 && with.bf16() {
+            gemm::<_, true>(with, sizes, (a, 1.0), b, &c, n, add);
         } else {
-            gemm::<_, false>(sizes, a, 1.0, b, &c, n, add);
+            gemm::<_, false>(with, sizes, (a, 1.0), b, &c, n, add);
         }
     }
 }
@@ -77,11 +78,11 @@ pub(crate) fn product(
 ///
 /// # Safety
 /// A must be readable for (m, k) by its strides, and C must hold (m - 1) * c_row + n floats that nobody else uses. BF16
-/// only where [`has_bf16`] holds.
+/// only with instructions for it.
 pub(crate) unsafe fn gemm<B: Right, const BF16: bool>(
+    with: Instructions,
     sizes: Sizes,
-    a: Matrix,
-    alpha: f32,
+    (a, alpha): (Matrix, f32),
     b: &B,
     c: &Shares<f32>,
     c_row: usize,
@@ -91,7 +92,14 @@ pub(crate) unsafe fn gemm<B: Right, const BF16: bool>(
     if m == 0 || n == 0 {
         return;
     }
-    let TileShape { rows: tile_rows, lanes } = dispatch(Shape);
+    if k == 0 {
+        for row in (0..m).filter(|_| !add) {
+            // SAFETY: a row of C.
+            unsafe { std::slice::from_raw_parts_mut(c.pointer().add(row * c_row), n) }.fill(0.0);
+        }
+        return;
+    }
+    let TileShape { rows: tile_rows, lanes } = with.run(Shape);
     let narrow = n <= lanes;
     let width = if narrow { lanes } else { 2 * lanes };
     // Depth blocks of about one size, so that the last is not a stump.
@@ -117,7 +125,7 @@ pub(crate) unsafe fn gemm<B: Right, const BF16: bool>(
                     // SAFETY: each panel has a part of its own in every depth block.
                     let out = unsafe { shares.part(start, tile_rows * steps::<BF16>(depth)) };
                     let left = Left { a, row: at, valid, k: begin + from, depth, tile_rows, alpha, out };
-                    if BF16 { dispatch_bf16(PairLeft(left)) } else { left.pack() }
+                    if BF16 { with.run(PairLeft(left)) } else { left.pack() }
                 }
             });
             let add = add || begin > 0;
@@ -129,7 +137,7 @@ pub(crate) unsafe fn gemm<B: Right, const BF16: bool>(
             let left = unsafe { shares.part(0, panels * tile_rows * steps::<BF16>(here)) };
             share(rows * n * here >= SMALL, column_tasks * row_tasks, |task| {
                 let (column, part) = (task % column_tasks, task / column_tasks);
-                dispatch_bf16(Task::<B, BF16> {
+                with.run(Task::<B, BF16> {
                     block,
                     left,
                     b,

@@ -15,7 +15,7 @@ use super::slim::{ROWS, Slim, WIDTH, by_blocks, pad_columns};
 use super::weights::Kind;
 use crate::linears::LinearRef;
 use crate::pool::Shares;
-use crate::{Array, Dtype, Precision, Result, precision};
+use crate::{Array, Dtype, Exception, Precision, Result, precision};
 
 /// One linear without its arrays.
 #[derive(Clone)]
@@ -190,6 +190,16 @@ impl Op for Linears {
             self.parts.iter().try_for_each(|part| part.kind.check_gradient())?;
         }
         let places = places(&self.parts, 1);
+        for (i, at) in places.iter().enumerate() {
+            let weight = at.weight..at.weight + self.parts[i].kind.arrays();
+            let frozen = [(weight.clone().any(wants), "weight"), (at.bias.is_some_and(wants), "bias")];
+            if let Some((_, name)) = frozen.iter().find(|(wanted, _)| *wanted) {
+                return Err(Exception::custom(format!(
+                    "the {name} of linear {i} is frozen; expected a gradient by x, A, B, c, h or the side path's \
+                     own input, found one by the {name}: differentiate `matmul` instead"
+                )));
+            }
+        }
         let wanted: Vec<Wanted> = self
             .parts
             .iter()
@@ -200,10 +210,32 @@ impl Op for Linears {
                 input: part.side.is_some_and(|side| side.own_input) && wants(at.input),
             })
             .collect();
-        // The inputs, then z of each side path, then each y that a factor's gradient needs, then the slopes.
+        // The inputs, then z of each side path, then each y that a factor's gradient needs, then the slopes. What is not
+        // read is left out, or it would be kept until here: x of a linear without an update, for one.
         let count = self.parts.len();
+        let nothing = Array::from_slice::<f32>(&[], &[0]);
         let mut inputs: Vec<&Array> = call.primals.iter().collect();
-        inputs.extend(&call.outputs[count..]);
+        let mut zs: Vec<&Array> = call.outputs[count..].iter().collect();
+        let sides = wanted.iter().zip(&self.parts).filter(|(_, part)| part.side.is_some());
+        for (z, _) in zs.iter_mut().zip(sides).filter(|(_, (wanted, _))| !(wanted.low_rank || wanted.factor))
+        {
+            *z = &nothing;
+        }
+        let mut reads_x = false;
+        for ((part, at), wanted) in self.parts.iter().zip(&places).zip(&wanted) {
+            let own = part.side.is_some_and(|side| side.own_input);
+            reads_x |= wanted.factor || wanted.low_rank && !own;
+            if own && !wanted.low_rank {
+                inputs[at.input] = &nothing;
+            }
+            for place in [at.bias, at.residual].into_iter().flatten().filter(|_| !wanted.factor) {
+                inputs[place] = &nothing;
+            }
+        }
+        if !reads_x {
+            inputs[0] = &nothing;
+        }
+        inputs.extend(zs);
         let kept = wanted.iter().zip(&call.outputs).filter(|(wanted, _)| wanted.factor);
         inputs.extend(kept.map(|(_, y)| y));
         inputs.extend(&call.cotangents[..count]);

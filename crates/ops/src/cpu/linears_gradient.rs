@@ -213,6 +213,11 @@ fn side_gradient(
         });
     }
     let Some((da, db)) = low_rank else { return };
+    if rows == 0 {
+        da.fill(0.0);
+        db.fill(0.0);
+        return;
+    }
     for (scaled, z) in scaled.iter_mut().zip(z) {
         *scaled = side.scale * z;
     }

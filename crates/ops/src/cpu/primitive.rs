@@ -229,7 +229,15 @@ struct Hooks {
     name: extern "C" fn(*const c_void) -> *const c_char,
     drop: extern "C" fn(*mut c_void),
     takes_over: extern "C" fn(*const c_void, usize) -> c_int,
-    run: unsafe extern "C" fn(*const c_void, *const Tensor, usize, *mut Tensor, usize) -> c_int,
+    run: unsafe extern "C" fn(
+        *const c_void,
+        *const Tensor,
+        usize,
+        *mut Tensor,
+        usize,
+        *mut c_char,
+        usize,
+    ) -> c_int,
     copy: unsafe extern "C" fn(*const u8, *mut u8, *const Strided),
     gradients: unsafe extern "C" fn(
         *const c_void,
@@ -289,6 +297,8 @@ unsafe extern "C" fn run_hook(
     input_count: usize,
     outputs: *mut Tensor,
     output_count: usize,
+    message: *mut c_char,
+    capacity: usize,
 ) -> c_int {
     // SAFETY: the shim's vectors, which hold at least one element each.
     let (inputs, outputs) = unsafe {
@@ -297,8 +307,24 @@ unsafe extern "C" fn run_hook(
             std::slice::from_raw_parts_mut(outputs, output_count),
         )
     };
-    // A panic has been reported by its hook; C++ turns the status into an exception.
-    c_int::from(catch_unwind(AssertUnwindSafe(|| op(pointer).run(inputs, outputs))).is_err())
+    match catch_unwind(AssertUnwindSafe(|| op(pointer).run(inputs, outputs))) {
+        Ok(()) => 0,
+        Err(panic) => {
+            // SAFETY: the shim's buffer.
+            unsafe { tell(&panic_text(panic.as_ref()), message, capacity) };
+            1
+        }
+    }
+}
+
+/// Leaves a text for C++, which makes an exception of it.
+///
+/// # Safety
+/// `message` must hold `capacity` bytes, all zero.
+unsafe fn tell(text: &str, message: *mut c_char, capacity: usize) {
+    let length = text.len().min(capacity.saturating_sub(1));
+    // SAFETY: the caller's promise.
+    unsafe { std::ptr::copy_nonoverlapping(text.as_ptr(), message.cast(), length) };
 }
 
 unsafe extern "C" fn copy_hook(from: *const u8, to: *mut u8, layout: *const Strided) {
@@ -369,14 +395,38 @@ unsafe extern "C" fn gradients_hook(
         Ok(Err(error)) => error.to_string(),
         Err(panic) => panic_text(panic.as_ref()),
     };
-    let bytes = text.as_bytes();
-    let length = bytes.len().min(capacity.saturating_sub(1));
-    // SAFETY: `message` holds `capacity` bytes, all zero.
-    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), message.cast(), length) };
+    // SAFETY: the shim's buffer.
+    unsafe { tell(&text, message, capacity) };
     1
 }
 
 fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Broken;
+
+    impl Op for Broken {
+        fn name(&self) -> &'static CStr {
+            c"broken"
+        }
+
+        fn run(&self, inputs: &[Tensor], _: &mut [Tensor]) {
+            let _ = inputs[0].i32();
+        }
+    }
+
+    #[test]
+    fn a_panic_is_an_error_that_says_why() {
+        graft_testkit::mlx(|| {
+            let y = apply_one(Broken, &[&Array::from_f32(1.0)], &[1], Dtype::Float32);
+            let e = y.and_then(|y| y.eval()).expect_err("it cannot run").to_string();
+            assert!(e.contains("broken failed") && e.contains("another type than it was built for"), "{e}");
+        });
+    }
 }

@@ -84,8 +84,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn narrow_tile(self, t: Tile);
     /// Rows of `large_tile`.
     const LARGE_ROWS: usize;
-    /// Rounds 2 rows of LANES f32 to bf16: each column's pair becomes a word. Only where [`super::level::has_bf16`] holds, as
-    /// the other operations on pairs.
+    /// Rounds 2 rows of LANES f32 to bf16: each column's pair becomes a word. Only with
+    /// [`super::level::Instructions`] that multiply bf16, as the other operations on pairs.
     /// # Safety
     /// The pointers must be valid for reading, or writing, LANES elements.
     unsafe fn pair_columns(self, even: *const f32, odd: *const f32, to: *mut u32) {

@@ -63,7 +63,14 @@ impl Slim<'_> {
     #[inline(always)]
     pub(super) unsafe fn run_at<S: Simd>(self, s: S, c: *mut f32) {
         let Slim { rows, columns, k, a, a_row, a_k, b, b_k, c_row, add } = self;
-        if rows == 0 || columns == 0 || k == 0 {
+        if rows == 0 || columns == 0 {
+            return;
+        }
+        if k == 0 {
+            for row in (0..rows).filter(|_| !add) {
+                // SAFETY: a row of C.
+                unsafe { std::slice::from_raw_parts_mut(c.add(row * c_row), columns) }.fill(0.0);
+            }
             return;
         }
         assert!((rows - 1) * a_row + (k - 1) * a_k < a.len() && (k - 1) * b_k + columns <= b.len());

@@ -8,10 +8,10 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::level::{Level, cpu_level};
 use super::panels::{BLOCK, Panels, ROWS};
 use super::primitive::Floats;
 use crate::pool::Shares;
+use crate::{Level, cpu_level};
 
 /// Whether this processor has the instructions, and the level in use allows them.
 pub(crate) fn available() -> bool {

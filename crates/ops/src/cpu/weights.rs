@@ -155,7 +155,9 @@ impl Op for Product {
                     Product { transposed: !self.transposed, ..*self }.apply(dy, &weights)?
                 }
                 (_, Kind::Dense { .. }) => {
-                    let (x, dy) = (x.reshape(&[-1, x.dim(-1)])?, dy.reshape(&[-1, dy.dim(-1)])?);
+                    // The rows in figures: -1 cannot be told from no elements at all.
+                    let rows = |x: &Array| x.reshape(&[x.size() as i32 / x.dim(-1).max(1), x.dim(-1)]);
+                    let (x, dy) = (rows(x)?, rows(dy)?);
                     let (left, right) = if self.transposed { (x, dy) } else { (dy, x) };
                     left.transpose()?.matmul(&right)?
                 }

@@ -1,9 +1,9 @@
 //! Attention of whole rows and of new tokens after cached ones.
 
 use graft_ops::{Array, Head, KeyValues, RopeTable, Rows, attention, attention_cached, rope, set_threads};
-use graft_testkit::{assert_close, mlx, tolerance};
+use graft_testkit::{assert_close, tolerance};
 
-use crate::support::{bits, check, check_differences, every_level, mlx_form, random, with_gradients};
+use crate::support::{bits, check, check_differences, every_level, mlx, mlx_form, random, with_gradients};
 
 /// A head of attention.
 fn head(dim: i32, scale: f32) -> Head<'static> {
@@ -184,6 +184,76 @@ fn forks_share_what_is_common_and_nothing_else() {
             // What was forgotten is written anew.
             assert!(step(&mut second, len, len + 12, 1.0) == expected);
         }
+    });
+}
+
+#[test]
+fn forks_may_be_trimmed_below_where_they_parted() {
+    mlx(|| {
+        let all = inputs(220, 2, 1, 32);
+        let step = |cache: &mut KeyValues, from: i32, to: i32, factor: f32| {
+            let [q, k, v] =
+                [0, 1, 2].map(|i| tokens(&all[i], from, to).multiply(Array::from_f32(factor)).unwrap());
+            let rows = Rows { lengths: vec![to - from], starts: vec![from] };
+            bits(&attention_cached(&q, &k, &v, &mut [cache], &rows, head(32, 0.2)).unwrap())
+        };
+        // The fork's length, and what each side is trimmed to: in its last block, at a border, in an earlier block.
+        for (len, trims) in [(150, [140, 128, 100, 64, 5]), (128, [127, 100, 64, 30, 0])] {
+            for trim in trims {
+                let mut alone = KeyValues::default();
+                step(&mut alone, 0, 200, 1.0);
+                let expected = step(&mut alone, len, len + 12, 1.0);
+                for trims_fork in [false, true] {
+                    let mut first = KeyValues::default();
+                    step(&mut first, 0, 200, 1.0);
+                    let mut second = first.fork(len);
+                    let mut third = second.fork(len);
+                    let (trimmed, other) =
+                        if trims_fork { (&mut second, &mut first) } else { (&mut first, &mut second) };
+                    let what = format!("{len} tokens, trimmed to {trim}, fork: {trims_fork}");
+                    // Other tokens where the common ones stood.
+                    let changed = step(trimmed, trim, 160, 3.0);
+                    assert!(step(other, len, len + 12, 1.0) == expected, "{what}");
+                    assert!(step(&mut third, len, len + 12, 1.0) == expected, "{what}, third");
+                    let mut again = KeyValues::default();
+                    step(&mut again, 0, 150, 1.0);
+                    assert!(step(&mut again, trim, 160, 3.0) == changed, "{what}, trimmed side");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn what_was_trimmed_has_no_effect_whatever_it_was() {
+    mlx(|| {
+        let all = inputs(140, 2, 1, 32);
+        let broken = |from: i32, to: i32| {
+            let [q, k, v] = [0, 1, 2]
+                .map(|i| tokens(&all[i], from, to).multiply(Array::from_f32(f32::INFINITY)).unwrap());
+            [q, k.subtract(&k).unwrap(), v.subtract(&v).unwrap()]
+        };
+        let plain = |from: i32, to: i32| [0, 1, 2].map(|i| tokens(&all[i], from, to));
+        let step = |cache: &mut KeyValues, [q, k, v]: [Array; 3], from: i32| {
+            let rows = Rows { lengths: vec![q.dim(0)], starts: vec![from] };
+            bits(&attention_cached(&q, &k, &v, &mut [cache], &rows, head(32, 0.2)).unwrap())
+        };
+        every_level(|level| {
+            for (len, new) in [(80, 1), (80, 20), (64, 1), (10, 60), (70, 70)] {
+                let mut alone = KeyValues::default();
+                step(&mut alone, plain(0, len), 0);
+                let mut first = KeyValues::default();
+                step(&mut first, plain(0, len), 0);
+                step(&mut first, broken(len, 140), len);
+                let mut second = first.fork(len);
+                let expected = step(&mut alone, plain(len, len + new), len);
+                assert!(expected.iter().all(|bits| f32::from_bits(*bits).is_finite()));
+                for (name, cache) in [("trimmed", &mut first), ("forked", &mut second)] {
+                    let o = step(cache, plain(len, len + new), len);
+                    assert!(o == expected, "{level:?}, {name} to {len}, {new} new");
+                }
+            }
+        });
     });
 }
 

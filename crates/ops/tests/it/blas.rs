@@ -1,9 +1,9 @@
 //! MLX's own matrix product, which runs on our BLAS function.
 
 use graft_ops::Array;
-use graft_testkit::{assert_close, mlx, tolerance};
+use graft_testkit::{assert_close, tolerance};
 
-use crate::support::{every_level, random, values};
+use crate::support::{every_level, mlx, random, values};
 
 /// C = A B in f64.
 fn plain(a: &Array, b: &Array) -> Array {

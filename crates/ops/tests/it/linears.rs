@@ -1,12 +1,13 @@
 //! Linears with a side path, a factor and a bias.
 
 use graft_ops::{
-    Array, Dtype, LinearRef, LowRank, Precision, WeightRef, arrange, linears, set_threads, with_precision,
+    Array, Dtype, LinearRef, LowRank, Precision, WeightRef, ffi, linears, matmul, set_threads, with_precision,
 };
-use graft_testkit::{assert_close, mlx, tolerance};
+use graft_testkit::{assert_close, tolerance};
 
+use crate::arranged::both;
 use crate::packed::{Weights, first};
-use crate::support::{bits, check, check_differences, every_level, mlx_form, random};
+use crate::support::{bits, check, check_differences, every_level, mlx, mlx_form, random};
 
 /// What the arguments are, in the order of the tests: x, then A, B and perhaps c of each linear.
 struct Case<'a> {
@@ -109,8 +110,7 @@ fn what_has_no_update_is_the_product_and_the_bias() {
 #[test]
 fn arranged_weights_take_updates_too() {
     mlx(|| {
-        let w = Weights::new(77, 96, 4, 32, Dtype::Float16);
-        let Some(arranged) = with_precision(Precision::Int16, || arrange(w.parts())).unwrap() else { return };
+        let Some((w, arranged)) = both(77, 96, 4, 32, Dtype::Float16) else { return };
         let bias = random(8, &[77]);
         let of = |weight| Case {
             weights: vec![weight; 2],
@@ -190,5 +190,85 @@ fn what_does_not_fit_is_an_error() {
         let parts = [LinearRef { weight: w.view(), bias: None, residual: Some(&h), low_rank: None }];
         let e = linears(&x, &parts).unwrap_err().to_string();
         assert!(e.contains("cannot be added to [2, 50]"), "{e}");
+        let (a, b) = (random(2, &[64, 0]), random(3, &[0, 50]));
+        let low_rank = Some(LowRank { a: &a, b: &b, scale: 1.0, factor: None, input: None });
+        let parts = [LinearRef { weight: w.view(), bias: None, residual: None, low_rank }];
+        let e = linears(&x, &parts).unwrap_err().to_string();
+        assert!(e.contains("A (64, 0) and B (0, 50) have rank 0"), "{e}");
+        for (out, inputs) in [(0, 64), (50, 0)] {
+            let (w, x) = (random(1, &[out, inputs]), random(2, &[3, inputs]));
+            let weight = WeightRef::Dense(&w);
+            let parts = [LinearRef { weight, bias: None, residual: None, low_rank: None }];
+            for e in [linears(&x, &parts).unwrap_err(), matmul(&x, weight).unwrap_err()] {
+                assert!(
+                    e.to_string().contains(&format!("at least 1 of each, found ({out}, {inputs})")),
+                    "{e}"
+                );
+            }
+        }
+    });
+}
+
+#[test]
+fn what_stands_beside_a_weight_is_f32_as_x_is() {
+    mlx(|| {
+        let w = Weights::new(50, 64, 4, 32, Dtype::Float32);
+        let x = random(1, &[3, 64]);
+        let parts = [&[64, 4][..], &[4, 50], &[50], &[3, 64], &[50], &[3, 50]].map(|shape| random(2, shape));
+        let names = ["A", "B", "the factor", "the side path's own input", "the bias", "the residual"];
+        for (i, name) in names.into_iter().enumerate() {
+            let mut parts = parts.clone();
+            parts[i] = parts[i].as_dtype(Dtype::Bfloat16).unwrap();
+            let [a, b, factor, input, bias, residual] = &parts;
+            let low_rank = Some(LowRank { a, b, scale: 1.0, factor: Some(factor), input: Some(input) });
+            let part = LinearRef { weight: w.view(), bias: Some(bias), residual: Some(residual), low_rank };
+            let e = linears(&x, &[part]).unwrap_err().to_string();
+            assert!(e.contains(&format!("{name} must be f32")) && e.contains("Bfloat16"), "{e}");
+        }
+    });
+}
+
+#[test]
+fn what_is_frozen_has_no_gradient_and_says_so() {
+    mlx(|| {
+        let args = [random(1, &[3, 64]), random(2, &[50, 64]), random(3, &[50])];
+        let loss = |args: &[Array]| {
+            let (weight, bias) = (WeightRef::Dense(&args[1]), Some(&args[2]));
+            let first = LinearRef { weight, bias: None, residual: None, low_rank: None };
+            let ys = linears(&args[0], &[first, LinearRef { bias, ..first }])?;
+            Ok(vec![ys[0].add(&ys[1])?.sum(false)?])
+        };
+        ffi::value_and_grad(loss, &args, &[0]).unwrap();
+        for (input, name) in [(1, "the weight of linear 0 is frozen"), (2, "the bias of linear 1 is frozen")]
+        {
+            let e = ffi::value_and_grad(loss, &args, &[input]).unwrap_err().to_string();
+            assert!(e.contains(name) && e.contains("`matmul`"), "{e}");
+        }
+    });
+}
+
+#[test]
+fn without_an_update_x_is_not_kept_for_the_gradient() {
+    mlx(|| {
+        let w = Weights::new(256, 256, 4, 32, Dtype::Float32);
+        let x = random(1, &[4096, 256]);
+        let kept = |layers: usize| {
+            let loss = |args: &[Array]| {
+                let part = LinearRef { weight: w.view(), bias: None, residual: None, low_rank: None };
+                let mut h = args[0].clone();
+                for _ in 0..layers {
+                    h = linears(&h, &[part])?.swap_remove(0);
+                }
+                Ok(vec![h.sum(false)?])
+            };
+            let (value, gradients) = ffi::value_and_grad(loss, std::slice::from_ref(&x), &[0]).unwrap();
+            mlx_rs::transforms::eval(&value).unwrap();
+            // The gradients are a graph still, which holds what it will read.
+            let kept = ffi::memory::active_memory().unwrap();
+            mlx_rs::transforms::eval(&gradients).unwrap();
+            kept
+        };
+        let (few, many) = (kept(2), kept(18));
+        assert!(many < few + 4 * x.nbytes(), "{few} bytes with 2 layers, {many} with 18");
     });
 }

@@ -2,9 +2,9 @@
 
 use graft_ops::ffi::{Mode, quantize};
 use graft_ops::{Array, PackedRef, WeightRef, cross_entropy, linear_cross_entropy, matmul};
-use graft_testkit::{assert_close, mlx, tolerance};
+use graft_testkit::{assert_close, tolerance};
 
-use crate::support::{check, every_level, mlx_form, random, values, with_gradients};
+use crate::support::{check, every_level, mlx, mlx_form, random, values, with_gradients};
 
 #[test]
 fn the_folded_head_is_the_head_and_then_the_loss() {

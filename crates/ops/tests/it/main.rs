@@ -7,6 +7,8 @@ mod answers;
 mod arranged;
 mod attention;
 mod blas;
+mod empty;
+mod fixed_order;
 mod linears;
 mod loss;
 mod packed;

@@ -1,12 +1,15 @@
 //! Products with packed and dense weights.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use graft_ops::ffi::{Mode, quantize};
 use graft_ops::{
-    Array, Dtype, Level, PackedRef, Precision, WeightRef, matmul, matmul_t, rows, set_precision, set_threads,
+    Array, Dtype, Level, PackedRef, Precision, WeightRef, linear_cross_entropy, matmul, matmul_t, rows,
+    set_cpu_level, set_precision, set_threads, with_precision,
 };
-use graft_testkit::{mlx, tolerance};
+use graft_testkit::tolerance;
 
-use crate::support::{bits, check, every_level, mlx_form, random, values};
+use crate::support::{bits, check, every_level, mlx, mlx_form, random, values};
 
 pub(crate) struct Weights {
     pub(crate) parts: Vec<Array>,
@@ -116,7 +119,7 @@ pub(crate) fn first(x: &Array, n: i32) -> Array {
 
 #[test]
 fn a_row_does_not_depend_on_its_neighbours_or_on_the_threads() {
-    for precision in [Precision::F32, Precision::Bf16, Precision::Int16] {
+    for precision in [Precision::F32, Precision::Bf16] {
         rows_are_alone(precision);
     }
 }
@@ -172,6 +175,25 @@ fn rows_are_alone(precision: Precision) {
 }
 
 #[test]
+fn sixteen_bits_are_f32_for_weights_that_are_not_arranged() {
+    mlx(|| {
+        let (w, dense) = (Weights::new(77, 96, 4, 32, Dtype::Float16), random(3, &[77, 96]));
+        let targets = Array::from_iter(0..40, &[40]);
+        for m in [1, 33, 70] {
+            let x = random(1, &[m, 96]);
+            let all = |precision| {
+                with_precision(precision, || {
+                    let dense = WeightRef::Dense(&dense);
+                    let losses = linear_cross_entropy(&random(2, &[40, 96]), dense, &targets, 64);
+                    [matmul(&x, w.view()), matmul(&x, dense), losses].map(|y| bits(&y.unwrap()))
+                })
+            };
+            assert!(all(Precision::Int16) == all(Precision::F32), "{m} rows");
+        }
+    });
+}
+
+#[test]
 fn bf16_rounds_both_sides_and_nothing_else() {
     mlx(|| {
         let round = |x: &Array| x.as_dtype(Dtype::Bfloat16).unwrap().as_dtype(Dtype::Float32).unwrap();
@@ -200,6 +222,35 @@ fn bf16_rounds_both_sides_and_nothing_else() {
             }
         });
         set_precision(Precision::F32);
+    });
+}
+
+#[test]
+fn another_level_may_be_chosen_while_products_run() {
+    mlx(|| {
+        let w = Weights::new(300, 320, 4, 32, Dtype::Float16);
+        let x = random(1, &[200, 320]);
+        let expected = matmul(&x, w.view()).unwrap();
+        expected.eval().unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    [Level::Portable, Level::Avx2, Level::Avx512].into_iter().for_each(set_cpu_level);
+                }
+            });
+            for i in 0..200 {
+                let (precision, near) =
+                    [(Precision::F32, tolerance::F32), (Precision::Bf16, tolerance::BF16)][i % 2];
+                let y = with_precision(precision, || matmul(&x, w.view()).unwrap());
+                graft_testkit::close(&y, &expected, near).unwrap_or_else(|e| {
+                    done.store(true, Ordering::Relaxed);
+                    panic!("{precision:?}: {e}")
+                });
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        every_level(|_| {});
     });
 }
 

@@ -1,9 +1,9 @@
 //! Norm, gated activation and rotation.
 
 use graft_ops::{Array, RopeTable, Rows, rms_norm, rope, set_threads, swiglu};
-use graft_testkit::{mlx, tolerance};
+use graft_testkit::tolerance;
 
-use crate::support::{bits, check, check_differences, every_level, random, values};
+use crate::support::{bits, check, check_differences, every_level, mlx, random, values};
 
 #[test]
 fn norms_are_mlxs() {

@@ -1,7 +1,26 @@
 //! What the tests share: random arrays, both forms, every level.
 
 use graft_ops::{Array, Dtype, Form, Level, Result, best_cpu_level, ffi, set_cpu_level, set_form};
-use graft_testkit::{Tolerance, assert_close};
+use graft_testkit::{Tolerance, assert_close, wanted};
+
+/// Runs a test on the array thread, at the level that the environment asks for.
+pub(crate) fn mlx<T: Send>(test: impl FnOnce() -> T + Send) -> T {
+    graft_testkit::mlx(|| {
+        set_cpu_level(highest());
+        test()
+    })
+}
+
+/// The best level of this processor, or a lower one that `GRAFT_CPU` asks for.
+fn highest() -> Level {
+    wanted("GRAFT_CPU").unwrap_or(Level::Avx512).min(best_cpu_level())
+}
+
+/// Says on which account a test had nothing to do.
+#[allow(clippy::print_stderr, reason = "a test that is skipped must not look like one that passed")]
+pub(crate) fn skipped(why: &str) {
+    eprintln!("skipped: {why}");
+}
 
 /// Normal numbers, the same for the same seed and shape.
 pub(crate) fn random(seed: u64, shape: &[i32]) -> Array {
@@ -30,15 +49,15 @@ pub(crate) fn mlx_form<T>(f: impl Fn() -> T) -> T {
     value
 }
 
-/// Runs `f` at every level that this processor has.
+/// Runs `f` at every level that this processor has, up to the one that is asked for.
 pub(crate) fn every_level(f: impl Fn(Level)) {
     for level in [Level::Portable, Level::Avx2, Level::Avx512] {
-        if level <= best_cpu_level() {
+        if level <= highest() {
             set_cpu_level(level);
             f(level);
         }
     }
-    set_cpu_level(best_cpu_level());
+    set_cpu_level(highest());
 }
 
 /// The value of f(args) and its gradients by all args, if the loss is sum(weights * value) for some fixed weights.

@@ -124,6 +124,9 @@ pub(crate) fn start(change: impl FnOnce(&mut EngineConfig, &mut ServeConfig)) ->
     if graft_testkit::wanted_form_is_mlx() {
         graft_ops::set_form(graft_ops::Form::Mlx);
     }
+    if let Some(level) = graft_testkit::wanted("GRAFT_CPU") {
+        graft_ops::set_cpu_level(level);
+    }
     let (mut engine, mut serve, logs) = configs();
     change(&mut engine, &mut serve);
     let engine = Engine::start(engine).expect("the engine starts");

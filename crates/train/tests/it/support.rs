@@ -7,7 +7,7 @@ use std::rc::Rc;
 use graft_adapters::{FineTuneType, LoraParameters};
 use graft_model::Model;
 use graft_ops::{Array, Dtype};
-use graft_testkit::{Tiny, mlx, tiny_model, wanted_form_is_mlx};
+use graft_testkit::{Tiny, mlx, tiny_model, wanted, wanted_form_is_mlx};
 use graft_train::{
     Data, Example, Optimizer, Params, Rng, Schedule, Split, TrainConfig, Trainer, TrainerSettings,
 };
@@ -18,6 +18,9 @@ pub(crate) fn arrays<T: Send>(body: impl FnOnce() -> T + Send) -> T {
     mlx(|| {
         if wanted_form_is_mlx() {
             graft_ops::set_form(graft_ops::Form::Mlx);
+        }
+        if let Some(level) = wanted("GRAFT_CPU") {
+            graft_ops::set_cpu_level(level);
         }
         body()
     })
