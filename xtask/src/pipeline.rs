@@ -129,10 +129,14 @@ impl Plan {
 
         if let Held::Text(_) = held {
             stages.begin("measuring the perplexity");
+            // `graft lora --test` reads test.jsonl; the held-out rows may be those of valid.jsonl.
+            let held = folder.join("held");
+            fs::create_dir_all(&held)?;
+            fs::copy(rows::held_file(&self.data)?, held.join("test.jsonl"))?;
             for (name, model, adapter) in
                 [("base", &base, ""), ("adapter", &base, adapter.as_str()), ("fused", &fused, "")]
             {
-                report["scores"][name] = graft.perplexity(model, adapter, &self.data)?.into();
+                report["scores"][name] = graft.perplexity(model, adapter, &held)?.into();
             }
         }
         let adapter_file = fs::metadata(Path::new(&adapter).join("adapters.safetensors"))?;

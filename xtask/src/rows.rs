@@ -1,7 +1,7 @@
 //! The held-out rows of a data set, and what a served model answers to them.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -22,6 +22,14 @@ pub(crate) struct Row {
     expected: String,
 }
 
+/// test.jsonl of a data directory, or valid.jsonl where there is none.
+pub(crate) fn held_file(data: &Path) -> Result<PathBuf> {
+    let mut names = ["test.jsonl", "valid.jsonl"].map(|name| data.join(name)).into_iter();
+    names.find(|file| file.exists()).with_context(|| {
+        format!("{} holds neither test.jsonl nor valid.jsonl, so nothing can be measured", data.display())
+    })
+}
+
 /// What a model's score can be.
 pub(crate) enum Held {
     /// Exact answers.
@@ -31,12 +39,9 @@ pub(crate) enum Held {
 }
 
 impl Held {
-    /// Reads test.jsonl, or valid.jsonl where there is none.
+    /// Reads the rows of [`held_file`].
     pub(crate) fn load(data: &Path) -> Result<Self> {
-        let names = ["test.jsonl", "valid.jsonl"].map(|name| data.join(name));
-        let Some(file) = names.iter().find(|file| file.exists()) else {
-            bail!("{} holds neither test.jsonl nor valid.jsonl, so nothing can be measured", data.display());
-        };
+        let file = &held_file(data)?;
         let text = fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
         let mut rows = Vec::new();
         for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {

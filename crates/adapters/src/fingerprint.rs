@@ -1,22 +1,28 @@
 //! What ties an adapter to the base it was trained on.
 
+use std::collections::BTreeMap;
+use std::path::Path;
+
 use graft_quant::Checkpoint;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
 use crate::AdapterConfig;
 
 /// Facts about a base, compared when an adapter is loaded or fused.
 ///
-/// Two precisions of one model share `shapes` and `tokenizer` and differ in `precision`.
+/// Two precisions of one model share `shapes` and `vocabulary` and differ in `precision`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint {
     /// config.json's `model_type`.
     pub model_type: String,
     /// SHA-256 over the logical shape of every module, sorted by path.
     pub shapes: String,
-    /// SHA-256 of tokenizer.json, empty where there is none.
-    pub tokenizer: String,
+    /// SHA-256 over the tokens and ids of tokenizer.json, added ones included, sorted by token; empty where there is no such
+    /// file. Not over its bytes, since tools write the same tokenizer in different ways.
+    #[serde(default)]
+    pub vocabulary: String,
     /// The base's quantization block as JSON, or the floats' dtype.
     pub precision: String,
     /// What the base was called when the adapter was trained (a path or an id).
@@ -35,13 +41,11 @@ impl Fingerprint {
         for (path, (out, input)) in checkpoint.module_shapes() {
             shapes.update(format!("{path} {out} {input}\n"));
         }
-        let tokenizer =
-            std::fs::read(checkpoint.dir().join("tokenizer.json")).map(|b| hex(&Sha256::digest(b)));
         let precision = config.get("quantization").map_or_else(|| text("torch_dtype"), ToString::to_string);
         Self {
             model_type: text("model_type"),
             shapes: hex(&shapes.finalize()),
-            tokenizer: tokenizer.unwrap_or_default(),
+            vocabulary: vocabulary(&checkpoint.dir().join("tokenizer.json")),
             precision,
             lineage: lineage.to_owned(),
         }
@@ -63,13 +67,62 @@ impl Fingerprint {
         if self.shapes != base.shapes {
             return Some(format!("it was trained on {}, whose weights have other shapes", self.lineage));
         }
-        if self.tokenizer != base.tokenizer && !self.tokenizer.is_empty() && !base.tokenizer.is_empty() {
+        if self.vocabulary != base.vocabulary && !self.vocabulary.is_empty() && !base.vocabulary.is_empty() {
             return Some(format!("it was trained on {}, whose tokenizer differs", self.lineage));
         }
         None
     }
 }
 
+/// The hash of a tokenizer.json's vocabulary; of its bytes where it has another form; empty where there is none.
+fn vocabulary(file: &Path) -> String {
+    let Ok(bytes) = std::fs::read(file) else { return String::new() };
+    let Ok(json) = serde_json::from_slice::<Value>(&bytes) else { return hex(&Sha256::digest(bytes)) };
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    let mut ids: BTreeMap<String, u64> = match &json["model"]["vocab"] {
+        Value::Object(map) => {
+            map.iter().filter_map(|(token, id)| Some((token.clone(), id.as_u64()?))).collect()
+        }
+        // A unigram model's list of token and score, whose places are the ids.
+        Value::Array(list) => list.iter().zip(0..).filter_map(|(e, id)| Some((text(&e[0])?, id))).collect(),
+        _ => return hex(&Sha256::digest(bytes)),
+    };
+    let added = json["added_tokens"].as_array().into_iter().flatten();
+    ids.extend(added.filter_map(|token| Some((text(&token["content"])?, token["id"].as_u64()?))));
+    let mut hash = Sha256::new();
+    for (token, id) in ids {
+        // With the length, no two lists are the same bytes.
+        hash.update(format!("{id} {} {token}\n", token.len()));
+    }
+    hex(&hash.finalize())
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_tokenizer_is_its_vocabulary_however_it_is_written() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let hash = |text: &str| {
+            std::fs::write(file.path(), text).unwrap();
+            super::vocabulary(file.path())
+        };
+        let one = hash(
+            r#"{"version": "1.0", "model": {"vocab": {"a": 0, "b": 1}, "merges": ["a b"]},
+                "added_tokens": [{"id": 2, "content": "<s>", "special": true}]}"#,
+        );
+        let again = hash(
+            r#"{"added_tokens":[{"content":"<s>","id":2}],"model":{"merges":[["a","b"]],"vocab":{"b":1,"a":0}}}"#,
+        );
+        assert_eq!(one, again);
+        // A unigram model lists its tokens; these are the same ones.
+        let list = r#"{"model": {"vocab": [["a", -1.0], ["b", -2.5]]}, "added_tokens": [{"id": 2, "content": "<s>"}]}"#;
+        assert_eq!(hash(list), one);
+        assert_ne!(hash(&list.replace("\"b\"", "\"c\"")), one);
+        assert_ne!(hash(&list.replace("\"id\": 2", "\"id\": 3")), one);
+        assert!(hash("{}").len() == 64 && super::vocabulary("no/such/file".as_ref()).is_empty());
+    }
 }

@@ -1,13 +1,13 @@
 //! An adapter directory: read in mlx-lm's or PEFT's form, checked against a base, written in mlx-lm's form.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use graft_ops::Dtype;
 use graft_quant::{Tensor, Weight};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use crate::{Adapter, AdapterConfig, Error, FineTuneType, Kind, Result, Site, Table, peft};
+use crate::{Adapter, AdapterConfig, Error, FineTuneType, Fingerprint, Kind, Result, Site, Table, peft};
 
 /// mlx-lm's name of the tensors.
 pub const ADAPTER_FILE: &str = "adapters.safetensors";
@@ -49,21 +49,7 @@ impl AdapterSet {
     /// # Errors
     /// When a file is missing or damaged, or when the adapter uses what cannot be represented.
     pub fn load(dir: &Path) -> Result<Self> {
-        let file = dir.join(CONFIG_FILE);
-        if !file.is_file() {
-            return Err(Error::NotAnAdapter { dir: dir.to_path_buf(), missing: CONFIG_FILE.into() });
-        }
-        let bytes = std::fs::read(&file).map_err(|source| Error::Io { path: file.clone(), source })?;
-        let json: Value =
-            serde_json::from_slice(&bytes).map_err(|source| Error::Json { path: file.clone(), source })?;
-        let Value::Object(raw) = json else {
-            return Err(Error::Config {
-                file,
-                field: "(whole file)".into(),
-                expected: "an object".into(),
-                found: "another JSON value".into(),
-            });
-        };
+        let (file, raw) = read_config(dir)?;
         if raw.contains_key("peft_type") {
             return peft::load(dir, &file, raw);
         }
@@ -73,6 +59,18 @@ impl AdapterSet {
             return Err(Error::NotAnAdapter { dir: dir.to_path_buf(), missing: ADAPTER_FILE.into() });
         }
         Self::from_file(&tensors, config)
+    }
+
+    /// The base on which the adapter in `dir` was trained, where its config says so; no tensor is read.
+    ///
+    /// # Errors
+    /// When there is no config, or it is no JSON object.
+    pub fn trained_on(dir: &Path) -> Result<Option<Fingerprint>> {
+        let (file, raw) = read_config(dir)?;
+        if raw.contains_key("peft_type") {
+            return Ok(None);
+        }
+        Ok(Fingerprint::read(&AdapterConfig::from_map(&file, raw)?))
     }
 
     /// Reads a file of tensors in mlx-lm's form under a given config (`--resume-adapter-file`).
@@ -119,7 +117,7 @@ impl AdapterSet {
         Ok(graft_quant::write_atomic(&dir.join(ADAPTER_FILE), &bytes)?)
     }
 
-    /// Writes the config alone (mlx-lm does so before training begins).
+    /// Writes the config alone.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -189,6 +187,26 @@ impl AdapterSet {
         let table = Table { sites };
         mlx_rs::transforms::eval(table.arrays())?;
         Ok(table)
+    }
+}
+
+/// adapter_config.json of an adapter directory: its path and its keys.
+fn read_config(dir: &Path) -> Result<(PathBuf, Map<String, Value>)> {
+    let file = dir.join(CONFIG_FILE);
+    if !file.is_file() {
+        return Err(Error::NotAnAdapter { dir: dir.to_path_buf(), missing: CONFIG_FILE.into() });
+    }
+    let bytes = std::fs::read(&file).map_err(|source| Error::Io { path: file.clone(), source })?;
+    let json: Value =
+        serde_json::from_slice(&bytes).map_err(|source| Error::Json { path: file.clone(), source })?;
+    match json {
+        Value::Object(raw) => Ok((file, raw)),
+        _ => Err(Error::Config {
+            file,
+            field: "(whole file)".into(),
+            expected: "an object".into(),
+            found: "another JSON value".into(),
+        }),
     }
 }
 

@@ -28,7 +28,8 @@ impl std::error::Error for Interrupted {}
 /// 1, 2 or 130.
 pub(crate) fn status(error: &Error) -> u8 {
     let sampling = matches!(error.downcast_ref(), Some(graft_model::Error::Sampling { .. }));
-    if error.is::<Usage>() || sampling {
+    let setting = matches!(error.downcast_ref(), Some(graft_train::Error::Setting { .. }));
+    if error.is::<Usage>() || sampling || setting {
         2
     } else if error.is::<Interrupted>() {
         130

@@ -68,10 +68,14 @@ pub(crate) fn resolve(argument: &str, what: What) -> Result<PathBuf> {
         return Ok(path.to_path_buf());
     }
     if path.exists() {
-        bail!(
-            "the {} argument `{argument}` is a file; a directory was expected (graft convert makes one of a .gguf file)",
-            what.name()
-        );
+        let expected = match what {
+            What::Model => "a model directory was expected (graft convert makes one of a .gguf file)",
+            What::Adapter => "a directory with adapter_config.json and adapters.safetensors was expected",
+            What::Data => {
+                "a directory with train.jsonl (and valid.jsonl, test.jsonl) was expected: give the one that it stands in"
+            }
+        };
+        bail!("the {} argument `{argument}` is a file; {expected}", what.name());
     }
     if !is_id(argument) {
         bail!(
@@ -179,6 +183,12 @@ fn fetch(id: &str, what: What, cache: &Path) -> Result<PathBuf> {
         info.siblings.into_iter().map(|s| s.rfilename).filter(|n| what.wants(n)).collect();
     let key = what.key_file();
     let Some(at) = names.iter().position(|n| n == key) else {
+        if what == What::Data {
+            bail!(
+                "the data set `{id}` holds no {key}, and graft reads JSON lines alone (no parquet): save its rows as {key} in \
+                 a directory and give that (graft perplexity also takes --data-path FILE.jsonl)"
+            );
+        }
         bail!("the repository `{id}` holds no {key}, so it is no {} that graft can read", what.name());
     };
     if what == What::Model && !names.iter().any(|n| n.ends_with(".safetensors")) {

@@ -3,6 +3,7 @@
 use crate::args::{self, LoraArgs};
 use crate::errors::Usage;
 use anyhow::{Context, Result};
+use graft_train::{Optimizer, Schedule};
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
@@ -145,10 +146,14 @@ impl Settings {
         let mask_in_file = file.contains_key("mask_prompt");
         let keys: Vec<_> = KEYS.iter().map(|(key, kind, _)| (*key, *kind)).collect();
         for (key, value) in checked(origin, "", file, &keys)? {
-            match (&mut all.get_mut(&key), value) {
+            match (all.get_mut(&key), value) {
                 // What a file's lora_parameters leave out keeps its default, where mlx_lm stops with a KeyError.
-                (Some(Value::Object(under)), Value::Object(over)) if key != "lr_schedule" => {
-                    under.extend(over)
+                (Some(Value::Object(under)), Value::Object(mut over)) if key != "lr_schedule" => {
+                    // mlx_lm reads `scale` alone; `alpha` is our extension and counts where there is no `scale`.
+                    if over.contains_key("scale") {
+                        over.remove("alpha");
+                    }
+                    merge(under, over);
                 }
                 (_, value) => {
                     all.insert(key, value);
@@ -228,6 +233,19 @@ impl Settings {
         if !(rate.is_finite() && rate >= 0.0) {
             return Err(usage(format!("--learning-rate must be a number of at least 0, not {rate}")));
         }
+        let norm = self.float("max_grad_norm");
+        if norm < 0.0 {
+            return Err(usage(format!("--max-grad-norm must be at least 0 (0: no clipping), not {norm}")));
+        }
+        if self.flag("test") && self.int("test_batches") == 0 {
+            return Err(usage("--test-batches 0 tests nothing: give a number, or -1 for all".into()));
+        }
+        // What the library would refuse once the model is loaded.
+        Optimizer::from_config(self.text("optimizer").unwrap_or_default(), &self.optimizer_config())
+            .map_err(|e| usage(e.to_string()))?;
+        if let Some(schedule) = self.all.get("lr_schedule").filter(|v| !v.is_null()) {
+            Schedule::from_value(schedule).map_err(|e| usage(e.to_string()))?;
+        }
         if let Some(service) = self.text("report_to") {
             let advice = args::advice("lora", "report-to").unwrap_or_default();
             return Err(usage(format!("report_to: {service} is not supported: {advice}")));
@@ -236,6 +254,12 @@ impl Settings {
             return Err(usage("nothing to do: give --train, --test or both".into()));
         }
         Ok(())
+    }
+
+    /// The settings of the chosen optimizer.
+    pub(crate) fn optimizer_config(&self) -> Map<String, Value> {
+        let own = self.map("optimizer_config").and_then(|all| all.get(self.text("optimizer")?)?.as_object());
+        own.cloned().unwrap_or_default()
     }
 
     /// A whole number; 0 where a key is unset.
@@ -295,6 +319,18 @@ fn defaults_of(defaults: Defaults) -> Result<Map<String, Value>> {
     Ok(all)
 }
 
+/// Lays a mapping over another, mappings within them too.
+fn merge(under: &mut Map<String, Value>, over: Map<String, Value>) {
+    for (key, value) in over {
+        match (under.get_mut(&key), value) {
+            (Some(Value::Object(under)), Value::Object(over)) => merge(under, over),
+            (_, value) => {
+                under.insert(key, value);
+            }
+        }
+    }
+}
+
 /// The mapping that a value is; empty if it is none.
 pub(crate) fn object(value: Value) -> Map<String, Value> {
     match value {
@@ -344,7 +380,7 @@ fn checked(
 fn typed(origin: &str, name: &str, value: Value, kind: Kind) -> Result<Value> {
     let float = |value: &Value| match value {
         Value::Number(n) => n.as_f64(),
-        Value::String(s) => s.trim().parse::<f64>().ok(),
+        Value::String(s) => s.trim().parse::<f64>().ok().filter(|x| x.is_finite()),
         _ => None,
     };
     let number =
@@ -458,8 +494,19 @@ mod tests {
     fn alpha_is_scale_times_rank() {
         let s = settings(&["--train", "--rank", "16", "--alpha", "32"], "", Defaults::MlxLm).unwrap();
         assert_eq!(s.map("lora_parameters").unwrap()["scale"], 2.0);
-        let s = settings(&["--train"], "lora_parameters: {rank: 4, alpha: 8}", Defaults::MlxLm).unwrap();
-        assert_eq!(s.map("lora_parameters").unwrap()["scale"], 2.0);
+        for (flags, yaml, scale) in [
+            (&[][..], "{rank: 4, alpha: 8}", 2.0),
+            // A file's scale wins over its alpha, as in mlx_lm; flags win over both.
+            (&[], "{rank: 4, alpha: 8, scale: 5.0}", 5.0),
+            (&["--alpha", "16"], "{rank: 4, alpha: 8, scale: 5.0}", 4.0),
+            (&["--scale", "7"], "{rank: 4, alpha: 8}", 7.0),
+            (&["--rank", "8"], "{rank: 4, alpha: 8}", 1.0),
+        ] {
+            let flags = [&["--train"], flags].concat();
+            let s = settings(&flags, &format!("lora_parameters: {yaml}"), Defaults::MlxLm).unwrap();
+            let lora = s.map("lora_parameters").unwrap();
+            assert_eq!((&lora["scale"], lora.get("alpha")), (&json!(scale), None), "{flags:?} {yaml}");
+        }
     }
 
     #[test]
@@ -488,6 +535,19 @@ mod tests {
         assert!(m.contains("wandb"), "{m}");
         let m = message(&["--train", "--batch-size", "0"], "");
         assert!(m.contains("--batch-size"), "{m}");
+        let m = message(&["--test", "--test-batches", "0"], "");
+        assert!(m.contains("--test-batches"), "{m}");
+        assert_eq!(message(&["--train", "--test-batches", "0", "--iters", "0"], ""), "");
+        let m = message(&["--train", "--max-grad-norm", "-1"], "");
+        assert!(m.contains("--max-grad-norm"), "{m}");
+        for value in ["nan", "inf"] {
+            let m = message(&["--train", "--max-grad-norm", value], "");
+            assert!(m.contains("a finite number"), "{m}");
+        }
+        let m = message(&["--train"], "lr_schedule: {name: sine, arguments: [1]}");
+        assert!(m.contains("lr_schedule") && m.contains("sine"), "{m}");
+        let m = message(&["--train"], "optimizer_config: {adam: {weight_decay: 0.1}}");
+        assert!(m.contains("optimizer_config.adam") && m.contains("weight_decay"), "{m}");
     }
 
     #[test]
@@ -495,5 +555,8 @@ mod tests {
         let s = settings(&["--iters", "200"], "", Defaults::Recipe).unwrap();
         assert!(s.flag("train"));
         assert_eq!(s.map("lr_schedule").unwrap()["warmup"], 10);
+        let s = settings(&[], "optimizer_config: {adamw: {weight_decay: 0.1}}", Defaults::Recipe).unwrap();
+        let adamw = json!({"bias_correction": true, "weight_decay": 0.1});
+        assert_eq!(Value::from(s.optimizer_config()), adamw);
     }
 }

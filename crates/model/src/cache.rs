@@ -29,11 +29,6 @@ impl KvCache {
         self.len == 0
     }
 
-    /// Forgets the tokens from `len` on.
-    pub fn trim(&mut self, len: i32) {
-        self.len = self.len.min(len.max(0));
-    }
-
     /// Bytes that the buffers take.
     pub fn nbytes(&self) -> usize {
         self.layers.iter().map(KeyValues::nbytes).sum()

@@ -10,7 +10,7 @@ use crate::{Error, KvCache, Model, Result, Sampler, Sampling};
 
 /// Tokens per chunk of a prompt. The borders are fixed, so an answer depends neither on how a prompt arrived nor on
 /// what was generated beside it.
-const PREFILL_STEP: usize = 512;
+pub const PREFILL_STEP: usize = 512;
 
 /// How long to generate and how to choose.
 #[derive(Debug, Clone)]
@@ -122,7 +122,8 @@ impl<'a> Generator<'a> {
     /// The next token, or none when the generation has ended.
     ///
     /// # Errors
-    /// When an array operation fails or the logits are not finite.
+    /// When an array operation fails or, where the sampler reads the logits (anything but plain greedy), one of them is not
+    /// a number.
     pub fn step(&mut self) -> Result<Option<Token>> {
         while !self.finished && self.read < self.prompt {
             self.prefill()?;
@@ -158,11 +159,6 @@ impl<'a> Generator<'a> {
             self.pending = Some(self.prepare(&hidden)?);
         }
         Ok(Some(Token { id, logprob, stop }))
-    }
-
-    /// Tokens of the prompt and of the answer so far.
-    pub fn history(&self) -> &[u32] {
-        &self.history
     }
 
     /// The sampler, for what it keeps of the last choice (alternatives and their log-probabilities).

@@ -16,7 +16,6 @@ const REPLACEMENT: char = '\u{FFFD}';
 #[derive(Debug, Clone)]
 pub struct TextStream {
     tokenizer: Tokenizer,
-    skip_special: bool,
     /// The ids of the last emission, then those that are not emitted.
     window: Vec<u32>,
     /// How many ids of the window are emitted.
@@ -24,9 +23,9 @@ pub struct TextStream {
 }
 
 impl TextStream {
-    /// A stream at the beginning of a text; `skip_special` leaves special tokens out.
-    pub fn new(tokenizer: Tokenizer, skip_special: bool) -> Self {
-        Self { tokenizer, skip_special, window: Vec::new(), emitted: 0 }
+    /// A stream at the beginning of a text.
+    pub(crate) fn new(tokenizer: Tokenizer) -> Self {
+        Self { tokenizer, window: Vec::new(), emitted: 0 }
     }
 
     /// The text that `id` completes, often empty, never half a character.
@@ -34,9 +33,6 @@ impl TextStream {
     /// # Errors
     /// When the tokenizer fails on the ids.
     pub fn push(&mut self, id: u32) -> Result<String> {
-        if self.skip_special && self.tokenizer.is_special(id) {
-            return Ok(String::new());
-        }
         self.window.push(id);
         let old = self.decode(0, self.emitted)?;
         let new = self.decode(0, self.window.len())?;
@@ -99,6 +95,6 @@ impl TextStream {
     }
 
     fn decode(&self, from: usize, to: usize) -> Result<String> {
-        self.tokenizer.decode(&self.window[from..to], self.skip_special)
+        self.tokenizer.decode(&self.window[from..to], false)
     }
 }

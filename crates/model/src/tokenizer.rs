@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
 
 use crate::{Error, Result, TextStream};
 
@@ -19,11 +18,9 @@ pub struct Tokenizer {
 struct Shared {
     file: PathBuf,
     tokenizer: tokenizers::Tokenizer,
-    special: BTreeSet<u32>,
     eos: Option<u32>,
     eos_ids: BTreeSet<u32>,
     bos: Option<u32>,
-    content_hash: String,
 }
 
 /// Files of tokenizers that we do not read; they explain a missing tokenizer.json.
@@ -73,11 +70,7 @@ impl Tokenizer {
         let id = |field: &str| -> Option<u32> { tokenizer.token_to_id(&token_text(config.get(field)?)?) };
         let (bos, eos) = (id("bos_token"), id("eos_token"));
         eos_ids.extend(eos);
-        let special =
-            tokenizer.get_added_tokens_decoder().into_iter().filter(|(_, t)| t.special).map(|(id, _)| id);
-        let special = special.collect();
-        let content_hash = Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect();
-        Ok(Self { shared: Arc::new(Shared { file, tokenizer, special, eos, eos_ids, bos, content_hash }) })
+        Ok(Self { shared: Arc::new(Shared { file, tokenizer, eos, eos_ids, bos }) })
     }
 
     /// The ids of `text`. `add_special` adds what the tokenizer puts around a text of its own (such as a first `<s>`);
@@ -99,9 +92,20 @@ impl Tokenizer {
         self.shared.tokenizer.decode(ids, skip_special).map_err(|e| self.failed("decoding", &e))
     }
 
-    /// Decodes ids that arrive one at a time, special tokens left out.
+    /// Decodes ids that arrive one at a time. Special tokens are text, as in mlx-lm: what ends an answer is kept away by
+    /// the caller, and others, such as the marks around a tool call, mean something.
     pub fn stream(&self) -> TextStream {
-        TextStream::new(self.clone(), true)
+        TextStream::new(self.clone())
+    }
+
+    /// The ids that XTC spares, as in mlx-lm: those of a line's end and of an answer's end.
+    ///
+    /// # Errors
+    /// When the tokenizer fails on a line's end.
+    pub fn xtc_special_tokens(&self) -> Result<Vec<u32>> {
+        let mut ids = self.encode("\n", true)?;
+        ids.extend(self.eos_ids());
+        Ok(ids)
     }
 
     /// Every id that ends an answer: of generation_config.json, config.json and the tokenizer itself.
@@ -142,19 +146,9 @@ impl Tokenizer {
         self.shared.tokenizer.id_to_token(id)
     }
 
-    /// Whether the id is a special token, which has no text of its own.
-    pub fn is_special(&self, id: u32) -> bool {
-        self.shared.special.contains(&id)
-    }
-
     /// How many tokens there are, added ones included. A model may have more rows.
     pub fn vocab_size(&self) -> usize {
         self.shared.tokenizer.get_vocab_size(true)
-    }
-
-    /// SHA-256 of tokenizer.json in hexadecimal.
-    pub fn content_hash(&self) -> &str {
-        &self.shared.content_hash
     }
 
     fn failed(&self, what: &str, error: &tokenizers::Error) -> Error {

@@ -257,6 +257,26 @@ fn a_checkpoint_that_differs_from_its_config_is_refused_whole() {
     });
 }
 
+#[test]
+fn blocks_with_a_window_are_refused_by_name() {
+    let dir = tiny_model(&Tiny::new(Family::Llama));
+    let file = dir.path().join("config.json");
+    let map = std::fs::read(&file).unwrap();
+    let config = |change: &[(&str, serde_json::Value)]| {
+        let mut map: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&map).unwrap();
+        map.extend(change.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
+        graft_model::config_from_map(&file, &map).map(|_| ()).map_err(|e| e.to_string())
+    };
+    let (full, sliding) = ("full_attention", "sliding_attention");
+    config(&[("layer_types", [full, full][..].into()), ("sliding_window", 4096.into())]).unwrap();
+    let error = config(&[("layer_types", [full, sliding][..].into())]).unwrap_err();
+    assert!(error.contains("layer_types") && error.contains(sliding), "{error}");
+    let window = [("use_sliding_window", true.into()), ("sliding_window", 64.into())];
+    assert!(config(&window).unwrap_err().contains("use_sliding_window"));
+    // A window from a block on that the model does not have is none.
+    config(&[&window[..], &[("max_window_layers", 2.into())]].concat()).unwrap();
+}
+
 /// Logits of tiny models as mlx-lm 0.32.2 computes them; `cargo xtask golden` writes the file.
 #[test]
 fn logits_are_mlx_lms() {

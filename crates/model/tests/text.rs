@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use graft_model::{ChatTemplate, Error, Sampler, Sampling, TextStream, Tokenizer};
+use graft_model::{ChatTemplate, Error, Sampler, Sampling, Tokenizer};
 use graft_testkit::{Family, Tiny, tiny_model, tokenizer_json};
 use serde_json::{Map, Value, json};
 
@@ -110,13 +110,12 @@ fn the_tiny_tokenizer_loads_with_all_its_ends() {
         (t.token_to_id("<|im_start|>"), t.id_to_token(start).as_deref()),
         (Some(start), Some("<|im_start|>"))
     );
-    assert!(t.is_special(eot) && !t.is_special(0));
+    assert!(t.decode(&[eot], true).unwrap().is_empty() && !t.decode(&[0], true).unwrap().is_empty());
     let text = "the user<|im_end|>";
     let ids = t.encode(text, false).unwrap();
     assert_eq!(ids.last(), Some(&end));
     assert_eq!(t.decode(&ids, false).unwrap(), text);
     assert_eq!(t.decode(&ids, true).unwrap(), "the user");
-    assert_eq!(t.content_hash().len(), 64);
 }
 
 #[test]
@@ -191,7 +190,7 @@ fn streams_return_whole_characters_and_all_of_them() {
         for text in texts {
             let ids = t.encode(text, false).unwrap();
             let pieces = pieces(&t, &ids);
-            assert_eq!(pieces.concat(), t.decode(&ids, true).unwrap(), "{pieces:?}");
+            assert_eq!(pieces.concat(), t.decode(&ids, false).unwrap(), "{pieces:?}");
             assert!(
                 text.contains('\u{FFFD}') || !pieces.iter().any(|p| p.contains('\u{FFFD}')),
                 "{text}: {pieces:?}"
@@ -204,7 +203,7 @@ fn streams_return_whole_characters_and_all_of_them() {
 }
 
 #[test]
-fn streams_leave_special_tokens_out_on_request() {
+fn special_tokens_are_text_that_breaks_characters() {
     let t = byte_level();
     let ids = t.encode("é", false).unwrap();
     let [a, b] =
@@ -212,9 +211,9 @@ fn streams_leave_special_tokens_out_on_request() {
     assert_eq!((a, b), (None, None), "bytes alone are no text");
     let bytes: Vec<u32> = t.encode("ÿ", false).unwrap();
     assert_eq!(bytes.len(), 2);
-    assert_eq!(pieces(&t, &[bytes[0], 287, bytes[1], ids[0]]).concat(), "ÿ\u{FFFD}");
-    let mut shown = TextStream::new(t.clone(), false);
-    assert_eq!(shown.push(287).unwrap(), "<|im_end|>");
+    assert_eq!(pieces(&t, &[287, bytes[0], bytes[1], 286])[..4], ["<|im_end|>", "", "ÿ", "<|im_start|>"]);
+    let broken = pieces(&t, &[bytes[0], 287, bytes[1], ids[0]]).concat();
+    assert_eq!(broken, t.decode(&[bytes[0], 287, bytes[1], ids[0]], false).unwrap());
 }
 
 #[test]
@@ -234,7 +233,7 @@ fn streams_of_garbage_end_and_take_linear_time() {
             let longest = pieces.iter().map(String::len).max().unwrap();
             assert!(longest < 400, "text must not pile up: {longest}");
             if t.token_to_id("<0x80>").is_none() && ids[1] != ids[2] {
-                assert_eq!(pieces.concat(), t.decode(&ids, true).unwrap());
+                assert_eq!(pieces.concat(), t.decode(&ids, false).unwrap());
             }
         }
         assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());

@@ -97,9 +97,10 @@ pub fn linears<'a>(input: impl Into<Input<'a>>, linears: &[LinearRef]) -> Result
     let input = input.into();
     #[cfg(all(graft_cpu, target_arch = "x86_64"))]
     if let Some(like) = input.like().filter(|like| like.dtype() == Dtype::Float32)
+        && !linears.is_empty()
         && Answers::fits(linears)
     {
-        linears.iter().try_for_each(|linear| check(like, linear))?;
+        linears.iter().try_for_each(|linear| check(like, linear).and_then(|()| check_f32(linear)))?;
         return Answers::apply(input, linears);
     }
     let x = &input.array()?;

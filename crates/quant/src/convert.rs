@@ -4,6 +4,7 @@
 //! at a time, whatever the model's size, and the output takes its place when it is complete.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use graft_ops::Array;
 use serde_json::{Map, Value};
@@ -33,8 +34,6 @@ pub struct ConvertOptions {
     /// F16, BF16 or F32 for every float, scales and biases of packed weights too. None: config.json's `torch_dtype`
     /// (or `text_config.dtype`), else as stored; for GGUF, F16, which holds its scales exactly.
     pub dtype: Option<StoredDtype>,
-    /// Replace the model directory at the target, if there is one.
-    pub overwrite: bool,
 }
 
 /// What happens meanwhile.
@@ -73,20 +72,21 @@ impl Report {
     }
 }
 
-/// Converts a model directory.
+/// Converts a model directory. `stop` is looked at between two tensors.
 ///
 /// # Errors
-/// When the source cannot be read, the target exists, or the options contradict each other or the model.
+/// When the source cannot be read, the target exists, the options contradict each other or the model, or `stop` was set.
 pub fn convert(
     src: &Path,
     dst: &Path,
     options: &ConvertOptions,
+    stop: &AtomicBool,
     on_event: &mut dyn FnMut(Event),
 ) -> Result<Report> {
     check(options)?;
     let checkpoint = Checkpoint::open(src)?;
     let config = checkpoint.config();
-    let mut sink = Sink::new(dst, options, options.dtype.or_else(|| config_dtype(config)), on_event)?;
+    let mut sink = Sink::new(dst, options, options.dtype.or_else(|| config_dtype(config)), stop, on_event)?;
     sink.quantization = checkpoint.quantization().clone();
     let already_packed = sink.quantization.default.is_some();
     sink.warn_of_packed(already_packed, src);
@@ -106,7 +106,7 @@ pub fn convert(
         } else if let Some(block) = read_block(&checkpoint, name)? {
             sink.put(name, block)?;
         }
-        sink.event(Event::Tensor { done: done + 1, total: names.len() });
+        sink.advance(done + 1, names.len())?;
     }
     sink.finish(config.clone(), |writer| {
         for file in companion_files(src)? {
@@ -139,6 +139,7 @@ pub fn convert_gguf(
     parts: &GgufParts,
     dst: &Path,
     options: &ConvertOptions,
+    stop: &AtomicBool,
     on_event: &mut dyn FnMut(Event),
 ) -> Result<Report> {
     check(options)?;
@@ -152,7 +153,7 @@ pub fn convert_gguf(
             None => left_out.push(info.name.clone()),
         }
     }
-    let mut sink = Sink::new(dst, options, Some(options.dtype.unwrap_or(StoredDtype::F16)), on_event)?;
+    let mut sink = Sink::new(dst, options, Some(options.dtype.unwrap_or(StoredDtype::F16)), stop, on_event)?;
     sink.report.left_out = left_out;
     named.sort_by(|a, b| a.0.cmp(&b.0));
     sink.warn_of_packed(named.iter().any(|(_, info, _)| info.kind.grid().is_some()), gguf.path());
@@ -171,7 +172,7 @@ pub fn convert_gguf(
     for (done, (name, info, rows)) in named.iter().enumerate() {
         let block = gguf.read(info, rows.as_deref())?;
         sink.put(name, block)?;
-        sink.event(Event::Tensor { done: done + 1, total });
+        sink.advance(done + 1, total)?;
     }
     sink.finish(parts.config.clone(), |writer| {
         parts.files.iter().try_for_each(|(name, bytes)| writer.write_file(name, bytes))
@@ -297,6 +298,7 @@ struct Sink<'a> {
     fine_grained: bool,
     layers: usize,
     report: Report,
+    stop: &'a AtomicBool,
     on_event: &'a mut dyn FnMut(Event),
 }
 
@@ -305,26 +307,30 @@ impl<'a> Sink<'a> {
         dst: &Path,
         options: &'a ConvertOptions,
         dtype: Option<StoredDtype>,
+        stop: &'a AtomicBool,
         on_event: &'a mut dyn FnMut(Event),
     ) -> Result<Self> {
         Ok(Self {
-            writer: DirWriter::create(dst, options.overwrite)?,
+            writer: DirWriter::create(dst, false)?,
             options,
             dtype,
             quantization: Quantization::default(),
             fine_grained: false,
             layers: 0,
             report: Report { packed: 0, dequantized: 0, parameters: 0, bytes: 0, left_out: Vec::new() },
+            stop,
             on_event,
         })
     }
 
-    fn event(&mut self, event: Event) {
-        (self.on_event)(event);
+    /// One tensor more is done; nothing is left behind if that is all there shall be.
+    fn advance(&mut self, done: usize, total: usize) -> Result<()> {
+        (self.on_event)(Event::Tensor { done, total });
+        if self.stop.load(Ordering::Relaxed) { Err(Error::Stopped) } else { Ok(()) }
     }
 
     fn warn(&mut self, text: String) {
-        self.event(Event::Warning(text));
+        (self.on_event)(Event::Warning(text));
     }
 
     /// Says where what was asked for is done already.

@@ -88,6 +88,9 @@ pub enum Error {
     /// Numbers that fit no grid or no request.
     #[error("{0}")]
     Request(String),
+    /// The conversion was asked to stop.
+    #[error("stopped before the model was complete; nothing was written")]
+    Stopped,
     /// An array operation failed.
     #[error("array operation failed: {0}")]
     Array(#[from] graft_ops::Exception),

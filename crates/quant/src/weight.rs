@@ -83,11 +83,6 @@ impl Weight {
         }
     }
 
-    /// Whether it is packed.
-    pub fn is_packed(&self) -> bool {
-        !matches!(self, Self::Dense(_))
-    }
-
     /// Bytes in memory.
     pub fn nbytes(&self) -> usize {
         match self {

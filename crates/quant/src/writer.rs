@@ -49,7 +49,6 @@ fn readable_by_all(path: &Path) -> Result<()> {
 pub struct DirWriter {
     target: PathBuf,
     temp: TempDir,
-    max_bytes: u64,
     shards: Vec<Shard>,
     metadata: BTreeMap<String, String>,
 }
@@ -62,7 +61,7 @@ struct Shard {
     bytes: u64,
 }
 
-/// mlx-lm's limit of one file: 5 GiB.
+/// mlx-lm's limit of one file: 5 GiB; a single tensor may exceed it.
 const MAX_SHARD: u64 = 5 << 30;
 
 impl DirWriter {
@@ -80,18 +79,7 @@ impl DirWriter {
             .tempdir_in(dir)
             .map_err(Error::io(dir))?;
         let metadata = BTreeMap::from([("format".to_owned(), "mlx".to_owned())]);
-        Ok(DirWriter {
-            target: target.to_path_buf(),
-            temp,
-            max_bytes: MAX_SHARD,
-            shards: Vec::new(),
-            metadata,
-        })
-    }
-
-    /// Limits the size of one safetensors file; a single tensor may exceed it.
-    pub fn shards(&mut self, max_bytes: u64) {
-        self.max_bytes = max_bytes.max(1);
+        Ok(DirWriter { target: target.to_path_buf(), temp, shards: Vec::new(), metadata })
     }
 
     /// Appends a tensor.
@@ -110,7 +98,7 @@ impl DirWriter {
             )));
         }
         let size = tensor.data.len() as u64;
-        if self.shards.last().is_none_or(|shard| shard.bytes + size > self.max_bytes && shard.bytes > 0) {
+        if self.shards.last().is_none_or(|shard| shard.bytes + size > MAX_SHARD && shard.bytes > 0) {
             let path = self.data_path(self.shards.len());
             let file = File::create_new(&path).map_err(Error::io(&path))?;
             self.shards.push(Shard { data: BufWriter::new(file), entries: Vec::new(), bytes: 0 });

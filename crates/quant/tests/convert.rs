@@ -2,13 +2,15 @@
 #![allow(clippy::unwrap_used, reason = "tests: a panic is the report")]
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use graft_quant::convert::{ConvertOptions, Event, GgufParts, Packing, Report, convert, convert_gguf};
 use graft_quant::gguf::Gguf;
 use graft_quant::{Checkpoint, Grid, Recipe, Result, StoredDtype};
 use graft_testkit::{Dtype, Family, Tiny, tiny_model};
 
-const AS_IS: ConvertOptions = ConvertOptions { pack: None, dequantize: false, dtype: None, overwrite: false };
+static GO_ON: AtomicBool = AtomicBool::new(false);
+const AS_IS: ConvertOptions = ConvertOptions { pack: None, dequantize: false, dtype: None };
 
 fn packing(bits: i32, group_size: i32) -> ConvertOptions {
     ConvertOptions { pack: Some(Packing { grid: Grid { bits, group_size }, recipe: None }), ..AS_IS }
@@ -26,7 +28,7 @@ fn run(src: &Path, options: &ConvertOptions) -> Result<Done> {
     let dir = temp.path().join("out");
     let mut warnings = Vec::new();
     let report = graft_testkit::mlx(|| {
-        convert(src, &dir, options, &mut |event| {
+        convert(src, &dir, options, &GO_ON, &mut |event| {
             if let Event::Warning(text) = event {
                 warnings.push(text);
             }
@@ -199,6 +201,24 @@ fn a_value_beyond_float16_is_said() {
 }
 
 #[test]
+fn a_conversion_that_is_stopped_leaves_nothing() {
+    let src = tiny_model(&Tiny::new(Family::Llama));
+    let place = tempfile::tempdir().unwrap();
+    let stop = AtomicBool::new(false);
+    let result = graft_testkit::mlx(|| {
+        convert(src.path(), &place.path().join("out"), &packing(4, 32), &stop, &mut |event| {
+            if let Event::Tensor { done: 5, .. } = event {
+                let part = std::fs::read_dir(place.path()).unwrap().flatten().next().unwrap();
+                assert!(part.file_name().to_string_lossy().starts_with(".out.part-"));
+                stop.store(true, Ordering::Relaxed);
+            }
+        })
+    });
+    assert!(matches!(result, Err(graft_quant::Error::Stopped)));
+    assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 0);
+}
+
+#[test]
 fn contradictions_and_full_targets_are_errors() {
     let src = tiny_model(&Tiny::new(Family::Llama));
     let error = |options: &ConvertOptions| run(src.path(), options).err().unwrap().to_string();
@@ -208,13 +228,10 @@ fn contradictions_and_full_targets_are_errors() {
 
     let target = tempfile::tempdir().unwrap();
     std::fs::write(target.path().join("notes.txt"), "mine").unwrap();
-    for overwrite in [false, true] {
-        let options = ConvertOptions { overwrite, ..AS_IS };
-        let error =
-            graft_testkit::mlx(|| convert(src.path(), target.path(), &options, &mut |_| {})).unwrap_err();
-        assert!(error.to_string().contains("exists already"), "{error}");
-        assert_eq!(std::fs::read_to_string(target.path().join("notes.txt")).unwrap(), "mine");
-    }
+    let go = || convert(src.path(), target.path(), &AS_IS, &GO_ON, &mut |_| {});
+    let error_there = graft_testkit::mlx(go).unwrap_err();
+    assert!(error_there.to_string().contains("exists already"), "{error_there}");
+    assert_eq!(std::fs::read_to_string(target.path().join("notes.txt")).unwrap(), "mine");
     let missing = target.path().join("no-model");
     assert!(run(&missing, &AS_IS).err().unwrap().to_string().contains("no-model"));
 }
@@ -261,7 +278,7 @@ fn gguf_keeps_its_codes() {
     let out = temp.path().join("out");
     let report = graft_testkit::mlx(|| {
         let parts = GgufParts { config, files, names: &names };
-        convert_gguf(&gguf, &parts, &out, &AS_IS, &mut |_| {})
+        convert_gguf(&gguf, &parts, &out, &AS_IS, &GO_ON, &mut |_| {})
     });
     let report = report.unwrap();
     assert_eq!(report.left_out, ["rope_freqs"]);

@@ -181,6 +181,7 @@ fn submit(
         // Choices of one seeded request differ from each other, and each is the same every time.
         let seed = params.sampling.seed.map(|seed| seed.wrapping_add(index as u64));
         params.sampling.seed = Some(seed.unwrap_or_else(|| state.random()));
+        params.sampling.xtc_special_tokens.clone_from(&state.engine.info().xtc_special_tokens);
         state.engine.submit(Job { prompt, params, adapter, index, events: sender.clone(), permit })?;
     }
     Ok(events)

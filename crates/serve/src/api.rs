@@ -8,8 +8,8 @@ use crate::ApiError;
 use crate::fields::{Fields, integer, wrong};
 use crate::messages::messages;
 
-/// Stop strings per request, as OpenAI limits them.
-const MAX_STOPS: usize = 4;
+/// Stop strings per request. OpenAI allows 4, other servers more.
+const MAX_STOPS: usize = 16;
 /// Alternatives per token, as OpenAI limits them.
 const MAX_TOP_LOGPROBS: i64 = 20;
 /// Prompts per completion request.
@@ -150,10 +150,8 @@ fn common(
         fields.refuse(name, &[], "answers are free text")?;
     }
     let stream = fields.boolean("stream")?.unwrap_or(false);
-    let options = fields.object("stream_options")?;
-    if options.is_some() && !stream {
-        return Err(ApiError::invalid("stream_options", "`stream_options` needs `stream` to be true"));
-    }
+    // Clients set this for every request, streamed or not.
+    let options = if stream { fields.object("stream_options")? } else { None };
     let include_usage = match options {
         Some(options) => Fields(options)
             .boolean("include_usage")
@@ -173,13 +171,6 @@ fn params(
 ) -> Result<Params, ApiError> {
     let limit = fields.integer("max_tokens", 1, i64::MAX)?;
     let limit = fields.integer("max_completion_tokens", 1, i64::MAX)?.or(limit);
-    let top_p = fields.number("top_p", 0.0, 1.0)?;
-    if top_p == Some(0.0) {
-        return Err(ApiError::invalid(
-            "top_p",
-            "`top_p` must be above 0; for the likeliest token set `temperature` to 0",
-        ));
-    }
     let base = &defaults.sampling;
     let context = |name: &str, default: usize| {
         Ok::<_, ApiError>(fields.integer(name, 0, i64::MAX)?.map_or(default, |n| n as usize))
@@ -188,8 +179,9 @@ fn params(
         Ok::<_, ApiError>(fields.number(name, low, high)?.unwrap_or(default))
     };
     let sampling = Sampling {
-        temperature: number("temperature", 0.0, 2.0, base.temperature)?,
-        top_p: top_p.unwrap_or(base.top_p),
+        temperature: number("temperature", 0.0, f64::from(f32::MAX), base.temperature)?,
+        // 0 turns it off, as in mlx-lm.
+        top_p: number("top_p", 0.0, 1.0, base.top_p)?,
         // -1 is vLLM's way to keep all.
         top_k: fields.integer("top_k", -1, i64::MAX)?.map_or(base.top_k, |k| k.max(0) as usize),
         min_p: number("min_p", 0.0, 1.0, base.min_p)?,
@@ -215,26 +207,24 @@ fn params(
 
 fn chat_logprobs(fields: Fields) -> Result<Option<usize>, ApiError> {
     let wanted = fields.boolean("logprobs")?.unwrap_or(false);
-    let top = fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS)?;
-    match (wanted, top) {
-        (true, top) => Ok(Some(top.unwrap_or(0) as usize)),
-        (false, None | Some(0)) => Ok(None),
-        (false, Some(_)) => {
-            Err(ApiError::invalid("top_logprobs", "`top_logprobs` needs `logprobs` to be true"))
-        }
-    }
+    // -1 is mlx-lm's none.
+    let top = fields.integer("top_logprobs", -1, MAX_TOP_LOGPROBS)?.unwrap_or(0).max(0);
+    Ok(wanted.then_some(top as usize))
 }
 
 fn stops(fields: Fields) -> Result<Vec<String>, ApiError> {
-    let expected = format!("a string or a list of at most {MAX_STOPS} strings, none empty");
+    let expected = format!("a string or a list of at most {MAX_STOPS} strings");
     let Some(value) = fields.get("stop") else { return Ok(Vec::new()) };
-    let one = |v: &Value| v.as_str().filter(|s| !s.is_empty()).map(str::to_owned);
-    let stops = match value {
+    let one = |v: &Value| v.as_str().map(str::to_owned);
+    let stops: Option<Vec<String>> = match value {
         Value::Array(items) if items.len() <= MAX_STOPS => items.iter().map(one).collect(),
         Value::Array(_) => None,
         other => one(other).map(|stop| vec![stop]),
     };
-    stops.ok_or_else(|| wrong("stop", &expected, value))
+    let mut stops = stops.ok_or_else(|| wrong("stop", &expected, value))?;
+    // An empty string is some clients' way to say that there is none.
+    stops.retain(|stop| !stop.is_empty());
+    Ok(stops)
 }
 
 fn logit_bias(fields: Fields, vocab: usize) -> Result<Vec<(u32, f32)>, ApiError> {

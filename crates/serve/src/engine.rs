@@ -34,7 +34,7 @@ pub struct EngineConfig {
     pub chat_template: Option<String>,
     /// Longest sequence, prompt and answer together, if less than what the model was made for.
     pub max_context: Option<usize>,
-    /// Sequences that run at a time ([`MAX_CONCURRENT`] unless there is a reason).
+    /// Sequences that run at a time, 1 to [`MAX_CONCURRENT`].
     pub max_concurrent: usize,
     /// Sequences that wait beyond these ([`MAX_QUEUE`] unless there is a reason).
     pub max_queue: usize,
@@ -44,7 +44,8 @@ pub struct EngineConfig {
     pub log: LogSink,
 }
 
-/// A sensible number of sequences at a time.
+/// Most sequences at a time. Up to this many rows take the same path through every operation, so that the sums of one do
+/// not depend on what runs beside it.
 pub const MAX_CONCURRENT: usize = 32;
 /// A sensible number of sequences that wait.
 pub const MAX_QUEUE: usize = 64;
@@ -62,6 +63,8 @@ pub struct Info {
     pub context: usize,
     /// The token that begins a text.
     pub start: Option<u32>,
+    /// Ids that XTC spares.
+    pub xtc_special_tokens: Vec<u32>,
     /// Names of the adapters, by index.
     pub adapters: Vec<String>,
     pub(crate) texts: TokenTexts,
@@ -91,11 +94,11 @@ impl Engine {
     /// Starts the thread and returns once model and adapters are loaded on it.
     ///
     /// # Errors
-    /// When a setting is 0, a file cannot be used, or an adapter does not fit the base.
+    /// When a setting is out of range, a file cannot be used, or an adapter does not fit the base.
     pub fn start(config: EngineConfig) -> Result<Self> {
-        if config.max_concurrent == 0 {
-            let (field, expected) = ("max_concurrent", "more than 0");
-            return Err(Error::Setting { field, expected, found: "0".into() });
+        if !(1..=MAX_CONCURRENT).contains(&config.max_concurrent) {
+            let (field, found) = ("max_concurrent", config.max_concurrent.to_string());
+            return Err(Error::Setting { field, expected: "a whole number from 1 to 32", found });
         }
         let limit = config.max_concurrent + config.max_queue;
         // As many commands as there are places, and one to end them all: sending never waits.
@@ -243,6 +246,7 @@ pub(crate) fn load(config: &EngineConfig) -> Result<(Model, Vec<Table>, Info)> {
     let most = usize::try_from(model.config().max_positions).unwrap_or(0).max(1);
     let info = Info {
         start: tokenizer.bos_id().or(tokenizer.eos_id()),
+        xtc_special_tokens: tokenizer.xtc_special_tokens()?,
         texts: TokenTexts::new(&tokenizer),
         tokenizer,
         template,

@@ -31,10 +31,13 @@ impl<'a> Fields<'a> {
         self.get(name).map(|v| v.as_object().ok_or_else(|| wrong(name, "an object", v))).transpose()
     }
 
-    /// A number of `low..=high`.
+    /// A number of `low..=high`; f32's largest is no bound that is worth naming.
     pub(crate) fn number(self, name: &str, low: f64, high: f64) -> Result<Option<f32>, ApiError> {
         let Some(value) = self.get(name) else { return Ok(None) };
-        let expected = || format!("a number from {low} to {high}");
+        let expected = || match high < f64::from(f32::MAX) {
+            true => format!("a number from {low} to {high}"),
+            false => format!("a number of at least {low}"),
+        };
         let number =
             value.as_f64().filter(|n| n.is_finite()).ok_or_else(|| wrong(name, &expected(), value))?;
         if (low..=high).contains(&number) {

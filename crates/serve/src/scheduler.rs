@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
 use graft_adapters::{Route, Table};
-use graft_model::{KvCache, Model, Sampler};
+use graft_model::{KvCache, Model, PREFILL_STEP, Sampler};
 use graft_ops::{Array, Dtype, Rows};
 use mlx_rs::ops::indexing::TryIndexOp as _;
 
@@ -17,8 +17,6 @@ use crate::log::LogEvent;
 use crate::sequence::Sequence;
 use crate::{ApiError, Event, Job, LogSink};
 
-/// Tokens per chunk of a prompt. The borders are fixed, so an answer does not depend on what runs beside it.
-const CHUNK: usize = 512;
 /// Pause when every sequence waits for its reader.
 const PAUSE: Duration = Duration::from_millis(2);
 
@@ -154,7 +152,7 @@ impl<'a> Scheduler<'a> {
         self.turn += 1;
         sequence.turn = self.turn;
         let start = sequence.cache.len().max(0) as usize;
-        let end = (start + CHUNK).min(sequence.history.len());
+        let end = (start + PREFILL_STEP).min(sequence.history.len());
         let last = end == sequence.history.len();
         let (model, route) = (self.model, route(self.tables, sequence.job.adapter));
         let result = caught(|| {

@@ -236,6 +236,23 @@ impl Split {
         Err(Error::EmptySplit { file: self.file.clone(), problem })
     }
 
+    /// Refuses tokens that the model has no row for: the tokenizer is then not the model's.
+    ///
+    /// # Errors
+    /// [`Error::Row`] of the first such row.
+    pub fn check_vocabulary(&self, vocab: usize) -> Result<()> {
+        for example in &self.examples {
+            if let Some(id) = example.tokens.iter().find(|id| **id as usize >= vocab) {
+                let problem = format!(
+                    "the tokenizer makes the token id {id} of it, but the model's vocab_size is {vocab}: use the \
+                     tokenizer that belongs to the model"
+                );
+                return Err(Error::Row { file: self.file.clone(), line: example.line, problem });
+            }
+        }
+        Ok(())
+    }
+
     /// A number that changes with any token, for noticing that a run continues on other data.
     pub fn digest(&self) -> u64 {
         self.examples.iter().fold(0, |h, e| {

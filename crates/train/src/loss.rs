@@ -1,5 +1,7 @@
 //! The loss: the token-weighted mean over targets, of which only the targets' hidden states reach the head.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use graft_adapters::Route;
 use graft_model::Model;
 use graft_ops::{Array, Dtype, Exception};
@@ -7,6 +9,7 @@ use graft_ops::{Array, Dtype, Exception};
 use crate::Result;
 use crate::batch::{Batch, fixed_groups};
 use crate::data::Split;
+use crate::error::setting;
 
 /// What an evaluation found.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -30,11 +33,16 @@ pub(crate) fn target_losses(
     route: &Route,
 ) -> std::result::Result<Array, graft_model::Error> {
     // The norm is by row, so masked rows are dropped before it.
-    let h = match &batch.positions {
-        Some(positions) => h.take_axis(positions, 0)?,
-        None => h.clone(),
-    };
+    let h = target_rows(h, batch)?;
     model.losses(&model.final_norm(&h, route)?, &batch.targets, route)
+}
+
+/// The rows (M, E) of h (N, E) whose next token is a target.
+fn target_rows(h: &Array, batch: &Batch) -> graft_ops::Result<Array> {
+    match &batch.positions {
+        Some(positions) => h.take_axis(positions, 0),
+        None => Ok(h.clone()),
+    }
 }
 
 /// The sum of a batch's losses (f32 scalar, not evaluated), without a gradient.
@@ -43,10 +51,7 @@ pub(crate) fn target_losses(
 /// When an array operation fails.
 pub fn batch_loss(model: &Model, batch: &Batch, route: &Route) -> Result<Array> {
     let h = model.hidden(&batch.tokens, &batch.rows, None, route)?;
-    let h = match &batch.positions {
-        Some(positions) => h.take_axis(positions, 0)?,
-        None => h,
-    };
+    let h = target_rows(&h, batch)?;
     Ok(model.losses(&h, &batch.targets, route)?.as_dtype(Dtype::Float32)?.sum(false)?)
 }
 
@@ -80,10 +85,11 @@ pub fn evaluate(
     Ok(Some(Evaluation { loss, perplexity: loss.exp(), tokens }))
 }
 
-/// Evaluates a test set: `batches` batches of it (all if negative), always the same ones for the same seed.
+/// Evaluates a test set: `batches` batches of it (all if negative), always the same ones for the same seed; none if `stop`
+/// was set before it was done.
 ///
 /// # Errors
-/// When the split has no rows or an array operation fails.
+/// When the split has no rows, or a token that the model does not know, `batches` is 0, or an array operation fails.
 pub fn test(
     model: &Model,
     route: &Route,
@@ -91,8 +97,12 @@ pub fn test(
     batch_size: usize,
     batches: i64,
     seed: u64,
-) -> Result<Evaluation> {
+    stop: &AtomicBool,
+) -> Result<Option<Evaluation>> {
+    if batches == 0 {
+        return Err(setting("test_batches", "a whole number above 0, or -1 for all", batches));
+    }
+    split.check_vocabulary(model.config().vocab as usize)?;
     let groups = fixed_groups(split.require()?, batch_size, batches, seed);
-    let found = evaluate(model, route, split, &groups, &mut |_| true)?;
-    Ok(found.unwrap_or(Evaluation { loss: 0.0, perplexity: 1.0, tokens: 0 }))
+    evaluate(model, route, split, &groups, &mut |_| !stop.load(Ordering::Relaxed))
 }

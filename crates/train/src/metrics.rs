@@ -1,4 +1,6 @@
 //! metrics.jsonl: one JSON object a line, cut back to the recorded length when a run is resumed.
+//!
+//! The file is touched when the run is known to go on: an earlier run's lines stay until then.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek as _, SeekFrom, Write as _};
@@ -16,27 +18,35 @@ pub(crate) enum Line<'a> {
     Valid { iter: u64, loss: f64, tokens: u64, seconds: f64 },
 }
 
-/// The open file.
+/// The file; lines wait until it is begun.
 #[derive(Debug)]
 pub(crate) struct Metrics {
     path: PathBuf,
-    file: File,
+    file: Option<File>,
+    waiting: String,
     length: u64,
 }
 
 impl Metrics {
-    /// Opens `<dir>/metrics.jsonl` and cuts it to `length` bytes.
+    /// `<dir>/metrics.jsonl`, of which the first `length` bytes are this run's; nothing is opened yet.
+    pub(crate) fn new(dir: &Path, length: u64) -> Self {
+        Self { path: dir.join("metrics.jsonl"), file: None, waiting: String::new(), length }
+    }
+
+    /// Opens the file, cuts it to this run's bytes and writes the lines that waited.
     ///
     /// # Errors
     /// When the file cannot be opened or written.
-    pub(crate) fn open(dir: &Path, length: u64) -> Result<Self> {
-        let path = dir.join("metrics.jsonl");
+    pub(crate) fn begin(&mut self) -> Result<()> {
+        let path = &self.path;
         let mut file =
-            OpenOptions::new().create(true).write(true).truncate(false).open(&path).map_err(io(&path))?;
-        let length = length.min(file.metadata().map_err(io(&path))?.len());
-        file.set_len(length).map_err(io(&path))?;
-        file.seek(SeekFrom::End(0)).map_err(io(&path))?;
-        Ok(Self { path, file, length })
+            OpenOptions::new().create(true).write(true).truncate(false).open(path).map_err(io(path))?;
+        self.length = self.length.min(file.metadata().map_err(io(path))?.len());
+        file.set_len(self.length).map_err(io(path))?;
+        file.seek(SeekFrom::End(0)).map_err(io(path))?;
+        self.file = Some(file);
+        let lines = std::mem::take(&mut self.waiting);
+        self.append(&lines)
     }
 
     /// Appends one line.
@@ -45,8 +55,17 @@ impl Metrics {
     /// When the file cannot be written.
     pub(crate) fn write(&mut self, line: &Line) -> Result<()> {
         let json = serde_json::to_string(line).map_err(|e| io(&self.path)(e.into()))?;
-        self.file.write_all(format!("{json}\n").as_bytes()).map_err(io(&self.path))?;
-        self.length += json.len() as u64 + 1;
+        self.append(&format!("{json}\n"))
+    }
+
+    fn append(&mut self, lines: &str) -> Result<()> {
+        match &mut self.file {
+            None => self.waiting.push_str(lines),
+            Some(file) => {
+                file.write_all(lines.as_bytes()).map_err(io(&self.path))?;
+                self.length += lines.len() as u64;
+            }
+        }
         Ok(())
     }
 
@@ -55,7 +74,9 @@ impl Metrics {
     /// # Errors
     /// When the file cannot be synced.
     pub(crate) fn synced_length(&mut self) -> Result<u64> {
-        self.file.sync_data().map_err(io(&self.path))?;
+        if let Some(file) = &self.file {
+            file.sync_data().map_err(io(&self.path))?;
+        }
         Ok(self.length)
     }
 }

@@ -34,7 +34,8 @@ const VALID_ORDER: u64 = 0x0076_616c_6964;
 pub enum Outcome {
     /// All iterations are done.
     Finished,
-    /// It was asked to stop, saved, and can be resumed.
+    /// It was asked to stop. After at least one iteration all is saved and can be resumed; before the first one of a new
+    /// run nothing is written.
     Interrupted {
         /// Iterations done.
         step: u64,
@@ -90,12 +91,15 @@ struct Run<'a> {
     valid: Option<Evaluation>,
     /// Iteration that is on the disk.
     saved: Option<u64>,
+    /// The directory is this run's: what an earlier one left there is gone or about to be replaced.
+    begun: bool,
+    /// adapter_config.json is this run's.
+    described: bool,
 }
 
 fn check(config: &TrainConfig) -> Result<()> {
     for (field, value) in [
         ("batch_size", config.batch_size as u64),
-        ("iters", config.iters),
         ("steps_per_report", config.steps_per_report),
         ("steps_per_eval", config.steps_per_eval),
         ("save_every", config.save_every),
@@ -123,6 +127,9 @@ impl<'a> Run<'a> {
         on_event: &'a mut dyn FnMut(Event),
     ) -> Result<Self> {
         check(config)?;
+        let vocab = model.config().vocab as usize;
+        data.train.check_vocabulary(vocab)?;
+        data.valid.check_vocabulary(vocab)?;
         let optimizer = Optimizer::from_config(&config.optimizer, &config.optimizer_config)?;
         let schedule = match &config.lr_schedule {
             Some(value) => Schedule::from_value(value)?,
@@ -173,6 +180,7 @@ impl<'a> Run<'a> {
         let total = total_parameters(&model);
         let mut trainer = Trainer::new(model, params, settings)?;
 
+        let low_rank = config.fine_tune_type != FineTuneType::Full;
         let run = RunKey {
             fine_tune_type: config.fine_tune_type.name().to_owned(),
             optimizer: config.optimizer.clone(),
@@ -180,9 +188,12 @@ impl<'a> Run<'a> {
             grad_accumulation_steps: config.grad_accumulation_steps,
             seed: config.seed,
             training_data: data.train.digest(),
+            scale: low_rank.then_some(config.lora.scale),
+            dropout: low_rank.then_some(config.lora.dropout),
         };
         let mut states = States::new(&config.adapter_path);
         let found = if config.resume { states.latest()? } else { None };
+        let resumed = found.is_some();
         let progress = match (found, &config.resume_adapter_file) {
             (Some(dir), _) => states.restore(&dir, &mut trainer, &run)?,
             (None, None) if config.resume => {
@@ -201,9 +212,7 @@ impl<'a> Run<'a> {
             }
         };
         walk = walk.resume(progress.position.clone());
-        let dir = &config.adapter_path;
-        std::fs::create_dir_all(dir).map_err(io(dir))?;
-        let metrics = Metrics::open(dir, progress.metrics_bytes)?;
+        let metrics = Metrics::new(&config.adapter_path, progress.metrics_bytes);
         let modules = match config.fine_tune_type {
             FineTuneType::Full => trainer.params.values.len(),
             _ => trainer.params.sites.len(),
@@ -216,8 +225,8 @@ impl<'a> Run<'a> {
             iters: config.iters,
             batches_per_pass: walk.batches(),
         });
-        let saved = (progress.iter > 0).then_some(progress.iter);
-        let this = Self {
+        let saved = resumed.then_some(progress.iter);
+        let mut this = Self {
             config,
             data,
             stop,
@@ -232,9 +241,27 @@ impl<'a> Run<'a> {
             train_loss: None,
             valid: None,
             saved,
+            begun: false,
+            described: false,
         };
-        this.set(Default::default()).save_config(dir)?;
+        if resumed {
+            this.begin()?;
+        }
         Ok(this)
+    }
+
+    /// Makes the directory this run's. A new run waits with it until it has something to show, so that one that is stopped
+    /// before leaves an earlier run's adapter, metrics and state whole.
+    fn begin(&mut self) -> Result<()> {
+        if !std::mem::replace(&mut self.begun, true) {
+            let dir = &self.config.adapter_path;
+            std::fs::create_dir_all(dir).map_err(io(dir))?;
+            if self.saved.is_none() {
+                self.states.forget()?;
+            }
+            self.metrics.begin()?;
+        }
+        Ok(())
     }
 
     fn stopped(&self) -> bool {
@@ -243,7 +270,7 @@ impl<'a> Run<'a> {
 
     fn train(&mut self) -> Result<Summary> {
         // Before the first step, and after a resume where a validation was due but broken off.
-        if self.progress.iter.is_multiple_of(self.config.steps_per_eval) {
+        if self.config.iters > 0 && self.progress.iter.is_multiple_of(self.config.steps_per_eval) {
             self.validate()?;
         }
         while self.progress.iter < self.config.iters && !self.stopped() {
@@ -261,10 +288,11 @@ impl<'a> Run<'a> {
             }
         }
         let iter = self.progress.iter;
-        if self.saved != Some(iter) {
+        // With no iterations to do, a run is done unless it was stopped before that.
+        let finished = iter >= self.config.iters && (iter > 0 || !self.stopped());
+        if self.saved != Some(iter) && (iter > 0 || finished) {
             self.save()?;
         }
-        let finished = iter >= self.config.iters;
         Ok(Summary {
             outcome: if finished { Outcome::Finished } else { Outcome::Interrupted { step: iter } },
             iter,
@@ -282,6 +310,7 @@ impl<'a> Run<'a> {
         // What is left over at the end is used too, not dropped.
         let update = iter.is_multiple_of(self.config.grad_accumulation_steps) || iter == self.config.iters;
         let result = self.trainer.step(&batch, &self.data.train, iter, update)?;
+        self.begin()?;
         let p = &mut self.progress;
         p.iter = iter;
         p.updates = self.trainer.optimizer_state.step;
@@ -359,6 +388,7 @@ impl<'a> Run<'a> {
 
     /// Writes the numbered checkpoint, the adapter and the state, the state last.
     fn save(&mut self) -> Result<()> {
+        self.begin()?;
         let iter = self.progress.iter;
         let dir = &self.config.adapter_path;
         // Low-rank tensors are f32; whole weights have the model's dtype, as the base has.
@@ -370,6 +400,10 @@ impl<'a> Run<'a> {
         let file = dir.join(format!("{iter:07}_adapters.safetensors"));
         let bytes = safetensors_bytes(&set.weights, &set.metadata)?;
         write_atomic(&file, &bytes)?;
+        if !self.described {
+            set.save_config(dir)?;
+            self.described = true;
+        }
         write_atomic(&dir.join(ADAPTER_FILE), &bytes)?;
         self.progress.position = self.walk.position().clone();
         self.progress.accumulated_tokens = self.trainer.accumulated_tokens;

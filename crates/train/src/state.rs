@@ -11,6 +11,7 @@ use graft_adapters::{ADAPTER_FILE, AdapterConfig, AdapterSet};
 use graft_ops::Dtype;
 use graft_quant::{Tensor, read_safetensors, safetensors_bytes, write_atomic};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::batch::Position;
 use crate::error::io;
@@ -67,7 +68,7 @@ pub struct Window {
 }
 
 /// What a run cannot change when it goes on.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunKey {
     /// lora, dora or full.
     pub fine_tune_type: String,
@@ -81,16 +82,24 @@ pub struct RunKey {
     pub seed: u64,
     /// [`crate::Split::digest`] of the training data.
     pub training_data: u64,
+    /// Scale of the adapter; none of `full`, and in states of before it was recorded.
+    #[serde(default)]
+    pub scale: Option<f32>,
+    /// Dropout of the adapter; none as for `scale`.
+    #[serde(default)]
+    pub dropout: Option<f32>,
 }
 
 impl RunKey {
     /// The fields in which two runs differ, each a phrase.
     fn differences(&self, now: &Self) -> Vec<String> {
-        let fields = |key: &Self| serde_json::to_value(key).unwrap_or_default();
+        // By way of text, since that is where an f32 keeps its short form.
+        let text = |key: &Self| serde_json::to_string(key).unwrap_or_default();
+        let fields = |key: &Self| serde_json::from_str::<Value>(&text(key)).unwrap_or_default();
         let (saved, now) = (fields(self), fields(now));
         let pairs = saved.as_object().into_iter().flatten();
         pairs
-            .filter(|(name, value)| now[*name] != **value)
+            .filter(|(name, value)| !value.is_null() && now[*name] != **value)
             .map(|(name, value)| format!("{name} was {value}, is {}", now[name]))
             .collect()
     }
@@ -128,6 +137,18 @@ impl States {
             return Err(Error::State { path: pointer, problem });
         }
         Ok(Some(dir))
+    }
+
+    /// Removes the pointer of an earlier run, whose metrics are about to go, so that nobody continues it by mistake.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn forget(&self) -> Result<()> {
+        let pointer = self.dir.join(POINTER);
+        match std::fs::remove_file(&pointer) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(io(&pointer)(e)),
+            _ => Ok(()),
+        }
     }
 
     /// Writes a state and makes it the latest; older ones but the newest of this run are removed.

@@ -9,7 +9,9 @@ mod train;
 
 pub(crate) use files::{ConvertArgs, DoctorArgs, FuseArgs, InspectArgs};
 pub(crate) use refused::advice;
-pub(crate) use run::{ChatArgs, GenerateArgs, PerplexityArgs, SamplingArgs, ServerArgs};
+pub(crate) use run::{
+    ChatArgs, DEFAULT_DATA, GenerateArgs, PerplexityArgs, SamplingArgs, ServerArgs, XTC_THRESHOLD,
+};
 pub(crate) use train::LoraArgs;
 
 use crate::errors::Usage;
@@ -109,6 +111,11 @@ fn size(text: &str) -> Result<u64, String> {
     let number: f64 =
         text[..at].parse().map_err(|_| "expected a size such as 1000000, 500MB or 2GB".to_string())?;
     Ok((number * unit) as u64)
+}
+
+/// A number that is one: `nan` and `inf` are refused here, as JSON has no place for them.
+fn finite(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|x: &f64| x.is_finite()).ok_or_else(|| "expected a finite number".into())
 }
 
 /// Flags by command: `{"lora": {"--model": "supported", "--report-to": "refused"}, ..}`.

@@ -2,6 +2,12 @@
 
 use clap::Args;
 
+/// The data set of `perplexity` when none is named, as in mlx_lm.
+pub(crate) const DEFAULT_DATA: &str = "allenai/tulu-3-sft-mixture";
+
+/// XTC's threshold where none is given, in every command of mlx_lm.
+pub(crate) const XTC_THRESHOLD: f32 = 0.1;
+
 /// The model that is used when none is named, as in mlx_lm.
 const DEFAULT_MODEL: &str = "mlx-community/Llama-3.2-3B-Instruct-4bit";
 
@@ -15,20 +21,20 @@ pub(crate) struct GenerateArgs {
     #[arg(long)]
     pub(crate) adapter_path: Option<String>,
     /// More tokens that end the answer
-    #[arg(long, num_args = 1..)]
+    #[arg(long, num_args = 1.., value_name = "ID|TOKEN")]
     pub(crate) extra_eos_token: Vec<String>,
     /// System prompt
-    #[arg(long)]
+    #[arg(long, allow_hyphen_values = true)]
     pub(crate) system_prompt: Option<String>,
     /// The message; `-` reads it from stdin
-    #[arg(short, long, default_value = "hello")]
+    #[arg(short, long, default_value = "hello", allow_hyphen_values = true)]
     pub(crate) prompt: String,
     /// How the answer begins
-    #[arg(long)]
+    #[arg(long, allow_hyphen_values = true)]
     pub(crate) prefill_response: Option<String>,
-    /// Most tokens to generate
+    /// Most tokens to generate; -1: no limit
     #[arg(short, long, default_value_t = 100)]
-    pub(crate) max_tokens: usize,
+    pub(crate) max_tokens: i64,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
     /// Cut tokens below min-p times the probability of the best
@@ -67,7 +73,7 @@ pub(crate) struct SamplingArgs {
     #[arg(long, default_value_t = 0.0)]
     pub(crate) xtc_probability: f32,
     /// What is cut then: all but the least probable token above this
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, default_value_t = XTC_THRESHOLD)]
     pub(crate) xtc_threshold: f32,
 }
 
@@ -85,11 +91,11 @@ pub(crate) struct ChatArgs {
     /// Seed
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
-    /// Most tokens per answer
+    /// Most tokens per answer; -1: no limit
     #[arg(short, long, default_value_t = 256)]
-    pub(crate) max_tokens: usize,
+    pub(crate) max_tokens: i64,
     /// System prompt
-    #[arg(long)]
+    #[arg(long, allow_hyphen_values = true)]
     pub(crate) system_prompt: Option<String>,
 }
 
@@ -165,7 +171,7 @@ pub(crate) struct PerplexityArgs {
     #[arg(long, default_value_t = 256)]
     pub(crate) num_samples: i64,
     /// A .jsonl file, a directory with test.jsonl, valid.jsonl or train.jsonl, or a Hugging Face data set id
-    #[arg(long, default_value = "allenai/tulu-3-sft-mixture")]
+    #[arg(long, default_value = DEFAULT_DATA)]
     pub(crate) data_path: String,
     /// Seed of the order of the rows
     #[arg(long, default_value_t = 123)]

@@ -38,7 +38,7 @@ pub(crate) struct LoraArgs {
     #[arg(long)]
     pub(crate) val_batches: Option<i64>,
     /// Learning rate
-    #[arg(long)]
+    #[arg(long, value_parser = super::finite)]
     pub(crate) learning_rate: Option<f64>,
     /// Steps between reports
     #[arg(long)]
@@ -85,18 +85,18 @@ pub(crate) struct LoraArgs {
     #[serde(skip)]
     pub(crate) rank: Option<i64>,
     /// Scale of the adapter's output (lora_parameters.scale)
-    #[arg(long, help_heading = "graft's own")]
+    #[arg(long, value_parser = super::finite, help_heading = "graft's own")]
     #[serde(skip)]
     pub(crate) scale: Option<f64>,
     /// The scale as alpha / rank
-    #[arg(long, conflicts_with = "scale", help_heading = "graft's own")]
+    #[arg(long, value_parser = super::finite, conflicts_with = "scale", help_heading = "graft's own")]
     #[serde(skip)]
     pub(crate) alpha: Option<f64>,
     /// Continue the interrupted run in --adapter-path exactly where it stood
     #[arg(long, help_heading = "graft's own")]
     pub(crate) resume: bool,
     /// Clip the gradient to this norm; 0: no clipping
-    #[arg(long, help_heading = "graft's own")]
+    #[arg(long, value_parser = super::finite, help_heading = "graft's own")]
     pub(crate) max_grad_norm: Option<f64>,
 }
 

@@ -30,26 +30,29 @@ impl Answer {
     }
 }
 
-/// The sampling of generate and chat; XTC spares line ends and stop tokens, as in mlx-lm.
+/// The sampling of generate and chat.
 pub(crate) fn sampling(args: &SamplingArgs, loaded: &Loaded, seed: Option<u64>) -> Result<Sampling> {
-    let mut special = loaded.tokenizer.encode("\n", true)?;
-    special.extend(loaded.tokenizer.eos_ids());
     Ok(Sampling {
         temperature: args.temp,
         top_p: args.top_p,
         xtc_probability: args.xtc_probability,
         xtc_threshold: args.xtc_threshold,
-        xtc_special_tokens: special,
+        xtc_special_tokens: loaded.tokenizer.xtc_special_tokens()?,
         seed,
         ..Sampling::greedy()
     })
 }
 
-/// The ids that end an answer: the model's, and tokens given by text or number.
+/// mlx_lm's `--max-tokens`, where a negative number is no limit.
+pub(crate) fn max_tokens(given: i64) -> usize {
+    usize::try_from(given).unwrap_or(usize::MAX)
+}
+
+/// The ids that end an answer: the model's, and tokens given by number or text; a number is an id, as in mlx_lm.
 pub(crate) fn stop_ids(loaded: &Loaded, extra: &[String]) -> Result<BTreeSet<u32>> {
     let mut ids = loaded.tokenizer.eos_ids().clone();
     for token in extra {
-        match loaded.tokenizer.token_to_id(token).or_else(|| token.parse().ok()) {
+        match token.trim().parse().ok().or_else(|| loaded.tokenizer.token_to_id(token)) {
             Some(id) => ids.insert(id),
             None => bail!(
                 "--extra-eos-token {token}: the vocabulary of {} has no such token",

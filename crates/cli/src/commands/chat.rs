@@ -1,6 +1,6 @@
 //! `graft chat`: a conversation in the terminal.
 
-use super::answer::{answer, sampling, stop_ids};
+use super::answer::{answer, max_tokens, sampling, stop_ids};
 use super::load::Loaded;
 use crate::args::ChatArgs;
 use crate::ui;
@@ -16,7 +16,7 @@ pub(crate) fn chat(args: &ChatArgs) -> Result<()> {
     let loaded = Loaded::open(&args.model)?;
     let route = loaded.route(args.adapter_path.as_deref())?;
     let options = GenerateOptions {
-        max_tokens: args.max_tokens,
+        max_tokens: max_tokens(args.max_tokens),
         stop_ids: stop_ids(&loaded, &[])?,
         sampling: sampling(&args.sampling, &loaded, Some(args.seed))?,
     };

@@ -1,12 +1,13 @@
 //! `graft convert` and `graft quantize`: a model directory or a GGUF file to a model directory.
 
+use super::load;
 use crate::args::ConvertArgs;
-use crate::errors::Usage;
-use crate::{hub, ui};
+use crate::errors::{Interrupted, Usage};
+use crate::{host, hub, ui};
 use anyhow::{Context, Result, bail};
 use graft_model::GgufImport;
 use graft_quant::convert::{ConvertOptions, Event, GgufParts, Packing, Report, convert_gguf};
-use graft_quant::{Grid, Recipe, gguf::Gguf};
+use graft_quant::{Checkpoint, Error, Grid, Recipe, gguf::Gguf};
 use std::path::{Path, PathBuf};
 
 /// Converts, then says what the result holds. `quantize` is `-q` or the command's name.
@@ -24,6 +25,7 @@ pub(crate) fn convert(args: &ConvertArgs, quantize: bool) -> Result<()> {
             args.mlx_path
         )));
     }
+    let stop = host::stop_flag(|| ui::note("stopping; once more stops at once"));
     let progress = ui::Progress::new(0, "tensors");
     let mut on_event = |event: Event| match event {
         Event::Tensor { done, total } => progress.of(done as u64, total as u64),
@@ -34,15 +36,23 @@ pub(crate) fn convert(args: &ConvertArgs, quantize: bool) -> Result<()> {
             let gguf = Gguf::open(&file)?;
             let GgufImport { config, files, names } = GgufImport::new(&gguf)?;
             let parts = GgufParts { config, files, names: &|tensor| names.get(tensor).cloned() };
-            convert_gguf(&gguf, &parts, target, &options, &mut on_event)
+            convert_gguf(&gguf, &parts, target, &options, &stop, &mut on_event)
         }
         None => {
             let dir = hub::resolve(source, hub::What::Model)?;
-            graft_quant::convert::convert(&dir, target, &options, &mut on_event)
+            if quantize {
+                // Packing what graft cannot run would show only when the result is used.
+                load::config_of(&Checkpoint::open(&dir)?)?;
+            }
+            graft_quant::convert::convert(&dir, target, &options, &stop, &mut on_event)
         }
     };
     progress.done();
-    say(&report?, &args.mlx_path);
+    match report {
+        Ok(report) => say(&report, &args.mlx_path),
+        Err(error @ Error::Stopped) => bail!(Interrupted(format!("Interrupted: {error}"))),
+        Err(error) => return Err(error.into()),
+    }
     Ok(())
 }
 
@@ -87,7 +97,6 @@ fn options(args: &ConvertArgs, quantize: bool) -> Result<ConvertOptions> {
         pack: quantize.then_some(Packing { grid, recipe }),
         dequantize: args.dequantize,
         dtype: args.dtype.as_deref().and_then(graft_quant::convert::dtype_from_name),
-        overwrite: false,
     })
 }
 

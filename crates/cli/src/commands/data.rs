@@ -28,7 +28,10 @@ pub(crate) fn load(settings: &Settings, loaded: &Loaded) -> Result<Data> {
     }
     let dir = hub::resolve(settings.text("data").unwrap_or_default(), What::Data)?;
     let mut config = features(settings, &Map::new());
-    config.mask_prompt &= !(settings.mask_is_default && text_rows(&dir.join("train.jsonl"), &config)?);
+    let train_file = dir.join("train.jsonl");
+    if settings.mask_is_default && train_file.exists() {
+        config.mask_prompt &= !text_rows(&read_rows(&train_file)?, &config);
+    }
     let split = |name: &str, needed: bool| {
         let file = dir.join(format!("{name}.jsonl"));
         if needed { Split::load(&file, &loaded.encoder(), &config) } else { Ok(empty(name)) }
@@ -37,14 +40,11 @@ pub(crate) fn load(settings: &Settings, loaded: &Loaded) -> Result<Data> {
 }
 
 /// The recipe masks prompts where rows have prompts; rows of plain text have none.
-fn text_rows(file: &Path, config: &DataConfig) -> Result<bool> {
-    let first = if file.exists() { read_rows(file)?.into_iter().next() } else { None };
+fn text_rows(rows: &[Row], config: &DataConfig) -> bool {
     let has = |row: &Row, key: &String| row.value.contains_key(key);
-    Ok(first.is_some_and(|row| {
-        has(&row, &config.text_feature)
-            && !has(&row, &config.chat_feature)
-            && !has(&row, &config.prompt_feature)
-    }))
+    rows.first().is_some_and(|row| {
+        has(row, &config.text_feature) && !has(row, &config.chat_feature) && !has(row, &config.prompt_feature)
+    })
 }
 
 /// How rows are read, as a data set's `own` settings say, else those of the run.
@@ -91,7 +91,11 @@ fn described_split(
         let spec = part.get(&format!("{name}_split")).and_then(Value::as_str).or(default);
         let Some(spec) = spec else { continue };
         let (file, rows) = slice(&hub::resolve(path, What::Data)?, spec)?;
-        let split = Split::from_rows(&file, &rows, &loaded.encoder(), &features(settings, part))?;
+        let mut config = features(settings, part);
+        if settings.mask_is_default && !part.contains_key("mask_prompt") {
+            config.mask_prompt &= !text_rows(&rows, &config);
+        }
+        let split = Split::from_rows(&file, &rows, &loaded.encoder(), &config)?;
         match &mut whole {
             None => whole = Some(split),
             Some(whole) => {

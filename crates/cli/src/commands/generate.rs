@@ -1,6 +1,6 @@
 //! `graft generate`: one prompt, one answer.
 
-use super::answer::{answer, sampling, stop_ids};
+use super::answer::{answer, max_tokens, sampling, stop_ids};
 use super::load::Loaded;
 use crate::args::GenerateArgs;
 use crate::errors::Usage;
@@ -9,6 +9,9 @@ use anyhow::{Context, Result, bail};
 use graft_model::{GenerateOptions, Sampling};
 use serde_json::{Map, Value, json};
 use std::io::Read;
+
+/// Where the beginning of an answer ends; transformers' continue_final_message uses the same.
+const TAG: &str = "CONTINUE_FINAL_MESSAGE_TAG";
 
 /// Prints the answer and, unless `--verbose false`, mlx-lm's lines about it.
 pub(crate) fn generate(args: &GenerateArgs) -> Result<()> {
@@ -32,7 +35,7 @@ pub(crate) fn generate(args: &GenerateArgs) -> Result<()> {
     let text = if templated { render(args, &loaded, &prompt, extra)? } else { prompt };
     let ids = loaded.tokenizer.encode(&text, !templated)?;
     let options = GenerateOptions {
-        max_tokens: args.max_tokens,
+        max_tokens: max_tokens(args.max_tokens),
         stop_ids: stop_ids(&loaded, &args.extra_eos_token)?,
         sampling: Sampling {
             min_p: args.min_p,
@@ -71,13 +74,14 @@ fn render(args: &GenerateArgs, loaded: &Loaded, prompt: &str, extra: Map<String,
     let Some(prefill) = &args.prefill_response else {
         return Ok(template.render(&messages, None, true, &variables)?);
     };
-    messages.push(json!({"role": "assistant", "content": prefill}));
+    messages.push(json!({"role": "assistant", "content": format!("{prefill}{TAG} ")}));
     let text = template.render(&messages, None, false, &variables)?;
-    let wanted = prefill.trim();
-    let Some(at) = text.rfind(wanted) else {
+    let Some((before, after)) = text.rsplit_once(TAG).filter(|(before, _)| before.contains(prefill.trim()))
+    else {
         bail!("the chat template does not print --prefill-response, so the answer cannot begin with it");
     };
-    Ok(text[..at + wanted.len()].to_string())
+    // A template that trims what it prints takes the tag's own space away, and would take the answer's too.
+    Ok(if after.starts_with(' ') { before } else { before.trim_end() }.to_string())
 }
 
 /// The JSON object that a flag holds.

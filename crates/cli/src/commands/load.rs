@@ -3,9 +3,10 @@
 use crate::hub::{self, What};
 use anyhow::{Context, Result, bail};
 use graft_adapters::{AdapterSet, Fingerprint};
-use graft_model::{ChatTemplate, Model, Tokenizer};
+use graft_model::{ChatTemplate, DecoderConfig, Model, Tokenizer, config_from_map};
 use graft_ops::Dtype;
-use graft_quant::Checkpoint;
+use graft_quant::convert::{dtype_from_name, is_float};
+use graft_quant::{Checkpoint, StoredDtype};
 use graft_train::{ModelEncoder, OwnedRoute};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -36,7 +37,7 @@ impl Loaded {
         let Some(argument) = adapter.filter(|a| !a.is_empty()) else { return Ok(OwnedRoute::Base) };
         let dir = hub::resolve(argument, What::Adapter)?;
         let set = AdapterSet::load(&dir)?;
-        check_base(&set, &dir, &self.base)?;
+        check_base(Fingerprint::read(&set.config), &dir, &self.base)?;
         OwnedRoute::of(&set, &dir, &self.model).with_context(|| {
             format!("the adapter {} does not fit the model {}", dir.display(), self.dir.display())
         })
@@ -53,22 +54,36 @@ impl Loaded {
     }
 }
 
-/// f32 on a CPU; on a GPU config.json's type.
+/// What config.json says of the model behind a command's argument, before its weights are read.
+pub(crate) fn config(argument: &str) -> Result<DecoderConfig> {
+    config_of(&Checkpoint::open(&hub::resolve(argument, What::Model)?)?)
+}
+
+/// As [`config`], of a checkpoint that is open. Errors: a family that graft cannot run, or fields that it cannot use.
+pub(crate) fn config_of(checkpoint: &Checkpoint) -> Result<DecoderConfig> {
+    Ok(config_from_map(&checkpoint.dir().join("config.json"), checkpoint.config())?)
+}
+
+/// f32 on a CPU; on a GPU config.json's type, else that of the scales, else that of the floats.
 pub(crate) fn compute_dtype(checkpoint: &Checkpoint) -> Dtype {
-    if graft_ops::info::info().cpu_operations {
-        return Dtype::Float32;
-    }
+    if graft_ops::info::info().cpu_operations { Dtype::Float32 } else { stored_dtype(checkpoint) }
+}
+
+fn stored_dtype(checkpoint: &Checkpoint) -> Dtype {
     let named = ["torch_dtype", "dtype"].iter().find_map(|key| checkpoint.config().get(*key)?.as_str());
-    match named {
-        Some("float16") => Dtype::Float16,
-        Some("float32") => Dtype::Float32,
+    let of = |name: &String| checkpoint.info(name).map(|info| info.dtype).filter(|dtype| is_float(*dtype));
+    let scales = || checkpoint.names().filter(|name| name.ends_with(".scales")).find_map(of);
+    let stored = named.and_then(dtype_from_name).or_else(scales).or_else(|| checkpoint.names().find_map(of));
+    match stored {
+        Some(StoredDtype::F16) => Dtype::Float16,
+        Some(StoredDtype::F32 | StoredDtype::F64) => Dtype::Float32,
         _ => Dtype::Bfloat16,
     }
 }
 
 /// Refuses an adapter that says it was trained on another base.
-pub(crate) fn check_base(set: &AdapterSet, dir: &Path, base: &Fingerprint) -> Result<()> {
-    if let Some(why) = Fingerprint::read(&set.config).and_then(|own| own.foreign_to(base)) {
+pub(crate) fn check_base(own: Option<Fingerprint>, dir: &Path, base: &Fingerprint) -> Result<()> {
+    if let Some(why) = own.and_then(|own| own.foreign_to(base)) {
         bail!(
             "the adapter {} is for another base than {}: {why}; give the model it was trained on",
             dir.display(),
@@ -76,4 +91,32 @@ pub(crate) fn check_base(set: &AdapterSet, dir: &Path, base: &Fingerprint) -> Re
         );
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use graft_testkit::{Dtype as Stored, Family, Tiny, tiny_model};
+
+    #[test]
+    fn the_dtype_is_that_of_the_config_or_of_what_is_stored() {
+        for (stored, wanted) in
+            [(Stored::F16, Dtype::Float16), (Stored::Bf16, Dtype::Bfloat16), (Stored::F32, Dtype::Float32)]
+        {
+            for packed in [None, Some((4, 32))] {
+                let dir = tiny_model(&Tiny { dtype: stored, packed, ..Tiny::new(Family::Llama) });
+                let file = dir.path().join("config.json");
+                let mut config: serde_json::Value =
+                    serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+                for key in ["torch_dtype", "dtype"] {
+                    config.as_object_mut().unwrap().remove(key);
+                }
+                std::fs::write(&file, config.to_string()).unwrap();
+                assert_eq!(stored_dtype(&Checkpoint::open(dir.path()).unwrap()), wanted, "{packed:?}");
+                config["torch_dtype"] = "float32".into();
+                std::fs::write(&file, config.to_string()).unwrap();
+                assert_eq!(stored_dtype(&Checkpoint::open(dir.path()).unwrap()), Dtype::Float32);
+            }
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! `graft lora` and `graft train`: settings, a run, its report.
 
-use super::{data, load::Loaded};
+use super::data;
+use super::load::{self, Loaded};
 use crate::args::LoraArgs;
 use crate::errors::{Interrupted, Usage};
 use crate::settings::{Defaults, Settings};
@@ -10,7 +11,7 @@ use graft_adapters::{FineTuneType, Fingerprint, LoraParameters};
 use graft_train::{Data, Event, Outcome, TrainConfig, TrainReport};
 use serde_json::{Map, Value, json};
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Width of the loss curve in characters.
 const CURVE: usize = 60;
@@ -18,17 +19,30 @@ const CURVE: usize = 60;
 /// Trains, tests, or both.
 pub(crate) fn lora(args: &LoraArgs, defaults: Defaults) -> Result<()> {
     let settings = Settings::new(args, defaults)?;
-    let stop = host::stop_flag(|| ui::note("stopping after this step and saving; once more stops at once"));
+    let stop = host::stop_flag(|| ui::note("stopping after this step; once more stops at once"));
+    let unless_stopped = || match stop.load(Ordering::Relaxed) {
+        true => bail!(Interrupted("Interrupted while loading; nothing was written.".into())),
+        false => Ok(()),
+    };
     let model = settings.text("model").unwrap_or_default();
+    let num_layers = settings.int("num_layers");
+    if settings.flag("train") {
+        let layers = load::config(model)?.layers;
+        if num_layers > i64::from(layers) {
+            bail!(Usage(format!("--num-layers {num_layers}: the model has {layers} blocks (-1 trains all)")));
+        }
+    }
     ui::note(&format!("Loading {model}"));
     let loaded = Loaded::open(model)?;
+    unless_stopped()?;
     ui::note("Loading datasets");
     let data = data::load(&settings, &loaded)?;
+    unless_stopped()?;
     if settings.flag("train") {
         train(&settings, &loaded, &data, &stop)?;
     }
     if settings.flag("test") {
-        test(&settings, &loaded, &data)?;
+        test(&settings, &loaded, &data, &stop)?;
     }
     Ok(())
 }
@@ -41,6 +55,9 @@ fn train(settings: &Settings, loaded: &Loaded, data: &Data, stop: &AtomicBool) -
     report.progress.done();
     let summary = result?;
     report.curve();
+    if summary.outcome == (Outcome::Interrupted { step: 0 }) {
+        bail!(Interrupted("Interrupted before the first step; nothing was written.".into()));
+    }
     if let Outcome::Interrupted { step } = summary.outcome {
         bail!(Interrupted(format!(
             "Interrupted after {step} of {} iterations; all of it is saved. Continue with: {}",
@@ -65,7 +82,7 @@ fn resume_command() -> String {
     format!("graft {}", words.join(" "))
 }
 
-fn test(settings: &Settings, loaded: &Loaded, data: &Data) -> Result<()> {
+fn test(settings: &Settings, loaded: &Loaded, data: &Data, stop: &AtomicBool) -> Result<()> {
     ui::note("Testing");
     let route = loaded.route(settings.text("adapter_path"))?;
     for warning in &data.test.warnings {
@@ -78,7 +95,12 @@ fn test(settings: &Settings, loaded: &Loaded, data: &Data) -> Result<()> {
         count(settings, "batch_size"),
         settings.int("test_batches"),
         settings.int("seed") as u64,
+        stop,
     )?;
+    let Some(found) = found else {
+        let saved = if settings.flag("train") { "; the trained adapter is saved" } else { "" };
+        bail!(Interrupted(format!("Interrupted before the test was done, so it has no result{saved}.")));
+    };
     ui::out(&format!("Test loss {:.3}, Test ppl {:.3}.", found.loss, found.perplexity));
     Ok(())
 }
@@ -112,12 +134,7 @@ fn config(settings: &Settings, loaded: &Loaded) -> Result<TrainConfig> {
             keys,
         },
         optimizer: name.to_string(),
-        optimizer_config: settings
-            .map("optimizer_config")
-            .and_then(|c| c.get(name))
-            .and_then(Value::as_object)
-            .cloned()
-            .unwrap_or_default(),
+        optimizer_config: settings.optimizer_config(),
         learning_rate: settings.float("learning_rate"),
         lr_schedule: settings.map("lr_schedule").map(|m| m.clone().into()),
         batch_size: count(settings, "batch_size"),

@@ -1,7 +1,7 @@
 //! `graft perplexity`: how well a model, with or without an adapter, predicts local text.
 
 use super::load::Loaded;
-use crate::args::PerplexityArgs;
+use crate::args::{DEFAULT_DATA, PerplexityArgs};
 use crate::errors::Usage;
 use crate::hub::{self, What};
 use crate::{host, ui};
@@ -80,6 +80,12 @@ fn data_file(argument: &str) -> Result<PathBuf> {
     if path.is_file() {
         return Ok(path.to_path_buf());
     }
+    if argument == DEFAULT_DATA && !path.exists() {
+        bail!(Usage(format!(
+            "--data-path is required: mlx_lm's default {DEFAULT_DATA} is kept as parquet, which graft does not read; give \
+             FILE.jsonl or a directory with test.jsonl, valid.jsonl or train.jsonl"
+        )));
+    }
     let dir = hub::resolve(argument, What::Data)?;
     let names = ["test.jsonl", "valid.jsonl", "train.jsonl"];
     match names.iter().map(|n| dir.join(n)).find(|f| f.exists()) {
@@ -97,6 +103,7 @@ fn windows(args: &PerplexityArgs, loaded: &Loaded, file: &Path, rows: &[Row]) ->
     for chunk in order.chunks(ROWS) {
         let chunk: Vec<Row> = chunk.iter().filter_map(|i| rows.get(*i)).cloned().collect();
         let split = Split::from_rows(file, &chunk, &loaded.encoder(), &config)?;
+        split.check_vocabulary(loaded.model.config().vocab as usize)?;
         tokens.extend(split.examples.into_iter().flat_map(|e| e.tokens));
         if wanted.is_some_and(|n| tokens.len() >= n * args.sequence_length) {
             break;

@@ -2,7 +2,7 @@
 
 use super::generate::json_object;
 use super::load::{check_base, compute_dtype};
-use crate::args::ServerArgs;
+use crate::args::{ServerArgs, XTC_THRESHOLD};
 use crate::errors::Usage;
 use crate::hub::{self, What};
 use crate::{host, ui};
@@ -11,7 +11,7 @@ use graft_adapters::{AdapterSet, Fingerprint};
 use graft_model::Sampling;
 use graft_quant::Checkpoint;
 use graft_serve::{
-    Defaults, Engine, EngineConfig, LogEvent, LogSink, MAX_BODY_BYTES, MAX_QUEUE, ServeConfig,
+    Defaults, Engine, EngineConfig, LogEvent, LogSink, MAX_BODY_BYTES, MAX_CONCURRENT, MAX_QUEUE, ServeConfig,
 };
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
@@ -28,21 +28,27 @@ pub(crate) fn server(args: &ServerArgs) -> Result<()> {
         bail!(Usage("--model is required: graft serves the model that it was started with".into()));
     };
     let template_args = json_object("--chat-template-args", &args.chat_template_args)?;
-    let sampling = Sampling {
-        temperature: args.temp,
-        top_p: args.top_p,
-        top_k: args.top_k,
-        min_p: args.min_p,
-        ..Sampling::greedy()
-    };
+    let sampling = sampling(args);
     sampling.check()?;
+    let concurrency = match args.decode_concurrency {
+        0 => bail!(Usage("--decode-concurrency must be at least 1".into())),
+        n if n > MAX_CONCURRENT => {
+            ui::note(&format!(
+                "note: --decode-concurrency {n} is more than {MAX_CONCURRENT}, above which an answer could depend on what runs \
+                 beside it; {MAX_CONCURRENT} is used"
+            ));
+            MAX_CONCURRENT
+        }
+        n => n,
+    };
     let addr = address(&args.host, args.port)?;
     let (adapters, default_adapter) = adapters(args)?;
     let dir = hub::resolve(model, What::Model)?;
     let checkpoint = Checkpoint::open(&dir)?;
     let base = Fingerprint::of(&checkpoint, model);
     for (_, adapter) in &adapters {
-        check_base(&AdapterSet::load(adapter)?, adapter, &base)?;
+        // Its tensors are the engine thread's to read.
+        check_base(AdapterSet::trained_on(adapter)?, adapter, &base)?;
     }
     let log = log_sink(&args.log_level);
     let model_id = args.model_id.clone().unwrap_or_else(|| model.clone());
@@ -72,7 +78,7 @@ pub(crate) fn server(args: &ServerArgs) -> Result<()> {
         adapters,
         chat_template: Some(args.chat_template.clone()).filter(|t| !t.is_empty()),
         max_context: None,
-        max_concurrent: args.decode_concurrency,
+        max_concurrent: concurrency,
         max_queue: MAX_QUEUE,
         stall_timeout: Duration::from_secs(60),
         log,
@@ -101,6 +107,18 @@ pub(crate) fn server(args: &ServerArgs) -> Result<()> {
     drop(ended);
     ui::note("Stopped.");
     Ok(())
+}
+
+/// What a request gets where it says nothing. The ids that XTC spares are the engine's to know.
+fn sampling(args: &ServerArgs) -> Sampling {
+    Sampling {
+        temperature: args.temp,
+        top_p: args.top_p,
+        top_k: args.top_k,
+        min_p: args.min_p,
+        xtc_threshold: XTC_THRESHOLD,
+        ..Sampling::greedy()
+    }
 }
 
 fn address(host: &str, port: u16) -> Result<SocketAddr> {
@@ -150,4 +168,20 @@ fn log_sink(level: &str) -> LogSink {
         LogEvent::Failure { message } => ui::note(&format!("error: {message}")),
         LogEvent::Request(_) => {}
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::{self, Cli, Command};
+    use clap::FromArgMatches as _;
+
+    #[test]
+    fn defaults_are_those_of_mlx_lms_server() {
+        let matches = args::command().try_get_matches_from(["graft", "server", "--model", "m"]).unwrap();
+        let Command::Server(args) = Cli::from_arg_matches(&matches).unwrap().command else { unreachable!() };
+        let found = sampling(&args);
+        assert_eq!((found.temperature, found.top_p, found.top_k, found.min_p), (0.0, 1.0, 0, 0.0));
+        assert_eq!((found.xtc_probability, found.xtc_threshold), (0.0, 0.1));
+    }
 }

@@ -22,6 +22,9 @@ fn a_model_is_packed_and_made_dense_again() {
 fn wrong_options_write_nothing() {
     let folder = Folder::new();
     folder.model("model", &llama(None));
+    folder.copy("model", "other");
+    let config = String::from_utf8(folder.read("other/config.json")).unwrap();
+    folder.write("other/config.json", &config.replace("\"llama\"", "\"qwen3_moe\""));
     for (status, flags, part) in [
         (2, "", "--hf-path (or --model) is required"),
         (2, "--hf-path model --mlx-path data", "--mlx-path data exists already"),
@@ -29,6 +32,11 @@ fn wrong_options_write_nothing() {
         (2, "--hf-path model -q --q-bits 7", "7 bits in groups of 64 do not exist"),
         (2, "--hf-path model -q --q-mode mxfp4", "--q-mode mxfp4 is not supported"),
         (2, "--hf-path model --upload-repo a/b", "--upload-repo is not supported by graft convert"),
+        (
+            1,
+            "--hf-path other -q",
+            "model_type \"qwen3_moe\" is not supported; supported are llama, mistral, qwen2, qwen3",
+        ),
         (1, "--hf-path gone", "there is no model directory `gone`"),
         (1, "--hf-path gone.gguf", "there is no file gone.gguf"),
         (1, "--hf-path data", "data: config.json is missing"),

@@ -48,13 +48,68 @@ fn a_prompt_of_minus_is_read_from_stdin() {
     assert_eq!(run.out, folder.ok("generate --model model -p hello --verbose false").out);
 }
 
+/// A template that prints contents as they are, or trimmed.
+fn with_template(folder: &Folder, content: &str) {
+    let text = format!(
+        "{{% for m in messages %}}[{{{{ m['role'] }}}}]{{{{ {content} }}}}[end]{{% endfor %}}{{% if \
+         add_generation_prompt %}}[assistant]{{% endif %}}"
+    );
+    folder.write("model/chat_template.jinja", &text);
+}
+
+#[test]
+fn a_prefilled_answer_goes_on_where_it_ends() {
+    let folder = Folder::with_model();
+    // How many tokens a prompt has is all that is shown of it, so it is compared with one that is written out.
+    let tokens = |arguments: &[&str]| {
+        let base = ["generate", "--model", "model", "--max-tokens", "2"];
+        let run: Run = folder.command(&[&base[..], arguments].concat()).output().unwrap().into();
+        assert_eq!(run.status, Some(0), "{run:?}");
+        run.out.replace(|c: char| c == '.' || c.is_ascii_digit(), "")
+            + run.out.split("Prompt: ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap()
+    };
+    let plain = |text: &str| tokens(&["--ignore-chat-template", "-p", text]);
+    // The prompt holds the beginning of the answer too, so a search from the front or for the text alone goes wrong.
+    for (content, prefill, expected) in [
+        ("m['content']", "end ", "[user]end end[end][assistant]end "),
+        ("m['content']", "", "[user]end end[end][assistant]"),
+        ("m['content']", "- a", "[user]end end[end][assistant]- a"),
+        ("m['content'] | trim", "end ", "[user]end end[end][assistant]end"),
+    ] {
+        with_template(&folder, content);
+        assert_eq!(
+            tokens(&["-p", "end end", "--prefill-response", prefill]),
+            plain(expected),
+            "{expected:?}"
+        );
+    }
+    with_template(&folder, "'nothing'");
+    folder.fails(1, "generate --model model --prefill-response x", &["does not print --prefill-response"]);
+}
+
+#[test]
+fn numbers_mean_what_they_do_in_mlx_lm() {
+    let folder = Folder::with_model();
+    // Token 285 ends an answer; as every id is one here, the first token does.
+    let ids: Vec<String> = (0..288).map(|id| id.to_string()).collect();
+    let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
+    let command =
+        ["generate", "--model", "model", "--max-tokens", "-1", "-p", "- hello", "--extra-eos-token"];
+    let run: Run = folder.command(&[&command[..], &ids].concat()).output().unwrap().into();
+    assert!(run.status == Some(0) && run.out.contains("No text generated"), "{run:?}");
+    let more =
+        ["generate", "--model", "model", "-m", "1", "--system-prompt", "- be brief", "--prompt", "-- x"];
+    let run: Run = folder.command(&more).output().unwrap().into();
+    assert_eq!(run.status, Some(0), "{run:?}");
+}
+
 #[test]
 fn what_it_cannot_do_is_said_before_anything_is_printed() {
     let folder = Folder::with_model();
     for (status, flags, part) in [
         (1, "--model gone", "there is no model directory `gone`; give a directory or a Hugging Face id"),
         (1, "--model owner/name", "HF_HUB_OFFLINE is set"),
-        (1, "--model model/config.json", "is a file; a directory was expected"),
+        (1, "--model model/config.json", "is a file; a model directory was expected"),
         (1, "--model model --adapter-path gone", "there is no adapter directory `gone`"),
         (1, "--model model --adapter-path model", "adapter_config.json is missing"),
         (1, "--model model --extra-eos-token nix", "the vocabulary of model has no such token"),

@@ -52,6 +52,45 @@ fn an_interrupted_run_says_how_to_go_on_and_ends_as_if_it_had_not_been() {
 }
 
 #[test]
+fn a_run_that_is_stopped_before_its_first_step_writes_nothing() {
+    let folder = Folder::with_model();
+    let adapter = folder.read("adapter/adapters.safetensors");
+    let names = folder.names("adapter");
+    // Rows enough that they are still being read when the signal comes.
+    let rows: Vec<Value> = (0..40_000).map(|i| row(&format!("hello {i}"), "the user")).collect();
+    folder.rows("data/train.jsonl", &rows);
+    folder.rows("data/test.jsonl", &rows);
+    for command in [
+        format!("{SHORT} --iters 60 --adapter-path adapter"),
+        "lora --model model --test --data data --adapter-path adapter".to_owned(),
+    ] {
+        let mut running = folder.start(&command);
+        let mut lines = BufReader::new(running.0.stderr.take().unwrap());
+        let mut seen = String::new();
+        while !seen.contains("Loading datasets") {
+            assert_ne!(lines.read_line(&mut seen).unwrap(), 0, "{seen}");
+        }
+        running.interrupt();
+        std::io::Read::read_to_string(&mut lines, &mut seen).unwrap();
+        let end = running.end();
+        assert_eq!((end.status, end.out.as_str()), (Some(130), ""), "{seen}");
+        let said = ["nothing was written", "has no result"].iter().any(|part| seen.contains(part));
+        assert!(said && !seen.contains("error:"), "{seen}");
+        assert!(folder.read("adapter/adapters.safetensors") == adapter);
+        assert_eq!(folder.names("adapter"), names);
+    }
+}
+
+#[test]
+fn no_iterations_save_the_adapter_as_it_starts() {
+    let folder = Folder::with_model();
+    let run = folder.ok(&format!("{SHORT} --iters 0 --adapter-path new"));
+    assert!(run.out.starts_with("Saved final weights to new/adapters.safetensors"), "{run:?}");
+    assert!(folder.names("new").contains(&"0000000_adapters.safetensors".to_owned()));
+    folder.ok("train --model model --data data --iters 0 --adapter-path recipe");
+}
+
+#[test]
 fn weights_alone_start_another_run() {
     let folder = Folder::with_model();
     folder.ok(&format!("{SHORT} --iters 4 --adapter-path first --learning-rate 1e-3"));
@@ -146,6 +185,10 @@ fn the_recipe_trains_on_answers_and_on_whole_texts_and_data_sets_may_be_slices()
     );
     let run = folder.ok(&format!("{train} -c sets.yaml --adapter-path sets"));
     assert!(run.err.contains("2 batches per pass"), "{run:?}");
+    // Rows of text have no prompt to mask, which the recipe alone asks for.
+    folder.write("sets.yaml", "hf_dataset: {path: texts, train_split: train, valid_split: train}\n");
+    folder.ok(&format!("{train} -c sets.yaml --adapter-path text-set"));
+    folder.fails(1, &format!("{train} -c sets.yaml --mask-prompt"), &["a text row has no prompt to mask"]);
     folder.write("sets.yaml", "hf_dataset: {train_split: train}\n");
     folder.fails(2, &format!("{train} -c sets.yaml"), &["hf_dataset: `path` is required"]);
     folder.write("sets.yaml", "hf_dataset: {path: set, train_split: 'train[x]'}\n");
@@ -185,7 +228,17 @@ fn rows_that_are_not_what_they_should_be_are_named_by_file_and_line() {
     folder.write("data/test.jsonl", "");
     let test = "lora --model model --test --data data --adapter-path adapter";
     folder.fails(1, test, &["data/test.jsonl: the file has no rows"]);
-    folder.fails(1, "lora --model model --train --data gone", &["there is no data directory `gone`"]);
+    folder.fails(
+        1,
+        "lora --model model --train --num-layers 1 --data gone",
+        &["there is no data directory `gone`"],
+    );
+    let error = folder.fails(
+        1,
+        "lora --model model --train --num-layers 1 --data ./data/train.jsonl",
+        &["`./data/train.jsonl` is a file; a directory with train.jsonl"],
+    );
+    assert!(!error.contains("gguf"), "{error}");
 }
 
 #[test]
@@ -211,7 +264,7 @@ fn full_training_of_packed_weights_is_explained() {
     let folder = Folder::with_model();
     let flags = format!("{SHORT} --fine-tune-type full --iters 2 --adapter-path new");
     let parts = ["packed weights have no gradient", "graft convert --dequantize", "DoRA at a higher rank"];
-    folder.fails(1, &flags, &parts);
+    folder.fails(2, &flags, &parts);
     // The way that the message shows.
     folder.ok("convert --hf-path model --mlx-path dense --dequantize");
     folder.ok(&flags.replace("--model model", "--model dense"));
@@ -232,11 +285,18 @@ fn settings_out_of_range_and_runs_that_blow_up_write_nothing() {
         folder.fails(2, &format!("{SHORT} {flag}"), &[part]);
     }
     folder.fails(2, "lora --model model", &["nothing to do: give --train, --test or both"]);
+    folder.fails(2, &format!("{SHORT} --num-layers 16"), &["--num-layers 16: the model has 2 blocks"]);
+    folder.fails(2, &format!("{SHORT} --max-grad-norm -1"), &["--max-grad-norm must be at least 0"]);
+    folder.fails(2, &format!("{SHORT} --max-grad-norm nan"), &["expected a finite number"]);
+    folder.fails(2, &format!("{SHORT} --test --test-batches 0"), &["--test-batches 0 tests nothing"]);
+    folder.write("odd.yaml", "lr_schedule: {name: sine, arguments: [1]}\n");
     folder.fails(
-        1,
-        &format!("{SHORT} --num-layers 16"),
-        &["num_layers: expected at most the model's 2 blocks"],
+        2,
+        &format!("{SHORT} --model gone -c odd.yaml"),
+        &["lr_schedule: expected cosine_decay", "found \"sine\""],
     );
+    folder.write("odd.yaml", "optimizer_config: {adam: {speed: 1}}\n");
+    folder.fails(2, &format!("{SHORT} --model gone -c odd.yaml"), &["optimizer_config.adam.speed"]);
     let blown = format!("{SHORT} --iters 9 --learning-rate 1e30 --optimizer sgd --adapter-path new");
     let run = folder.run(&blown);
     assert_eq!(run.status, Some(1), "{run:?}");

@@ -29,6 +29,7 @@ fn text_that_is_too_little_or_wrong_is_named() {
     );
     folder.fails(1, &format!("{flags} gone"), &["there is no data directory `gone`"]);
     folder.fails(1, &format!("{flags} model"), &["model holds none of test.jsonl, valid.jsonl, train.jsonl"]);
+    folder.fails(2, "perplexity --model model", &["--data-path is required", "parquet", "FILE.jsonl"]);
     folder.fails(2, &format!("{flags} data --sequence-length 1"), &["--sequence-length must be at least 2"]);
     folder.write("data/test.jsonl", "{\"text\": 1}\n");
     folder.fails(1, &format!("{flags} data"), &["data/test.jsonl:1: \"text\": expected a string"]);

@@ -9,8 +9,8 @@ use crate::setting::Folder;
 #[test]
 fn it_serves_a_base_and_its_adapters_by_name_until_it_is_interrupted() {
     let folder = Folder::with_model();
-    let flags =
-        "server --model model --adapter-path adapter --adapter other=adapter --model-id mine --port 0";
+    let flags = "server --model model --adapter-path adapter --adapter other=adapter --model-id mine --port 0 \
+                 --decode-concurrency 64";
     let (server, address) = serve(&folder, flags);
     let models = json(&address, "/v1/models", None);
     let ids: Vec<&str> =
@@ -31,6 +31,7 @@ fn it_serves_a_base_and_its_adapters_by_name_until_it_is_interrupted() {
     server.interrupt();
     let run = server.end();
     assert_eq!(run.status, Some(0), "{run:?}");
+    assert!(run.err.contains("--decode-concurrency 64 is more than 32"), "{run:?}");
     assert!(run.err.contains("POST /v1/completions 200") && run.err.ends_with("Stopped.\n"), "{run:?}");
 }
 
@@ -57,6 +58,7 @@ fn what_stops_it_is_said_at_once() {
     folder.fails(1, &flags, &[&format!("cannot listen on 127.0.0.1:{port}"), "Choose another --port"]);
     for (status, flags, part) in [
         (2, "", "--model is required"),
+        (2, "--model model --decode-concurrency 0", "--decode-concurrency must be at least 1"),
         (2, "--model model --adapter adapter", "--adapter adapter: expected NAME=DIR"),
         (2, "--model model --temp -2", "`temperature`"),
         (2, "--model model --chat-template-args [1]", "--chat-template-args must be a JSON object"),

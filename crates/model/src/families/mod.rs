@@ -155,6 +155,7 @@ impl Fields<'_> {
         if let Some(act) = self.get("hidden_act").and_then(Value::as_str).filter(|a| *a != "silu") {
             return Err(self.wrong("hidden_act", "\"silu\"", act));
         }
+        self.check_windows()?;
         Ok(DecoderConfig {
             model_type: self.text("model_type")?,
             hidden,
@@ -173,6 +174,21 @@ impl Fields<'_> {
             qk_norm: false,
             max_positions: self.int_or("max_position_embeddings", 2048)?,
         })
+    }
+
+    /// Every block sees all tokens before it. A block with a window would answer as if it had none, so it is refused;
+    /// `sliding_window` alone is not, as mlx-lm reads it only where `layer_types` names a block with one.
+    fn check_windows(&self) -> Result<()> {
+        let types = self.get("layer_types").and_then(Value::as_array).into_iter().flatten();
+        if let Some(other) = types.filter_map(Value::as_str).find(|kind| *kind != "full_attention") {
+            return Err(self.wrong("layer_types", "\"full_attention\" of every block", other));
+        }
+        let windows = self.bool_or("use_sliding_window", false)? && self.get("sliding_window").is_some();
+        let first = self.int_or("max_window_layers", 0)?;
+        if windows && first < self.int("num_hidden_layers")? {
+            return Err(self.wrong("use_sliding_window", "false, as no block may have a window", "true"));
+        }
+        Ok(())
     }
 
     fn rope(&self) -> Result<RopeConfig> {

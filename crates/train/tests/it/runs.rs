@@ -4,10 +4,12 @@ use std::path::Path;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use graft_adapters::{AdapterSet, FineTuneType};
+use graft_adapters::{AdapterSet, FineTuneType, LoraParameters};
 use graft_model::Model;
 use graft_testkit::{Family, Tiny};
-use graft_train::{Data, Error, Event, Outcome, OwnedRoute, Summary, TrainConfig, run, test};
+use graft_train::{
+    Data, Error, Evaluation, Event, Outcome, OwnedRoute, Split, Summary, TrainConfig, run, test,
+};
 use serde_json::{Value, json};
 
 use crate::support::{arrays, config, data, load, lora, named, split};
@@ -30,6 +32,24 @@ fn timeless(dir: &Path) -> Vec<Value> {
         }
     }
     lines
+}
+
+fn evaluation(model: &Model, route: &OwnedRoute, split: &Split, batches: i64) -> Evaluation {
+    test(model, &route.route(), split, 2, batches, 0, &AtomicBool::new(false)).unwrap().unwrap()
+}
+
+/// Every file below a directory, with its bytes.
+fn files(dir: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut all = Vec::new();
+    for name in names(dir) {
+        let path = dir.join(&name);
+        if path.is_dir() {
+            all.extend(files(&path).into_iter().map(|(inner, bytes)| (format!("{name}/{inner}"), bytes)));
+        } else {
+            all.push((name, std::fs::read(&path).unwrap()));
+        }
+    }
+    all
 }
 
 fn names(dir: &Path) -> Vec<String> {
@@ -101,10 +121,10 @@ fn the_loss_falls_and_files_are_those_of_mlx_lm() {
             let set = AdapterSet::load(dir.path()).unwrap();
             assert_eq!(set.config.fine_tune_type, kind);
             let route = OwnedRoute::of(&set, dir.path(), &model).unwrap();
-            let found = test(&model, &route.route(), &data.valid, 2, 2, 0).unwrap();
-            let all = test(&model, &route.route(), &data.valid, 2, -1, 0).unwrap();
+            let found = evaluation(&model, &route, &data.valid, 2);
+            let all = evaluation(&model, &route, &data.valid, -1);
             assert!(all.loss < 0.5 * losses[0] && found.tokens <= all.tokens, "{all:?}");
-            let base = test(&model, &OwnedRoute::Base.route(), &data.valid, 2, -1, 0).unwrap();
+            let base = evaluation(&model, &OwnedRoute::Base, &data.valid, -1);
             assert!(base.loss > 2.0 * all.loss);
         }
     });
@@ -113,12 +133,7 @@ fn the_loss_falls_and_files_are_those_of_mlx_lm() {
 #[test]
 fn a_resumed_run_is_the_uninterrupted_one_bit_for_bit() {
     arrays(|| {
-        for (kind, stop_at) in [
-            (FineTuneType::Lora, 6),
-            (FineTuneType::Dora, 5),
-            (FineTuneType::Full, 7),
-            (FineTuneType::Lora, 0),
-        ] {
+        for (kind, stop_at) in [(FineTuneType::Lora, 6), (FineTuneType::Dora, 5), (FineTuneType::Full, 7)] {
             let packed = (kind != FineTuneType::Full).then_some((4, 32));
             let model = load(&Tiny { packed, ..Tiny::new(Family::Llama) });
             let data = data(split(&[12, 14, 16, 18, 20, 7, 9], 0, 1), split(&[12, 14, 16], 0, 2));
@@ -134,7 +149,7 @@ fn a_resumed_run_is_the_uninterrupted_one_bit_for_bit() {
             quietly(&settings(whole.path()), &model, &data).unwrap();
 
             let parts = tempfile::tempdir().unwrap();
-            let stop = AtomicBool::new(stop_at == 0);
+            let stop = AtomicBool::new(false);
             let summary = run(&settings(parts.path()), Rc::clone(&model), &data, &stop, &mut |event| {
                 if event == (Event::Step { iter: stop_at }) {
                     stop.store(true, Ordering::Relaxed);
@@ -193,6 +208,9 @@ fn a_run_goes_on_only_as_the_same_run() {
         assert!(e.contains("batch_size was 2, is 1") && e.contains("seed was 7, is 8"), "{e}");
         let e = refused(TrainConfig { lora: lora(8, 0.0), ..resume.clone() }, &data1);
         assert!(e.contains("expected shape"), "{e}");
+        let other = LoraParameters { scale: 3.0, ..lora(4, 0.1) };
+        let e = refused(TrainConfig { lora: other, ..resume.clone() }, &data1);
+        assert!(e.contains("scale was 2.0, is 3.0") && e.contains("dropout was 0.0, is 0.1"), "{e}");
 
         // Weights alone, into another directory: iterations start anew from those weights.
         let fresh = tempfile::tempdir().unwrap();
@@ -209,6 +227,99 @@ fn a_run_goes_on_only_as_the_same_run() {
         // A damaged pointer is named.
         std::fs::write(dir.path().join("state/latest"), "../x\n").unwrap();
         assert!(refused(resume, &data1).contains("state/latest"));
+    });
+}
+
+#[test]
+fn a_new_run_leaves_what_is_there_until_it_has_something_to_show() {
+    arrays(|| {
+        let model = load(&Tiny::new(Family::Llama));
+        let data = data(split(&[12, 14, 16, 18], 0, 1), split(&[12, 14, 16], 0, 2));
+        let dir = tempfile::tempdir().unwrap();
+        quietly(&TrainConfig { iters: 4, ..config(dir.path()) }, &model, &data).unwrap();
+        let before = files(dir.path());
+        let second = TrainConfig { seed: 8, lora: lora(2, 0.0), ..config(dir.path()) };
+        // Stopped at once, and stopped after the first validation, whose line is not written either.
+        for at_once in [true, false] {
+            let stop = AtomicBool::new(at_once);
+            let summary = run(&second, Rc::clone(&model), &data, &stop, &mut |event| {
+                if matches!(event, Event::Valid { .. }) {
+                    stop.store(true, Ordering::Relaxed);
+                }
+            })
+            .unwrap();
+            assert_eq!(summary.outcome, Outcome::Interrupted { step: 0 });
+            assert!(files(dir.path()) == before);
+        }
+        let blown = TrainConfig { resume_adapter_file: Some("none".into()), ..second.clone() };
+        quietly(&blown, &model, &data).unwrap_err();
+        assert!(files(dir.path()) == before);
+
+        // After a step metrics and state are the new run's; the adapter and its config stay one until the first save.
+        let (mut seen, stop) = (None, AtomicBool::new(false));
+        run(&second, Rc::clone(&model), &data, &stop, &mut |event| {
+            if event == (Event::Step { iter: 1 }) {
+                seen = Some((files(dir.path()), dir.path().join("state/latest").exists()));
+            }
+        })
+        .unwrap();
+        let (during, pointer) = seen.unwrap();
+        let of = |files: &[(String, Vec<u8>)], name: &str| files.iter().find(|(n, _)| n == name).cloned();
+        for name in ["adapters.safetensors", "adapter_config.json"] {
+            assert!(of(&during, name) == of(&before, name), "{name}");
+        }
+        let lines = of(&during, "metrics.jsonl").map(|(_, bytes)| String::from_utf8(bytes).unwrap()).unwrap();
+        assert!(lines.lines().count() == 1 && lines.contains("\"kind\":\"valid\",\"iter\":0"), "{lines}");
+        assert!(!pointer);
+        assert_eq!(AdapterSet::load(dir.path()).unwrap().config.parameters.unwrap().rank, 2);
+    });
+}
+
+#[test]
+fn no_iterations_save_the_adapter_as_it_starts() {
+    arrays(|| {
+        let model = load(&Tiny::new(Family::Llama));
+        let data = data(split(&[12, 14, 16, 18], 0, 1), split(&[12, 14], 0, 2));
+        let dir = tempfile::tempdir().unwrap();
+        let summary = quietly(&TrainConfig { iters: 0, ..config(dir.path()) }, &model, &data).unwrap();
+        assert_eq!((summary.outcome, summary.iter), (Outcome::Finished, 0));
+        assert!(dir.path().join("0000000_adapters.safetensors").exists());
+        let set = AdapterSet::load(dir.path()).unwrap();
+        let route = OwnedRoute::of(&set, dir.path(), &model).unwrap();
+        let base = evaluation(&model, &OwnedRoute::Base, &data.valid, -1);
+        assert_eq!(evaluation(&model, &route, &data.valid, -1), base);
+        // The run goes on from there.
+        let on = TrainConfig { resume: true, iters: 2, ..config(dir.path()) };
+        assert_eq!(quietly(&on, &model, &data).unwrap().iter, 2);
+    });
+}
+
+#[test]
+fn tokens_that_the_model_does_not_know_are_named_before_the_first_step() {
+    arrays(|| {
+        let model = load(&Tiny::new(Family::Llama));
+        let vocab = model.config().vocab as u32;
+        let mut bad = split(&[12, 14], 0, 1);
+        bad.examples[1].tokens[3] = vocab;
+        let good = split(&[12, 14], 0, 2);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("adapters");
+        for data in [data(bad.clone(), good.clone()), data(good, bad.clone())] {
+            let e = quietly(&config(&path), &model, &data).unwrap_err().to_string();
+            assert!(e.starts_with("train.jsonl:2:") && e.contains(&format!("the token id {vocab} ")), "{e}");
+        }
+        let stop = AtomicBool::new(false);
+        let tested = |split: &Split, batches: i64| {
+            test(&model, &OwnedRoute::Base.route(), split, 2, batches, 0, &stop)
+                .map(|_| ())
+                .unwrap_err()
+                .to_string()
+        };
+        assert!(tested(&bad, -1).contains(&format!("vocab_size is {vocab}")));
+        assert!(tested(&split(&[12], 0, 1), 0).contains("test_batches"));
+        stop.store(true, Ordering::Relaxed);
+        let found = test(&model, &OwnedRoute::Base.route(), &split(&[12], 0, 1), 2, -1, 0, &stop).unwrap();
+        assert_eq!(found, None);
     });
 }
 
@@ -254,10 +365,10 @@ fn full_training_writes_whole_weights_of_the_last_blocks() {
         assert_eq!(set.weights.len(), 7 + 4);
         assert!(set.weights.keys().all(|n| n.starts_with("model.layers.1.")));
         let route = OwnedRoute::of(&set, dir.path(), &model).unwrap();
-        let found = test(&model, &route.route(), &data.valid, 2, -1, 0).unwrap();
+        let found = evaluation(&model, &route, &data.valid, -1);
         let last = summary.valid.unwrap();
         assert!((found.loss - last.loss).abs() < 1e-6, "{found:?} {last:?}");
-        let base = test(&model, &OwnedRoute::Base.route(), &data.valid, 2, -1, 0).unwrap();
+        let base = evaluation(&model, &OwnedRoute::Base, &data.valid, -1);
         assert!(found.loss < base.loss - 0.5);
     });
 }
@@ -271,7 +382,6 @@ fn settings_are_checked_before_anything_is_written() {
         let path = dir.path().join("adapters");
         let base = config(&path);
         for (bad, field) in [
-            (TrainConfig { iters: 0, ..base.clone() }, "iters"),
             (TrainConfig { save_every: 0, ..base.clone() }, "save_every"),
             (TrainConfig { learning_rate: f64::NAN, ..base.clone() }, "learning_rate"),
             (TrainConfig { max_grad_norm: Some(0.0), ..base.clone() }, "max_grad_norm"),
