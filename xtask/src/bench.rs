@@ -165,13 +165,16 @@ pub(crate) fn task(args: &[String]) -> Result<()> {
         let mut record = figures::load(&file)?;
         record["schema"] = 1.into();
         record["machine"] = figures::machine(&graft)?;
+        // Kept after each part: what follows may take an hour, and be stopped.
+        let keep = |record: &Value| Ok(fs::write(&file, serde_json::to_string_pretty(record)? + "\n")?);
         if options.scaling {
             record["scaling"] = scaling::measure(&graft, options.quick)?;
+            keep(&record)?;
         } else {
-            Bench::new(&graft, options.data.as_deref(), if options.quick { 5 } else { 12 })?
-                .run(&options, &mut record)?;
+            let steps = if options.quick { 5 } else { 12 };
+            let bench = Bench::new(&graft, options.data.as_deref(), steps)?;
+            bench.run(&options, &mut record, keep)?;
         }
-        fs::write(&file, serde_json::to_string_pretty(&record)? + "\n")?;
         println!("{}", figures::render(&record));
         eprintln!("all samples: {}", file.display());
     }
@@ -213,11 +216,14 @@ impl<'a> Bench<'a> {
         Ok(Self { graft, base: [packed, dense], folder, rows, steps })
     }
 
-    /// Runs the jobs and puts them into the record.
-    fn run(&self, options: &Options, record: &mut Value) -> Result<()> {
+    /// Runs the jobs and puts them into the record, which is kept after each.
+    fn run(&self, options: &Options, record: &mut Value, keep: impl Fn(&Value) -> Result<()>) -> Result<()> {
         let peers = if options.peers { Peers::install(&self.folder)? } else { Peers::default() };
         let mut missing = peers.missing.clone();
-        let mut done = Vec::new();
+        record["jobs"] = json!([]);
+        record["rounds"] = options.rounds().into();
+        record["rows"] = self.rows.clone().into();
+        record["versions"] = peers.versions();
         for (name, job) in JOBS {
             if options.only.as_ref().is_some_and(|only| !name.contains(only.as_str())) {
                 continue;
@@ -253,14 +259,13 @@ impl<'a> Bench<'a> {
                 (!samples.is_empty()).then(|| json!({"name": program.name(), "samples": samples}))
             };
             let programs: Vec<Value> = programs.iter().zip(samples).filter_map(of).collect();
-            done.push(json!({"name": name, "programs": programs}));
+            if let Some(jobs) = record["jobs"].as_array_mut() {
+                jobs.push(json!({"name": name, "programs": programs}));
+            }
+            record["missing"] = missing.clone().into();
+            keep(record)?;
         }
         missing.iter().for_each(|line| eprintln!("not measured: {line}"));
-        record["jobs"] = done.into();
-        record["rounds"] = options.rounds().into();
-        record["rows"] = self.rows.clone().into();
-        record["missing"] = missing.into();
-        record["versions"] = peers.versions();
         Ok(())
     }
 

@@ -173,7 +173,11 @@ pub(crate) fn measure(graft: &Graft, quick: bool) -> Result<Value> {
         let mut flags: Vec<&str> = names.iter().zip(&numbers).flat_map(|(name, n)| [*name, n]).collect();
         flags.extend(checkpoint.then_some("--grad-checkpoint"));
         eprintln!("{}, {rows} x {length} tokens{}", shape.name, if checkpoint { ", checkpoint" } else { "" });
-        train(graft, place, &folder, &adapter, rows, &flags)?;
+        if let Err(error) = train(graft, place, &folder, &adapter, rows, &flags) {
+            // The largest may not fit this machine: the others are worth having.
+            eprintln!("not measured: {error:#}");
+            return Ok(());
+        }
         let (tokens_per_second, peak_memory) = metrics(&adapter)?;
         runs.push(json!({
             "shape": shape.name, "length": length, "rows": rows, "checkpoint": checkpoint,
