@@ -1,5 +1,6 @@
 //! Programs and folders that must not outlive us, whether a task ends well, fails or is interrupted.
 
+use std::cell::Cell;
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, ExitStatus};
@@ -48,6 +49,7 @@ pub(crate) fn end_at_signals() -> Result<()> {
 pub(crate) struct Process {
     id: u32,
     line: String,
+    peak: Cell<u64>,
 }
 
 impl Process {
@@ -57,7 +59,7 @@ impl Process {
         let mut ours = ours();
         let mut child = command.spawn().with_context(|| format!("cannot start {line}"))?;
         let stdout = child.stdout.take();
-        let process = Self { id: child.id(), line };
+        let process = Self { id: child.id(), line, peak: Cell::new(0) };
         ours.children.push(child);
         Ok((process, stdout))
     }
@@ -65,6 +67,7 @@ impl Process {
     /// Waits for its end. It is looked at now and then, because who waits in it would keep a signal from ending it.
     pub(crate) fn wait(&self) -> Result<ExitStatus> {
         loop {
+            self.peak_memory();
             let mut ours = ours();
             let child = ours.children.iter_mut().find(|child| child.id() == self.id);
             let child = child.with_context(|| format!("{} has gone", self.line))?;
@@ -74,6 +77,15 @@ impl Process {
             drop(ours);
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Its peak resident memory in bytes, as last seen while it ran; 0 where the system does not say (only Linux does).
+    pub(crate) fn peak_memory(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.id)).unwrap_or_default();
+        let field = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kilobytes = field.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+        self.peak.set(self.peak.get().max(kilobytes.unwrap_or_default() * 1024));
+        self.peak.get()
     }
 }
 

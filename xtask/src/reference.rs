@@ -8,9 +8,9 @@ use anyhow::{Context, Result};
 
 use crate::{cache, model, setup, sh};
 
-const MLX_LM: &str = "0.32.2";
-const MLX: &str = "0.32.4";
-const TRANSFORMERS: &str = "5.24.0";
+pub(crate) const MLX_LM: &str = "0.32.2";
+pub(crate) const MLX: &str = "0.32.4";
+pub(crate) const TRANSFORMERS: &str = "5.24.0";
 
 /// Writes the golden files of the tests anew.
 pub(crate) fn golden(args: &[String]) -> Result<()> {
@@ -41,18 +41,28 @@ pub(crate) fn conformance(args: &[String]) -> Result<()> {
 }
 
 /// A Python with mlx-lm, in a virtual environment of its own in the cache.
-fn python() -> Result<Command> {
-    let environment = cache::dir(&format!("mlx-lm-{MLX_LM}-mlx-{MLX}"), |temporary| {
-        eprintln!("installing mlx-lm {MLX_LM} from PyPI");
+pub(crate) fn python() -> Result<Command> {
+    // The extra exists on Linux only; a Mac's package runs on the CPU as it is.
+    let extra = if cfg!(target_os = "macos") { "" } else { "[cpu]" };
+    environment(
+        &format!("mlx-lm-{MLX_LM}-mlx-{MLX}"),
+        &[
+            &format!("mlx-lm=={MLX_LM}"),
+            &format!("mlx{extra}=={MLX}"),
+            &format!("transformers=={TRANSFORMERS}"),
+        ],
+    )
+}
+
+/// A Python with the packages, in the virtual environment `name` of the cache.
+pub(crate) fn environment(name: &str, packages: &[&str]) -> Result<Command> {
+    let environment = cache::dir(name, |temporary| {
+        eprintln!("installing {} from PyPI", packages.join(", "));
         sh::output(Command::new(cache::python()?).args(["-m", "venv"]).arg(temporary)).context(
             "cannot make a virtual environment: install it with `sudo apt-get install python3-venv` (Debian, Ubuntu)",
         )?;
         let mut install = Command::new(temporary.join("bin/python"));
-        install.args(["-m", "pip", "install", "--quiet"]).arg(format!("mlx-lm=={MLX_LM}"));
-        // The extra exists on Linux only; a Mac's package runs on the CPU as it is.
-        let extra = if cfg!(target_os = "macos") { "" } else { "[cpu]" };
-        install.arg(format!("mlx{extra}=={MLX}")).arg(format!("transformers=={TRANSFORMERS}"));
-        sh::run(&mut install)
+        sh::run(install.args(["-m", "pip", "install", "--quiet"]).args(packages))
     })?;
     // The environment was filled under another name: its interpreter works all the same, its scripts would not.
     let mut python = Command::new(environment.join("bin/python"));

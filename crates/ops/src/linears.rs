@@ -77,6 +77,7 @@ impl Input<'_> {
     }
 
     /// An array of x's shape and type, where what is given fits together.
+    #[cfg(all(graft_cpu, target_arch = "x86_64"))]
     fn like(&self) -> Option<&Array> {
         match *self {
             Self::Plain(x) => Some(x),
