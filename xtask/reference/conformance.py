@@ -158,6 +158,7 @@ class Losses(TrainingCallback):
 
 def initial_adapter(model, path, kind, layers, parameters):
     """An adapter with a random B, so that every part of the gradient is at work from the first step on."""
+    mx.random.seed(7)
     linear_to_lora_layers(model, layers, parameters, use_dora=kind == "dora")
     rng = np.random.default_rng(7)
     weights = {}
@@ -208,10 +209,13 @@ def check_training(a):
         report(f"10 losses, {base} {kind} {optimizer}", f"max difference {gap:.1e}, from {ours[0]:.4f} to {ours[-1]:.4f}", "1e-3", gap <= 1e-3 and ours[-1] < ours[0])
         left, right = (mx.load(str(d / "adapters.safetensors")) for d in (ours_dir, theirs_dir))
         moved = mx.load(str(start))
-        worst = max(
-            (mx.linalg.norm(left[k] - right[k]) / mx.maximum(mx.linalg.norm(right[k] - moved[k]), 1e-12)).item() for k in right
-        )
-        report(f"adapters, {base} {kind} {optimizer}", f"same names {sorted(left) == sorted(right)}, difference / update {worst:.1e}", "2e-2", sorted(left) == sorted(right) and worst <= 2e-2)
+        # Adam moves an element whose gradient is nearly zero by the learning rate either way, so a single tensor says less than
+        # all together.
+        gaps = {k: (mx.linalg.norm(left[k] - right[k]).item(), mx.linalg.norm(right[k] - moved[k]).item()) for k in right}
+        worst = max(gap / max(update, 1e-12) for gap, update in gaps.values())
+        whole = (sum(gap**2 for gap, _ in gaps.values()) / sum(update**2 for _, update in gaps.values())) ** 0.5
+        same = sorted(left) == sorted(right)
+        report(f"adapters, {base} {kind} {optimizer}", f"same names {same}, difference / update {whole:.1e}, of one tensor at most {worst:.1e}", "1e-2, 5e-2", same and whole <= 1e-2 and worst <= 5e-2)
         if base == "packed" and optimizer == "adam":
             check_files(a, directory, ours_dir, theirs_dir, kind, layers, parameters)
 
