@@ -1,4 +1,5 @@
-//! `cargo xtask test [args]`: all tests, those of the array crates a second time with plain MLX operations.
+//! `cargo xtask test [args]`: all tests, then those of the array crates with plain MLX operations and with fewer of the
+//! processor's instructions.
 //!
 //! Its last line is `N passed, N failed`, over everything that ran.
 
@@ -14,6 +15,16 @@ use crate::{setup, sh};
 /// and cli, with which cargo chooses the features of the whole workspace and compiles no dependency anew.
 const ARRAYS: [&str; 4] = ["graft-adapters", "graft-model", "graft-train", "graft-cli"];
 
+/// Crates whose tests reach our CPU operations, and cli as above.
+const KERNELS: [&str; 5] = ["graft-ops", "graft-adapters", "graft-model", "graft-train", "graft-cli"];
+
+/// What the tests run with again: a variable, its value, whose tests, and whether this machine has a use for it.
+const AGAIN: [(&str, &str, &[&str], bool); 3] = [
+    ("GRAFT_OPS", "mlx", &ARRAYS, true),
+    ("GRAFT_CPU", "avx2", &KERNELS, cfg!(all(target_os = "linux", target_arch = "x86_64"))),
+    ("GRAFT_CPU", "portable", &KERNELS, cfg!(target_os = "linux")),
+];
+
 /// Arguments go to `cargo test`; with `-p` among them only that runs, once.
 pub(crate) fn task(args: &[String]) -> Result<()> {
     setup::run()?;
@@ -23,11 +34,13 @@ pub(crate) fn task(args: &[String]) -> Result<()> {
         counts.run(sh::cargo().args(["test", "--no-fail-fast"]).args(args))?;
     } else {
         counts.run(sh::cargo().args(["test", "--no-fail-fast", "--workspace"]).args(args))?;
-        eprintln!("\nthe array crates again with plain MLX operations (GRAFT_OPS=mlx)");
-        let mut again = sh::cargo();
-        again.args(["test", "--no-fail-fast"]).env("GRAFT_OPS", "mlx");
-        again.args(ARRAYS.iter().flat_map(|name| ["--package", name])).args(args);
-        counts.run(&mut again)?;
+        for (variable, value, crates, _) in AGAIN.iter().filter(|again| again.3) {
+            eprintln!("\nagain with {variable}={value}");
+            let mut again = sh::cargo();
+            again.args(["test", "--no-fail-fast"]).env(variable, value);
+            again.args(crates.iter().flat_map(|name| ["--package", name])).args(args);
+            counts.run(&mut again)?;
+        }
     }
     println!("{} passed, {} failed", counts.passed, counts.failed);
     if counts.failed > 0 {

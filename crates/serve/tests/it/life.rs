@@ -31,14 +31,22 @@ fn a_full_queue_says_so_and_a_client_that_leaves_makes_room() {
     let server = start(|engine, _| (engine.max_concurrent, engine.max_queue) = (1, 0));
     let short = json!({"prompt": "x", "max_tokens": 2});
     for stream in [true, false] {
-        let mut client = Client::new(server.addr);
-        if stream {
-            begin(&mut client);
-        } else {
-            client.send("POST", "/v1/completions", &[JSON], Some(endless(false).to_string().as_bytes()));
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        let reply = post(server.addr, "/v1/completions", &short);
+        // Nothing says when an answer that is not streamed has begun, so it is given longer and longer.
+        let mut patience = Duration::from_millis(50);
+        let (client, reply) = loop {
+            let mut client = Client::new(server.addr);
+            if stream {
+                begin(&mut client);
+            } else {
+                client.send("POST", "/v1/completions", &[JSON], Some(endless(false).to_string().as_bytes()));
+                std::thread::sleep(patience);
+            }
+            let reply = post(server.addr, "/v1/completions", &short);
+            if reply.status == 429 || stream || patience > Duration::from_secs(4) {
+                break (client, reply);
+            }
+            patience *= 2;
+        };
         assert_eq!((reply.status, reply.header("retry-after")), (429, Some("1")));
         assert_eq!(reply.json()["error"]["code"], "queue_full");
         assert_eq!(get(server.addr, "/health").status, 200);
@@ -50,7 +58,7 @@ fn a_full_queue_says_so_and_a_client_that_leaves_makes_room() {
         }
     }
     let requests = server.requests();
-    assert_eq!(requests.iter().filter(|r| r.canceled).count(), 2, "{requests:?}");
+    assert!(requests.iter().filter(|r| r.canceled).count() >= 2, "{requests:?}");
     assert!(requests.iter().any(|r| r.canceled && r.status == 499));
     assert!(requests.iter().any(|r| r.status == 429 && r.error.is_some()));
 }
