@@ -179,8 +179,7 @@ def check_training(a):
     for split in ("train", "valid"):
         (data / f"{split}.jsonl").write_text(text)
     length, layers, parameters = 16, 4, {"rank": 8, "scale": 20.0, "dropout": 0.0}
-    cases = [("packed", k, o) for k in ("lora", "dora") for o in ("adam", "adamw")]
-    cases += [("dense", k, "adam") for k in ("lora", "dora")]
+    cases = [(b, k, o) for b in ("packed", "dense") for k in ("lora", "dora") for o in ("adam", "adamw")]
     for base, kind, optimizer in cases:
         directory = a.packed if base == "packed" else a.dense
         model, tokenizer = load(str(directory))
