@@ -77,7 +77,7 @@ impl Input<'_> {
     }
 
     /// An array of x's shape and type, where what is given fits together.
-    #[cfg(all(graft_cpu, target_arch = "x86_64"))]
+    #[cfg(graft_cpu)]
     fn like(&self) -> Option<&Array> {
         match *self {
             Self::Plain(x) => Some(x),
@@ -104,14 +104,14 @@ pub fn linears<'a>(input: impl Into<Input<'a>>, linears: &[LinearRef]) -> Result
         linears.iter().try_for_each(|linear| check(like, linear).and_then(|()| check_f32(linear)))?;
         return Answers::apply(input, linears);
     }
+    #[cfg(graft_cpu)]
+    if let Some(like) = input.like().filter(|like| linears.iter().all(|linear| linear.weight.on_cpu(like))) {
+        linears.iter().try_for_each(|linear| check(like, linear).and_then(|()| check_f32(linear)))?;
+        return Linears::apply(input, linears);
+    }
     let x = &input.array()?;
     for linear in linears {
         check(x, linear)?;
-    }
-    #[cfg(graft_cpu)]
-    if linears.iter().all(|linear| linear.weight.on_cpu(x)) {
-        linears.iter().try_for_each(check_f32)?;
-        return Linears::apply(x, linears);
     }
     linears.iter().map(|linear| mlx_linear(x, linear)).collect()
 }

@@ -6,14 +6,12 @@
 //! y = c (W x + z B) + b + h, while they are in registers. There is no gradient: arranged weights have none.
 
 use std::ffi::CStr;
-use std::ops::Range;
 
-use super::level::dispatch;
 use super::linears::{Part, places};
-use super::norm::{Gate, NormRows};
 use super::panels::{Job, Panels, by_parts, rounded};
 use super::primitive::{Op, Tensor, apply};
 use super::scratch::{SIDE, scratch};
+use super::source::Source;
 use super::vnni::{self, After};
 use super::weights::Kind;
 use crate::linears::{Input, LinearRef};
@@ -22,14 +20,6 @@ use crate::{Array, Dtype, Precision, Result, WeightRef, precision};
 
 /// Rows that share the reading of A.
 const TOGETHER: usize = 8;
-
-/// What x (m, in) is made of.
-#[derive(Clone, Copy)]
-enum Source {
-    Plain,
-    Norm { eps: f32 },
-    Swiglu,
-}
 
 pub(crate) struct Answers {
     source: Source,
@@ -47,11 +37,7 @@ impl Answers {
     }
 
     pub(crate) fn apply(input: Input, linears: &[LinearRef]) -> Result<Vec<Array>> {
-        let (source, mut inputs) = match input {
-            Input::Plain(x) => (Source::Plain, vec![x]),
-            Input::Norm { x, weight, eps } => (Source::Norm { eps }, vec![x, weight]),
-            Input::Swiglu { gate, up } => (Source::Swiglu, vec![gate, up]),
-        };
+        let (source, mut inputs) = Source::of(input);
         let parts = linears.iter().map(|linear| Part::of(linear, &mut inputs)).collect::<Result<Vec<_>>>()?;
         let mut shape = inputs[0].shape().to_vec();
         let mut shapes: Vec<Vec<i32>> = Vec::with_capacity(parts.len());
@@ -72,24 +58,14 @@ impl Op for Answers {
     }
 
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
-        let first = if matches!(self.source, Source::Plain) { 1 } else { 2 };
-        let places = places(&self.parts, first);
+        let places = places(&self.parts, self.source.arrays());
         let width = self.parts.first().map_or(1, |part| part.kind.inputs());
-        let given = inputs[0].f32();
-        let m = given.len() / width.max(1);
-        let made = if matches!(self.source, Source::Plain) { 0 } else { m * width };
+        let m = inputs[0].f32().len() / width.max(1);
+        let made = self.source.room(m * width);
         let ranks = self.parts.iter().map(|part| part.side.map_or(0, |side| side.rank)).sum::<usize>();
         let mut scratch = scratch(&SIDE, made + m * ranks);
         let (x, mut rest) = scratch.split_at_mut(made);
-        let x = match self.source {
-            Source::Plain => given,
-            _ => {
-                let to = Shares::new(x);
-                let (a, b) = (given, inputs[1].f32());
-                by_parts(m, m * width >= 1 << 13, |rows| self.source.make(a, b, width, rows, &to));
-                &*x
-            }
-        };
+        let x = self.source.make(inputs, width, x);
         let mut jobs = Vec::with_capacity(self.parts.len());
         for ((part, at), y) in self.parts.iter().zip(&places).zip(outputs) {
             let Kind::Arranged(of) = part.kind else { unreachable!("only arranged weights come here") };
@@ -124,21 +100,5 @@ impl Op for Answers {
             jobs.push(Job { w, y: Shares::new(y.f32_mut()), after });
         }
         rounded(x, &jobs);
-    }
-}
-
-impl Source {
-    /// Makes rows `rows` of x (m, width) from the two inputs.
-    fn make(self, a: &[f32], b: &[f32], width: usize, rows: Range<usize>, to: &Shares<f32>) {
-        match self {
-            Source::Plain => {}
-            Source::Norm { eps } => dispatch(NormRows { x: a, weight: b, eps, y: to, rows }),
-            Source::Swiglu => {
-                let range = rows.start * width..rows.end * width;
-                // SAFETY: each row belongs to one task.
-                let y = unsafe { to.part(range.start, range.len()) };
-                dispatch(Gate { gate: &a[range.clone()], up: &b[range], y });
-            }
-        }
     }
 }

@@ -10,8 +10,11 @@ use super::simd::{Kernel, Simd, Tile, vectors};
 use crate::Precision;
 use crate::pool::{self, Shares};
 
-/// The depth of a panel of B at most: with 32 columns, most of a first-level cache.
-pub(crate) const DEPTH: usize = 256;
+/// The depth of a panel of B at most: with 32 columns of f32, most of a first-level cache; of bf16, little more than half.
+const DEPTH: usize = 256;
+const BF16_DEPTH: usize = 320;
+/// The larger of the two.
+pub(crate) const DEEPEST: usize = BF16_DEPTH;
 /// Depth blocks for which A is in panels at a time.
 const BLOCKS: usize = 8;
 /// Rows for which A is in panels at a time; a multiple of every level's tile.
@@ -104,7 +107,8 @@ pub(crate) unsafe fn gemm<B: Right, const BF16: bool>(
     let width = if narrow { lanes } else { 2 * lanes };
     // Depth blocks of about one size, so that the last is not a stump.
     let unit = b.depth_unit().next_multiple_of(if BF16 { 2 } else { 1 });
-    let depth = k.div_ceil(k.div_ceil(DEPTH).max(1)).next_multiple_of(unit).max(unit);
+    let deepest = if BF16 { BF16_DEPTH } else { DEPTH };
+    let depth = k.div_ceil(k.div_ceil(deepest).max(1)).next_multiple_of(unit).max(unit);
     let span = depth * BLOCKS;
 
     for row in (0..m).step_by(ROWS) {
@@ -241,7 +245,7 @@ impl Kernel for PairLeft<'_> {
         if valid < tile_rows {
             out.fill(0.0);
         }
-        let mut words = [0_u32; DEPTH / 2];
+        let mut words = [0_u32; BF16_DEPTH / 2];
         let whole = depth / S::LANES * S::LANES;
         for i in 0..valid {
             // SAFETY: row + i is a row of A, which has `depth` columns next to each other from k on.

@@ -9,11 +9,12 @@ use std::ffi::CStr;
 use super::level::dispatch;
 use super::linears_gradient::{LinearsGradient, Wanted};
 use super::primitive::{Backward, Op, Tensor, apply};
-use super::scratch::{SIDE, scratch};
+use super::scratch::{MADE, SIDE, scratch};
 use super::simd::{Kernel, Simd};
 use super::slim::{ROWS, Slim, WIDTH, by_blocks, pad_columns};
+use super::source::Source;
 use super::weights::Kind;
-use crate::linears::LinearRef;
+use crate::linears::{Input, LinearRef};
 use crate::pool::Shares;
 use crate::{Array, Dtype, Exception, Precision, Result, precision};
 
@@ -35,7 +36,7 @@ pub(super) struct Side {
     pub(super) own_input: bool,
 }
 
-/// Where the arrays of a part are among the inputs. x is input 0.
+/// Where the arrays of a part are among the inputs, of which the first are what x comes out of.
 pub(super) struct Places {
     pub(super) weight: usize,
     pub(super) bias: Option<usize>,
@@ -100,13 +101,15 @@ pub(super) fn places(parts: &[Part], mut first: usize) -> Vec<Places> {
 
 /// The outputs are every y, then z of every linear that has a side path.
 pub(crate) struct Linears {
+    source: Source,
     parts: Vec<Part>,
     precision: Precision,
 }
 
 impl Linears {
-    pub(crate) fn apply(x: &Array, linears: &[LinearRef]) -> Result<Vec<Array>> {
-        let mut inputs = vec![x];
+    pub(crate) fn apply(input: Input, linears: &[LinearRef]) -> Result<Vec<Array>> {
+        let (source, mut inputs) = Source::of(input);
+        let x = inputs[0];
         let mut parts = Vec::with_capacity(linears.len());
         for linear in linears {
             parts.push(Part::of(linear, &mut inputs)?);
@@ -122,7 +125,7 @@ impl Linears {
         shapes.extend(parts.iter().filter_map(|part| part.side).map(|side| vec![rows, side.rank as i32]));
         let outputs: Vec<(&[i32], Dtype)> = shapes.iter().map(|shape| (&shape[..], Dtype::Float32)).collect();
         let count = parts.len();
-        let mut all = apply(Linears { parts, precision: precision() }, &inputs, &outputs)?;
+        let mut all = apply(Linears { source, parts, precision: precision() }, &inputs, &outputs)?;
         all.truncate(count);
         Ok(all)
     }
@@ -134,11 +137,13 @@ impl Op for Linears {
     }
 
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
-        let x = inputs[0].f32();
-        let places = places(&self.parts, 1);
+        let places = places(&self.parts, self.source.arrays());
+        let width = self.parts.first().map_or(1, |part| part.kind.inputs());
+        let mut made = scratch(&MADE, self.source.room(inputs[0].f32().len()));
+        let x = self.source.make(inputs, width, &mut made);
         let (ys, zs) = outputs.split_at_mut(self.parts.len());
         for ((part, at), y) in self.parts.iter().zip(&places).zip(ys.iter_mut()) {
-            part.kind.times_transpose(x, &inputs[at.weight..], y.f32_mut(), self.precision, false);
+            part.kind.weights(&inputs[at.weight..]).times_transpose(x, y.f32_mut(), self.precision, false);
         }
         let mut zs = zs.iter_mut();
         for ((part, at), y) in self.parts.iter().zip(&places).zip(ys) {
@@ -186,10 +191,12 @@ impl Op for Linears {
 
     fn gradients(&self, call: &Backward) -> Result<Vec<Array>> {
         let wants = |input: usize| call.wanted.contains(&input);
-        if wants(0) {
+        let sources = self.source.arrays();
+        let wants_x = (0..sources).any(wants);
+        if wants_x {
             self.parts.iter().try_for_each(|part| part.kind.check_gradient())?;
         }
-        let places = places(&self.parts, 1);
+        let places = places(&self.parts, sources);
         for (i, at) in places.iter().enumerate() {
             let weight = at.weight..at.weight + self.parts[i].kind.arrays();
             let frozen = [(weight.clone().any(wants), "weight"), (at.bias.is_some_and(wants), "bias")];
@@ -233,19 +240,29 @@ impl Op for Linears {
             }
         }
         if !reads_x {
-            inputs[0] = &nothing;
+            inputs[..sources].fill(&nothing);
         }
         inputs.extend(zs);
         let kept = wanted.iter().zip(&call.outputs).filter(|(wanted, _)| wanted.factor);
         inputs.extend(kept.map(|(_, y)| y));
         inputs.extend(&call.cotangents[..count]);
-        let op =
-            LinearsGradient { parts: self.parts.clone(), wanted, x: wants(0), precision: self.precision };
+        let op = LinearsGradient {
+            source: if reads_x { self.source } else { Source::Plain },
+            sources,
+            parts: self.parts.clone(),
+            wanted,
+            x: wants_x,
+            precision: self.precision,
+        };
         let shapes = op.shapes(&call.primals, &places);
         let outputs: Vec<(&[i32], Dtype)> = shapes.iter().map(|shape| (&shape[..], Dtype::Float32)).collect();
         let made = apply(op, &inputs, &outputs)?;
         // x, then A, B, c and the own input of each part: all of them, empty where not wanted.
         let mut gradients = vec![made[0].clone(); call.primals.len()];
+        if wants_x {
+            let from = self.source.gradients(&call.primals, &made[0], sources > 1 && wants(1))?;
+            gradients[..from.len()].clone_from_slice(&from);
+        }
         for (i, at) in places.iter().enumerate() {
             if let Some(residual) = at.residual {
                 gradients[residual] = call.cotangents[i].clone();

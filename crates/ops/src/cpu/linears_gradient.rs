@@ -6,9 +6,10 @@ use super::gemm::share;
 use super::level::dispatch;
 use super::linears::{Part, Places, Side, places};
 use super::primitive::{Op, Tensor};
-use super::scratch::{LEFT, SIDE, scratch};
+use super::scratch::{LEFT, MADE, SIDE, scratch};
 use super::simd::{Kernel, Simd};
 use super::slim::{SMALL, Slim, WIDTH, by_blocks, pad_turned};
+use super::source::Source;
 use crate::pool::{self, Shares};
 use crate::{Array, Precision};
 
@@ -23,6 +24,9 @@ pub(super) struct Wanted {
 /// With g = c dy: dx = sum over parts of g W + s (g B^T) A^T, dA = s x^T (g B^T), dB = s z^T g, dc = sum over rows of
 /// dy (y - h - b) / c, dh = dy. The outputs are dx and, of each part, dA, dB, dc and the gradient of its own input; empty if not wanted.
 pub(super) struct LinearsGradient {
+    pub(super) source: Source,
+    /// How many inputs x comes out of; they are empty where x is not read.
+    pub(super) sources: usize,
     pub(super) parts: Vec<Part>,
     pub(super) wanted: Vec<Wanted>,
     pub(super) x: bool,
@@ -49,8 +53,10 @@ impl Op for LinearsGradient {
     }
 
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
-        let x = inputs[0].f32();
-        let places = places(&self.parts, 1);
+        let places = places(&self.parts, self.sources);
+        let width = self.parts.first().map_or(1, |part| part.kind.inputs());
+        let mut made = scratch(&MADE, self.source.room(inputs[0].f32().len()));
+        let x = self.source.make(inputs, width, &mut made);
         let sides = self.parts.iter().filter(|part| part.side.is_some()).count();
         let kept = self.wanted.iter().filter(|wanted| wanted.factor).count();
         let mut next_z = places.last().map_or(1, |at| at.end);
@@ -75,7 +81,7 @@ impl Op for LinearsGradient {
                 let b = inputs[at.b].f32();
                 let mut w = vec![0.0; width];
                 for (o, dc) in dc.iter_mut().enumerate().filter(|(o, _)| factor[*o].abs() < SMALL_FACTOR) {
-                    part.kind.row(o, &inputs[at.weight..], &mut w);
+                    part.kind.weights(&inputs[at.weight..]).row(o, &mut w);
                     let before = |row: usize| {
                         let side = (0..rank).map(|r| z[row * rank + r] * b[r * out + o]).sum::<f32>();
                         let x = x[row * width..][..width].iter().zip(&w);
@@ -100,7 +106,7 @@ impl Op for LinearsGradient {
                 None => dy,
             };
             if self.x {
-                part.kind.times(g, &inputs[at.weight..], dx, self.precision, i > 0);
+                part.kind.weights(&inputs[at.weight..]).times(g, dx, self.precision, i > 0);
             }
             let Some(side) = part.side else { continue };
             let z = inputs[next_z].f32();

@@ -19,6 +19,7 @@ mod simd_portable;
 #[cfg(target_arch = "x86_64")]
 mod simd_x86;
 mod slim;
+mod source;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 pub(crate) mod weights;

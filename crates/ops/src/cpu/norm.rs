@@ -5,8 +5,9 @@ use std::ops::Range;
 
 use super::gemm::share;
 use super::level::dispatch;
-use super::primitive::{Backward, Op, Tensor, apply, apply_one};
+use super::primitive::{Backward, Op, Tensor, apply_one};
 use super::simd::{Kernel, Simd, exp, vectors};
+use super::source::Source;
 use crate::pool::{self, Shares};
 use crate::{Array, Dtype, Result};
 
@@ -51,11 +52,8 @@ impl Op for RmsNorm {
     }
 
     fn gradients(&self, call: &Backward) -> Result<Vec<Array>> {
-        let (x, weight) = (&call.primals[0], &call.primals[1]);
-        let op = RmsNormGradient { eps: self.eps, weight: call.wanted.contains(&1) };
-        let shape = if op.weight { weight.shape() } else { &[0] };
-        let shapes = [(x.shape(), Dtype::Float32), (shape, Dtype::Float32)];
-        call.choose(&apply(op, &[x, weight, &call.cotangents[0]], &shapes)?)
+        let of = Source::Norm { eps: self.eps };
+        call.choose(&of.gradients(&call.primals, &call.cotangents[0], call.wanted.contains(&1))?)
     }
 }
 
@@ -105,9 +103,9 @@ impl Kernel for NormRows<'_> {
 }
 
 /// With r = 1 / sqrt(mean(x^2) + eps) and g = w dy: dx = r (g - x r^2 mean(g x)), dw = sum over rows of dy x r.
-struct RmsNormGradient {
-    eps: f32,
-    weight: bool,
+pub(super) struct RmsNormGradient {
+    pub(super) eps: f32,
+    pub(super) weight: bool,
 }
 
 impl Op for RmsNormGradient {
@@ -209,9 +207,7 @@ impl Op for Swiglu {
     }
 
     fn gradients(&self, call: &Backward) -> Result<Vec<Array>> {
-        let (gate, up) = (&call.primals[0], &call.primals[1]);
-        let shape = (gate.shape(), Dtype::Float32);
-        call.choose(&apply(SwigluGradient, &[gate, up, &call.cotangents[0]], &[shape, shape])?)
+        call.choose(&Source::Swiglu.gradients(&call.primals, &call.cotangents[0], false)?)
     }
 }
 
@@ -274,7 +270,7 @@ fn silu<S: Simd>(s: S, z: S::V) -> (S::V, S::V) {
 }
 
 /// dgate = dy up sigmoid(z) (1 + z (1 - sigmoid(z))), dup = dy silu(z).
-struct SwigluGradient;
+pub(super) struct SwigluGradient;
 
 impl Op for SwigluGradient {
     fn name(&self) -> &'static CStr {

@@ -69,6 +69,17 @@ impl<'a> Packed<'a> {
         Packed { layout, codes, scales: parts[1].floats(), biases: parts[2].floats() }
     }
 
+    /// Some rows of W.
+    pub(crate) fn rows(self, rows: Range<usize>) -> Packed<'a> {
+        let (bytes, groups) = (self.layout.row_bytes(), self.layout.groups());
+        Packed {
+            layout: Layout { out: rows.len(), ..self.layout },
+            codes: &self.codes[rows.start * bytes..rows.end * bytes],
+            scales: self.scales.part(rows.start * groups..rows.end * groups),
+            biases: self.biases.part(rows.start * groups..rows.end * groups),
+        }
+    }
+
     fn end(&self) -> *const u8 {
         self.codes.as_ptr_range().end
     }
@@ -239,7 +250,7 @@ impl Transposed<'_> {
 }
 
 /// Groups in the depth of a panel at most.
-const GROUPS: usize = super::gemm::DEPTH.div_ceil(BLOCK) + 1;
+const GROUPS: usize = super::gemm::DEEPEST.div_ceil(BLOCK) + 1;
 
 /// W as the right side: k are the outputs, n the inputs.
 pub(crate) struct Plain<'a>(pub(crate) &'a Packed<'a>);

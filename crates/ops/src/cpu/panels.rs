@@ -150,6 +150,20 @@ impl<'a> Panels<'a> {
         Panels { arrangement, codes, scales: parts[1].floats(), biases: parts[2].floats() }
     }
 
+    /// Some rows of W, of which the first is the first of a panel.
+    pub(crate) fn rows(self, rows: Range<usize>) -> Panels<'a> {
+        assert!(rows.start.is_multiple_of(ROWS));
+        let arrangement = Arrangement { out: rows.len(), ..self.arrangement };
+        let panels = rows.start / ROWS..rows.start / ROWS + arrangement.panels();
+        let (bytes, levels) = (arrangement.panel_bytes(), arrangement.groups() * ROWS);
+        Panels {
+            arrangement,
+            codes: &self.codes[panels.start * bytes..panels.end * bytes],
+            scales: self.scales.part(panels.start * levels..panels.end * levels),
+            biases: self.biases.part(panels.start * levels..panels.end * levels),
+        }
+    }
+
     /// Codes of a panel.
     pub(crate) fn panel(&self, panel: usize) -> &'a [u8] {
         let bytes = self.arrangement.panel_bytes();

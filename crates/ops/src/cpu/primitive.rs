@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::ffi::stream;
@@ -70,6 +71,17 @@ pub(crate) enum Floats<'a> {
     F32(&'a [f32]),
     F16(&'a [u16]),
     Bf16(&'a [u16]),
+}
+
+impl<'a> Floats<'a> {
+    /// Some of the numbers.
+    pub(crate) fn part(self, range: Range<usize>) -> Floats<'a> {
+        match self {
+            Floats::F32(all) => Floats::F32(&all[range]),
+            Floats::F16(all) => Floats::F16(&all[range]),
+            Floats::Bf16(all) => Floats::Bf16(&all[range]),
+        }
+    }
 }
 
 impl Tensor {

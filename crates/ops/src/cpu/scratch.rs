@@ -20,6 +20,8 @@ thread_local! {
     pub(crate) static PANEL: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
     /// Turned or padded factors of a side path, or slopes with a factor.
     pub(crate) static SIDE: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    /// What linears multiply, where it is made with them.
+    pub(crate) static MADE: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
     /// Rotated queries and keys.
     pub(crate) static ROTATED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
     /// Logits of some rows.

@@ -1,6 +1,7 @@
 //! What a product needs to know of a weight, whichever of the three forms it has.
 
 use std::ffi::CStr;
+use std::ops::Range;
 
 use super::gemm::{Matrix, product};
 use super::level::dispatch;
@@ -48,47 +49,12 @@ impl Kind {
         }
     }
 
-    /// y = x W^T for x (m, in). `many` takes the path of many rows whatever their number.
-    pub(crate) fn times_transpose(
-        self,
-        x: &[f32],
-        parts: &[Tensor],
-        y: &mut [f32],
-        precision: Precision,
-        many: bool,
-    ) {
+    /// The weights in the memory of their parts.
+    pub(crate) fn weights(self, parts: &[Tensor]) -> Weights<'_> {
         match self {
-            Kind::Dense { inputs, .. } => {
-                packed::dense_times_transpose(x, parts[0].f32(), inputs, y, precision, many);
-            }
-            Kind::Packed(layout) => {
-                packed::times_transpose(x, &Packed::new(layout, parts), y, precision, many)
-            }
-            Kind::Arranged(of) => panels::times_transpose(x, &Panels::new(of, parts), y, precision),
-        }
-    }
-
-    /// y = x W for x (m, out), or y += x W if `add`.
-    pub(crate) fn times(self, x: &[f32], parts: &[Tensor], y: &mut [f32], precision: Precision, add: bool) {
-        match self {
-            Kind::Dense { out, inputs } => {
-                let w = Matrix { data: parts[0].f32().as_ptr(), row: inputs, column: 1 };
-                product(x, out, &w, inputs, y, precision, add);
-            }
-            Kind::Packed(layout) => {
-                let w = Packed::new(layout, parts);
-                product(x, layout.out, &Plain(&w), layout.inputs, y, precision, add);
-            }
-            Kind::Arranged(_) => unreachable!("products of this kind are refused when the graph is built"),
-        }
-    }
-
-    /// Row `row` of W.
-    pub(crate) fn row(self, row: usize, parts: &[Tensor], to: &mut [f32]) {
-        match self {
-            Kind::Dense { inputs, .. } => to.copy_from_slice(&parts[0].f32()[row * inputs..][..inputs]),
-            Kind::Packed(layout) => dispatch(UnpackRow { w: &Packed::new(layout, parts), id: row, to }),
-            Kind::Arranged(of) => dispatch(ArrangedRow { w: &Panels::new(of, parts), row, to }),
+            Kind::Dense { inputs, .. } => Weights::Dense { w: parts[0].f32(), inputs },
+            Kind::Packed(layout) => Weights::Packed(Packed::new(layout, parts)),
+            Kind::Arranged(of) => Weights::Arranged(Panels::new(of, parts)),
         }
     }
 
@@ -99,6 +65,59 @@ impl Kind {
                 Err(Exception::custom("weights laid out for inference have no transposed product"))
             }
             _ => Ok(()),
+        }
+    }
+}
+
+/// W (out, in) in memory.
+#[derive(Clone, Copy)]
+pub(crate) enum Weights<'a> {
+    Dense { w: &'a [f32], inputs: usize },
+    Packed(Packed<'a>),
+    Arranged(Panels<'a>),
+}
+
+impl<'a> Weights<'a> {
+    /// Some rows of W; they begin at a multiple of 16.
+    pub(crate) fn rows(self, rows: Range<usize>) -> Weights<'a> {
+        match self {
+            Weights::Dense { w, inputs } => {
+                Weights::Dense { w: &w[rows.start * inputs..rows.end * inputs], inputs }
+            }
+            Weights::Packed(w) => Weights::Packed(w.rows(rows)),
+            Weights::Arranged(w) => Weights::Arranged(w.rows(rows)),
+        }
+    }
+
+    /// y = x W^T for x (m, in). `many` takes the path of many rows whatever their number.
+    pub(crate) fn times_transpose(self, x: &[f32], y: &mut [f32], precision: Precision, many: bool) {
+        match self {
+            Weights::Dense { w, inputs } => packed::dense_times_transpose(x, w, inputs, y, precision, many),
+            Weights::Packed(w) => packed::times_transpose(x, &w, y, precision, many),
+            Weights::Arranged(w) => panels::times_transpose(x, &w, y, precision),
+        }
+    }
+
+    /// y = x W for x (m, out), or y += x W if `add`.
+    pub(crate) fn times(self, x: &[f32], y: &mut [f32], precision: Precision, add: bool) {
+        match self {
+            Weights::Dense { w, inputs } => {
+                let right = Matrix { data: w.as_ptr(), row: inputs, column: 1 };
+                product(x, w.len() / inputs.max(1), &right, inputs, y, precision, add);
+            }
+            Weights::Packed(w) => {
+                product(x, w.layout.out, &Plain(&w), w.layout.inputs, y, precision, add);
+            }
+            Weights::Arranged(_) => unreachable!("products of this kind are refused when the graph is built"),
+        }
+    }
+
+    /// Row `row` of W.
+    pub(crate) fn row(self, row: usize, to: &mut [f32]) {
+        match self {
+            Weights::Dense { w, inputs } => to.copy_from_slice(&w[row * inputs..][..inputs]),
+            Weights::Packed(w) => dispatch(UnpackRow { w: &w, id: row, to }),
+            Weights::Arranged(w) => dispatch(ArrangedRow { w: &w, row, to }),
         }
     }
 }
@@ -137,10 +156,11 @@ impl Op for Product {
 
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
         let (x, y) = (inputs[0].f32(), outputs[0].f32_mut());
+        let w = self.kind.weights(&inputs[1..]);
         if self.transposed {
-            self.kind.times(x, &inputs[1..], y, self.precision, false);
+            w.times(x, y, self.precision, false);
         } else {
-            self.kind.times_transpose(x, &inputs[1..], y, self.precision, false);
+            w.times_transpose(x, y, self.precision, false);
         }
     }
 
@@ -185,10 +205,11 @@ impl Op for Lookup {
     }
 
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
+        let w = self.0.weights(&inputs[1..]);
         let rows = outputs[0].f32_mut().chunks_exact_mut(self.0.inputs());
         for (&id, to) in inputs[0].i32().iter().zip(rows) {
             match usize::try_from(id).ok().filter(|&id| id < self.0.out()) {
-                Some(row) => self.0.row(row, &inputs[1..], to),
+                Some(row) => w.row(row, to),
                 None => to.fill(0.0),
             }
         }

@@ -1,7 +1,8 @@
 //! Linears with a side path, a factor and a bias.
 
 use graft_ops::{
-    Array, Dtype, LinearRef, LowRank, Precision, WeightRef, ffi, linears, matmul, set_threads, with_precision,
+    Array, Dtype, Input, LinearRef, LowRank, Precision, WeightRef, ffi, linears, matmul, set_threads,
+    with_precision,
 };
 use graft_testkit::{assert_close, tolerance};
 
@@ -78,6 +79,34 @@ fn linears_and_their_gradients_are_mlxs() {
             let case = Case { weights, bias, factor, own_input, residual };
             for (rows, rank) in [(1, 1), (5, 8), (50, 3), (35, 16), (20, 130)] {
                 check(tolerance::F32_DEEP, &case.args(rows, rank), |args| case.run(args));
+            }
+        }
+    });
+}
+
+#[test]
+fn a_norm_or_a_gate_is_made_with_them_and_again_for_the_gradient() {
+    mlx(|| {
+        let (w, dense) = (Weights::new(77, 96, 4, 32, Dtype::Float16), random(9, &[77, 96]));
+        // The first two are the input's, then A and B.
+        let run = |args: &[Array], gate: bool| {
+            let low_rank = LowRank { a: &args[2], b: &args[3], scale: 0.5, factor: None, input: None };
+            let bare = LinearRef { weight: w.view(), bias: None, residual: None, low_rank: None };
+            let parts = [
+                LinearRef { low_rank: Some(low_rank), ..bare },
+                LinearRef { weight: WeightRef::Dense(&dense), ..bare },
+            ];
+            let input = match gate {
+                true => Input::Swiglu { gate: &args[0], up: &args[1] },
+                false => Input::Norm { x: &args[0], weight: &args[1], eps: 1e-5 },
+            };
+            mlx_rs::ops::concatenate(&linears(input, &parts)?, 1)
+        };
+        for rows in [1, 7, 50] {
+            let (a, b) = (random(3, &[96, 4]), random(4, &[4, 77]));
+            for (gate, second) in [(true, random(2, &[rows, 96])), (false, random(2, &[96]))] {
+                let args = [random(1, &[rows, 96]), second, a.clone(), b.clone()];
+                check(tolerance::F32_DEEP, &args, |args| run(args, gate));
             }
         }
     });
