@@ -1,6 +1,6 @@
 //! One low-rank update: its tensors and the formulas that every other place uses.
 
-use graft_ops::{Array, Dtype, Precision, Result, with_precision};
+use graft_ops::{Array, Dtype, Result};
 use graft_quant::Weight;
 
 /// The update of one weight; DoRA when `magnitude` is there, LoRA when it is not.
@@ -115,7 +115,13 @@ impl Adapter {
     /// When an array operation fails.
     pub fn factor(&self, weight: &Weight) -> Result<Option<Array>> {
         let Some(m) = &self.magnitude else { return Ok(None) };
-        let n = row_norms(&self.a, &self.b, self.scale, weight, &weight.row_norms_squared()?)?;
+        let n = graft_ops::row_norms(
+            &self.a,
+            &self.b,
+            self.scale,
+            weight.as_ref(),
+            &weight.row_norms_squared()?,
+        )?;
         Ok(Some(row_factor(m, &n)?))
     }
 
@@ -123,25 +129,6 @@ impl Adapter {
     pub fn arrays(&self) -> impl Iterator<Item = &Array> {
         [&self.a, &self.b].into_iter().chain(&self.magnitude)
     }
-}
-
-/// n (out,), f32: the norms of the rows of `W + s (A B)^T`, without W dense and without the product A B.
-///
-/// With P = W A (out, R) from one packed product of R rows and G = A^T A (R, R):
-/// `n_o^2 = n0_o + 2 s sum_r B[r,o] P[o,r] + s^2 sum_r B[r,o] (G B)[r,o]`, clamped at 0, where `n0` is ||W_o||^2 (out,).
-/// Formulation: arXiv 2603.22276.
-///
-/// # Errors
-/// When an array operation fails.
-pub fn row_norms(a: &Array, b: &Array, scale: f32, weight: &Weight, n0: &Array) -> Result<Array> {
-    let at = a.transpose()?;
-    // A few rows once per update or load, of which everything after is a multiple: no place to save.
-    let pt = with_precision(Precision::F32, || weight.matmul(&at))?.as_dtype(Dtype::Float32)?;
-    let gb = at.matmul(a)?.matmul(b)?;
-    let cross = b.multiply(&pt)?.sum_axis(0, false)?.multiply(Array::from_f32(2.0 * scale))?;
-    let own = b.multiply(&gb)?.sum_axis(0, false)?.multiply(Array::from_f32(scale * scale))?;
-    let squared = n0.add(cross)?.add(own)?;
-    mlx_rs::ops::maximum(squared, Array::from_f32(0.0))?.sqrt()
 }
 
 /// c = m / n, and 1 where n = 0 (a row of zeros has no direction to scale).

@@ -22,6 +22,7 @@ mod loss;
 mod norm;
 mod pool;
 mod rope;
+mod row_norms;
 mod rows;
 mod weight;
 
@@ -35,6 +36,7 @@ pub use mlx_rs::{Array, Dtype};
 pub use norm::{rms_norm, swiglu};
 pub use pool::{set_threads, threads};
 pub use rope::{RopeTable, rope};
+pub use row_norms::row_norms;
 pub use rows::Rows;
 pub use weight::{Arranged, PackedRef, WeightRef, arrange, matmul, matmul_t, rows};
 

@@ -287,7 +287,7 @@ impl Params {
         let norm = |site: &SiteSpec| -> Result<Option<Array>> {
             let (Some(n0), Some(target)) = (&site.n0, model.target(&site.path)) else { return Ok(None) };
             let (a, b) = (&values[site.first], &values[site.first + 1]);
-            Ok(Some(graft_adapters::row_norms(a, b, site.scale, target.weight, n0)?))
+            Ok(Some(graft_ops::row_norms(a, b, site.scale, target.weight.as_ref(), n0)?))
         };
         self.sites.iter().map(norm).collect()
     }

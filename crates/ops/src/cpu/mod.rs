@@ -13,6 +13,7 @@ pub(crate) mod packed;
 pub(crate) mod panels;
 pub(crate) mod primitive;
 pub(crate) mod rope;
+pub(crate) mod row_norms;
 mod scratch;
 mod simd;
 mod simd_portable;

@@ -65,7 +65,7 @@ fn inverse_rms<S: Simd>(s: S, x: &[f32], eps: f32) -> f32 {
 
 /// sum_i a_i b_i
 #[inline(always)]
-fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
+pub(super) fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
     let length = a.len().min(b.len());
     let mut sums = s.splat(0.0);
     for i in vectors::<S>(length) {

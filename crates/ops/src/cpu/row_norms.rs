@@ -1,0 +1,134 @@
+//! The norms of rows under a low-rank update, in one operation: as MLX's own they are a dozen for each linear, each over a
+//! few thousand numbers, and a batch of short rows waits for them longer than for its products.
+
+use std::ffi::CStr;
+use std::ops::Range;
+
+use super::level::dispatch;
+use super::norm::dot;
+use super::panels::by_parts;
+use super::primitive::{Op, Tensor, apply_one};
+use super::scratch::{MADE, scratch};
+use super::simd::{Kernel, Simd};
+use super::weights::Kind;
+use crate::pool::Shares;
+use crate::{Array, Dtype, Precision, Result, WeightRef};
+
+/// Outputs that are summed side by side.
+const COLUMNS: usize = 64;
+
+pub(crate) struct RowNorms {
+    kind: Kind,
+    rank: usize,
+    scale: f32,
+}
+
+impl RowNorms {
+    pub(crate) fn apply(a: &Array, b: &Array, scale: f32, w: WeightRef, n0: &Array) -> Result<Array> {
+        let inputs: Vec<&Array> = [a, b, n0].into_iter().chain(w.arrays()).collect();
+        let op = RowNorms { kind: Kind::of(w)?, rank: a.dim(1) as usize, scale };
+        apply_one(op, &inputs, n0.shape(), Dtype::Float32)
+    }
+}
+
+impl Op for RowNorms {
+    fn name(&self) -> &'static CStr {
+        c"norms of rows"
+    }
+
+    fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
+        let [a, b, n0] = [0, 1, 2].map(|i| inputs[i].f32());
+        let (out, width, rank) = (self.kind.out(), self.kind.inputs(), self.rank);
+        let mut room = scratch(&MADE, rank * (width + out + rank));
+        let (turned, rest) = room.split_at_mut(rank * width);
+        let (p, g) = rest.split_at_mut(rank * out);
+        for (k, row) in a.chunks_exact(rank).enumerate() {
+            for (r, &x) in row.iter().enumerate() {
+                turned[r * width + k] = x;
+            }
+        }
+        self.kind.weights(&inputs[3..]).times_transpose(turned, p, Precision::F32, false);
+        let (turned, p) = (&*turned, &*p);
+        dispatch(Gram { turned, rank, g });
+        let (g, n) = (&*g, Shares::new(outputs[0].f32_mut()));
+        by_parts(out.div_ceil(COLUMNS), out * rank * rank >= 1 << 15, |blocks| {
+            let range = blocks.start * COLUMNS..(blocks.end * COLUMNS).min(out);
+            // SAFETY: each block of outputs belongs to one task.
+            let n = unsafe { n.part(range.start, range.len()) };
+            dispatch(Norms { b, p, g, n0, rank, scale: self.scale, range, n });
+        });
+    }
+}
+
+/// G (R, R) = A^T A from A^T (R, in).
+struct Gram<'a> {
+    turned: &'a [f32],
+    rank: usize,
+    g: &'a mut [f32],
+}
+
+impl Kernel for Gram<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let width = self.turned.len() / self.rank;
+        let row = |r: usize| &self.turned[r * width..(r + 1) * width];
+        for i in 0..self.rank {
+            for j in 0..=i {
+                let sum = dot(s, row(i), row(j));
+                self.g[i * self.rank + j] = sum;
+                self.g[j * self.rank + i] = sum;
+            }
+        }
+    }
+}
+
+/// n of the outputs `range`.
+struct Norms<'a> {
+    b: &'a [f32],
+    /// P^T (R, out)
+    p: &'a [f32],
+    g: &'a [f32],
+    n0: &'a [f32],
+    rank: usize,
+    scale: f32,
+    range: Range<usize>,
+    n: &'a mut [f32],
+}
+
+impl Kernel for Norms<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let Norms { b, p, g, n0, rank, scale, range, n } = self;
+        let out = n0.len();
+        for (i, n) in n.chunks_mut(COLUMNS).enumerate() {
+            let first = range.start + i * COLUMNS;
+            let of = |x: &'_ [f32], r: usize| -> [f32; COLUMNS] {
+                let mut row = [0.0; COLUMNS];
+                row[..n.len()].copy_from_slice(&x[r * out + first..][..n.len()]);
+                row
+            };
+            let (mut cross, mut own) = ([0.0; COLUMNS], [0.0; COLUMNS]);
+            for r in 0..rank {
+                let (b_row, p_row) = (of(b, r), of(p, r));
+                let mut gb = [0.0; COLUMNS];
+                for q in 0..rank {
+                    let (weight, row) = (g[r * rank + q], of(b, q));
+                    for (gb, b) in gb.iter_mut().zip(&row) {
+                        *gb += weight * b;
+                    }
+                }
+                for c in 0..COLUMNS {
+                    cross[c] += b_row[c] * p_row[c];
+                    own[c] += b_row[c] * gb[c];
+                }
+            }
+            for (c, n) in n.iter_mut().enumerate() {
+                let squared = n0[first + c] + 2.0 * scale * cross[c] + scale * scale * own[c];
+                // The order lets NaN through.
+                *n = if squared < 0.0 { 0.0 } else { squared.sqrt() };
+            }
+        }
+    }
+}
