@@ -9,7 +9,7 @@ use mlx_rs::{fast, ops};
 use crate::cpu::rope::{Angles, Rotation};
 #[cfg(graft_cpu)]
 use crate::form::on_cpu;
-use crate::{Array, Dtype, Exception, Result, Rows};
+use crate::{Array, Dtype, Exception, Result, Rows, ffi};
 
 /// The frequencies of a rotary embedding, after whatever scaling the model's config asks for.
 #[derive(Debug)]
@@ -38,7 +38,7 @@ impl RopeTable {
         }
         let inv_freq = inv_freq.as_dtype(Dtype::Float32)?;
         let periods = inv_freq.reciprocal()?;
-        mlx_rs::transforms::eval([&inv_freq, &periods])?;
+        ffi::eval([&inv_freq, &periods])?;
         Ok(RopeTable {
             dims: 2 * inv_freq.dim(0),
             inv_freq,
@@ -59,7 +59,7 @@ impl RopeTable {
         let mut angles = self.angles.lock().unwrap_or_else(PoisonError::into_inner);
         if angles.len() < positions * half {
             let frequencies =
-                self.inv_freq.try_as_slice::<f32>().map_err(|e| Exception::custom(e.to_string()))?;
+                ffi::read::<f32>(&self.inv_freq)?;
             // Some more than are asked for, since decoding asks for one more each time.
             let angle = |p: usize| frequencies.iter().map(move |f| (p as f32 * f).sin_cos());
             let all = (0..positions.next_multiple_of(512)).flat_map(angle);

@@ -172,7 +172,7 @@ impl Params {
             let name: Vec<u64> = [seed, INIT].into_iter().chain(path.bytes().map(u64::from)).collect();
             let key = mlx_rs::random::key(mix(&name))?;
             let adapter = Adapter::init(kind, shape, lora.rank, lora.scale, n0.as_ref(), &key)?;
-            mlx_rs::transforms::eval(adapter.arrays().chain(&n0))?;
+            graft_ops::ffi::eval(adapter.arrays().chain(&n0))?;
             let first = params.values.len();
             params.names.push(format!("{path}.lora_a"));
             params.names.push(format!("{path}.lora_b"));
@@ -211,7 +211,7 @@ impl Params {
                 params.push(format!("{}.weight", norm.path), &norm.weight, block)?;
             }
         }
-        mlx_rs::transforms::eval(&params.values)?;
+        graft_ops::ffi::eval(&params.values)?;
         Ok(params)
     }
 

@@ -3,8 +3,7 @@
 use std::rc::Rc;
 
 use graft_model::Model;
-use graft_ops::Array;
-use mlx_rs::transforms::eval;
+use graft_ops::{Array, ffi::eval};
 
 use crate::batch::Batch;
 use crate::data::Split;
