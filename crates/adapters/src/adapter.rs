@@ -137,10 +137,9 @@ pub fn row_norms(a: &Array, b: &Array, scale: f32, weight: &Weight, n0: &Array) 
     let at = a.transpose()?;
     // A few rows once per update or load, of which everything after is a multiple: no place to save.
     let pt = with_precision(Precision::F32, || weight.matmul(&at))?.as_dtype(Dtype::Float32)?;
-    let gb = at.matmul(a)?.matmul(b)?;
-    let cross = b.multiply(&pt)?.sum_axis(0, false)?.multiply(Array::from_f32(2.0 * scale))?;
-    let own = b.multiply(&gb)?.sum_axis(0, false)?.multiply(Array::from_f32(scale * scale))?;
-    let squared = n0.add(cross)?.add(own)?;
+    // 2 s P^T + s^2 G B
+    let both = mlx_rs::ops::addmm(pt, at.matmul(a)?, b, scale * scale, 2.0 * scale)?;
+    let squared = n0.add(b.multiply(both)?.sum_axis(0, false)?)?;
     mlx_rs::ops::maximum(squared, Array::from_f32(0.0))?.sqrt()
 }
 

@@ -78,8 +78,7 @@ fn case(out: &Path, tiny: &Tiny, rows: &[Vec<u32>]) -> Result<(), Box<dyn Error>
 
 /// The evaluations of a greedy answer, the prompt's among them.
 fn decode(model: &Model) -> Result<Vec<Evaluation>, Box<dyn Error>> {
-    let options =
-        GenerateOptions { max_tokens: DECODED, stop_ids: [].into(), sampling: Sampling::greedy() };
+    let options = GenerateOptions { max_tokens: DECODED, stop_ids: [].into(), sampling: Sampling::greedy() };
     let mut generator = Generator::new(model, &PROMPT, options, Route::Base)?;
     let (outcome, evaluations) = record(|| -> graft_model::Result<()> {
         while generator.step()?.is_some() {}

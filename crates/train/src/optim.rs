@@ -245,17 +245,16 @@ impl Optimizer {
             Self::Adam { betas: (b1, b2), eps, bias_correction, weight_decay } => {
                 let m = blend(slot.get("m"), g, b1, 1.0 - b1)?;
                 let v = blend(slot.get("v"), &g.square()?, b2, 1.0 - b2)?;
-                let (mut c1, mut c2) = (rate, 1.0);
+                let (mut c1, mut root) = (rate, v.sqrt()?);
                 if bias_correction {
                     c1 = rate / (1.0 - b1.powf(t as f64));
-                    c2 = 1.0 / (1.0 - b2.powf(t as f64)).sqrt();
+                    root = root.multiply(scalar(1.0 / (1.0 - b2.powf(t as f64)).sqrt()))?;
                 }
                 let decayed = match weight_decay {
                     Some(d) => p.multiply(scalar(1.0 - rate * d))?,
                     None => p.clone(),
                 };
-                let root = v.sqrt()?.multiply(scalar(c2))?.add(scalar(eps))?;
-                let step = m.multiply(scalar(c1))?.divide(root)?;
+                let step = m.multiply(scalar(c1))?.divide(root.add(scalar(eps))?)?;
                 slot.insert("m".into(), m);
                 slot.insert("v".into(), v);
                 Ok(decayed.subtract(step)?)
@@ -373,11 +372,15 @@ fn orthogonal(x: &Array, steps: u64) -> Result<Array> {
 /// # Errors
 /// When an array operation fails.
 pub fn global_norm(grads: &[Array]) -> Result<Array> {
-    let mut total = scalar(0.0);
+    // By number of dimensions: sums that keep theirs are added without being reshaped, one primitive less for each tensor.
+    let mut totals: BTreeMap<usize, Array> = BTreeMap::new();
     for g in grads {
-        total = total.add(g.square()?.sum(false)?)?;
+        let sum = g.square()?.sum(true)?;
+        let total = totals.remove(&g.ndim()).map_or(Ok(sum.clone()), |total| total.add(&sum))?;
+        totals.insert(g.ndim(), total);
     }
-    Ok(total.sqrt()?)
+    let all = totals.values().try_fold(scalar(0.0), |all, total| all.add(total.reshape(&[])?))?;
+    Ok(all.sqrt()?)
 }
 
 /// `g min(max_norm / (norm + 1e-6), 1)` for each gradient.

@@ -111,7 +111,8 @@ fn see(list: &ArrayList) -> Result<()> {
 
 /// What a call writes to the C stream it is given.
 fn written(call: impl FnOnce(*mut mlx_sys::FILE) -> c_int) -> Result<String> {
-    let failed = || Exception::custom(format!("a graph cannot be written: {}", std::io::Error::last_os_error()));
+    let failed =
+        || Exception::custom(format!("a graph cannot be written: {}", std::io::Error::last_os_error()));
     // SAFETY: an open temporary file of ours, or null, which is checked; it is used by this thread only, closed once, and
     // `bytes` is as long as the read is allowed to be.
     unsafe {
