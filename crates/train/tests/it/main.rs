@@ -3,6 +3,7 @@
 
 mod data;
 mod gradients;
+mod memory;
 mod optimizers;
 mod runs;
 mod support;
