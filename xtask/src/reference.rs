@@ -32,7 +32,8 @@ pub(crate) fn golden(args: &[String]) -> Result<()> {
 pub(crate) fn conformance(args: &[String]) -> Result<()> {
     setup::run()?;
     let graft = sh::graft()?;
-    let examples = sh::build(&["--workspace", "--example", "logits", "--example", "proxies"])?.join("examples");
+    let examples =
+        sh::build(&["--workspace", "--example", "logits", "--example", "proxies"])?.join("examples");
     let mut script = python()?;
     script.arg(sh::root().join("xtask/reference/conformance.py"));
     script.arg("--graft").arg(&graft).arg("--logits").arg(examples.join("logits"));

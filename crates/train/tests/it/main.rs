@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::excessive_precision, reason = "tests: a panic is the report")]
 
 mod data;
+mod evaluations;
 mod gradients;
 mod memory;
 mod optimizers;

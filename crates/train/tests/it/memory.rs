@@ -15,8 +15,6 @@ use serde_json::Map;
 
 use crate::support::{arrays, load, lora, split};
 
-const MIB: usize = 1 << 20;
-
 /// What `f` needs at most at one time, beyond what is alive before.
 fn needs(f: impl FnOnce()) -> usize {
     memory::clear_cache().unwrap();
