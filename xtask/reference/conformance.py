@@ -1,8 +1,8 @@
 """Compares graft with mlx-lm on a real model: flags, converted words, logits, greedy text, losses, files both ways.
 
-usage: conformance.py --graft BIN --logits BIN --model DIR --work DIR [--only NAME ...]
+usage: conformance.py --graft BIN --logits BIN --proxies BIN --model DIR --work DIR [--only NAME ...]
 
-`--graft` is the graft binary, `--logits` the example of that name in crates/model, `--model` a packed base (the demo's), `--work` a
+`--graft` is the graft binary, `--logits` and `--proxies` the examples of those names in crates/model and crates/train, `--model` a packed base (the demo's), `--work` a
 scratch folder. Needs mlx-lm at the pinned version. Each check prints one line with what was measured and its limit; the exit status is
 1 when one of them fails. Everything runs on the CPU in float32, where both sides compute the same sums.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
+import proxies
 from mlx_lm import load, stream_generate
 from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -280,12 +281,20 @@ def check_bits(a):
         shutil.rmtree(dense)
 
 
-CHECKS = {"flags": check_flags, "convert": check_convert, "logits": check_logits, "training": check_training, "bits": check_bits}
+def check_proxies(a):
+    """The graphs of decoding and training in the GPU form against mlx-lm's."""
+    root = fresh(a.work / "proxies")
+    run(a.proxies, root)
+    proxies.check(report, root)
+
+
+# The last one switches mx.compile off for good.
+CHECKS = {"flags": check_flags, "convert": check_convert, "logits": check_logits, "training": check_training, "bits": check_bits, "proxies": check_proxies}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("graft", "logits", "model", "work"):
+    for name in ("graft", "logits", "proxies", "model", "work"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=CHECKS, default=list(CHECKS))
     a = parser.parse_args()

@@ -32,10 +32,12 @@ pub(crate) fn golden(args: &[String]) -> Result<()> {
 pub(crate) fn conformance(args: &[String]) -> Result<()> {
     setup::run()?;
     let graft = sh::graft()?;
-    let logits = sh::build(&["--workspace", "--example", "logits"])?.join("examples/logits");
+    let examples =
+        sh::build(&["--workspace", "--example", "logits", "--example", "proxies"])?.join("examples");
     let mut script = python()?;
     script.arg(sh::root().join("xtask/reference/conformance.py"));
-    script.arg("--graft").arg(&graft).arg("--logits").arg(logits);
+    script.arg("--graft").arg(&graft).arg("--logits").arg(examples.join("logits"));
+    script.arg("--proxies").arg(examples.join("proxies"));
     script.arg("--model").arg(model::dir(&graft)?).arg("--work").arg(sh::target()?.join("conformance"));
     sh::run(script.args(args))
 }

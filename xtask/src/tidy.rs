@@ -278,6 +278,27 @@ fn documents_name_tasks_that_exist() {
     }
 }
 
+/// ops' ffi counts evaluations, and can only count what passes through it: docs/proxies.md.
+#[test]
+fn arrays_are_evaluated_and_read_through_one_door() {
+    let around =
+        ["transforms::eval", "transforms::async_eval", ".eval()", ".async_eval()", ".try_item", ".item"];
+    let reads = [".try_as_slice", ".to_vec_exact", ".to_vec_cast"];
+    let others = USES.iter().filter(|(name, _)| !["ops", "testkit", "xtask"].contains(name));
+    for file in others.flat_map(|(name, _)| files(&sources(name), &["rs"])) {
+        let text = read(&file);
+        for line in without_tests(&text) {
+            let found = around.iter().chain(&reads).find(|call| match **call {
+                ".item" => ["_exact::<", "_cast::<", "::<", "()"]
+                    .iter()
+                    .any(|end| line.contains(&format!(".item{end}"))),
+                call => line.contains(call),
+            });
+            assert!(found.is_none(), "{file}: use graft_ops::ffi::{{eval, async_eval, read}}: {line}");
+        }
+    }
+}
+
 #[test]
 fn the_ci_runs_what_a_contributor_runs() {
     let (own, hosted) = (read(".ci/run"), read(".github/workflows/ci.yml"));

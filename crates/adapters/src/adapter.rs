@@ -1,6 +1,6 @@
 //! One low-rank update: its tensors and the formulas that every other place uses.
 
-use graft_ops::{Array, Dtype, Result};
+use graft_ops::{Array, Dtype, Result, row_factor, row_norms};
 use graft_quant::Weight;
 
 /// The update of one weight; DoRA when `magnitude` is there, LoRA when it is not.
@@ -115,13 +115,7 @@ impl Adapter {
     /// When an array operation fails.
     pub fn factor(&self, weight: &Weight) -> Result<Option<Array>> {
         let Some(m) = &self.magnitude else { return Ok(None) };
-        let n = graft_ops::row_norms(
-            &self.a,
-            &self.b,
-            self.scale,
-            weight.as_ref(),
-            &weight.row_norms_squared()?,
-        )?;
+        let n = row_norms(&self.a, &self.b, self.scale, weight.as_ref(), &weight.row_norms_squared()?)?;
         Ok(Some(row_factor(m, &n)?))
     }
 
@@ -129,15 +123,4 @@ impl Adapter {
     pub fn arrays(&self) -> impl Iterator<Item = &Array> {
         [&self.a, &self.b].into_iter().chain(&self.magnitude)
     }
-}
-
-/// c = m / n, and 1 where n = 0 (a row of zeros has no direction to scale).
-///
-/// # Errors
-/// When an array operation fails.
-pub fn row_factor(m: &Array, n: &Array) -> Result<Array> {
-    let zero = n.eq(Array::from_f32(0.0))?;
-    let one = Array::from_f32(1.0);
-    let safe = mlx_rs::ops::select(&zero, &one, n)?;
-    mlx_rs::ops::select(&zero, &one, m.divide(safe)?)
 }

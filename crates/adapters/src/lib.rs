@@ -18,7 +18,7 @@ mod peft;
 mod route;
 mod set;
 
-pub use adapter::{Adapter, Kind, row_factor};
+pub use adapter::{Adapter, Kind};
 pub use config::{AdapterConfig, FineTuneType, LoraParameters};
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;

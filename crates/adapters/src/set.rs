@@ -185,7 +185,7 @@ impl AdapterSet {
             sites.insert(path.clone(), Site { a, b, scale: adapter.scale, factor, dropout: None });
         }
         let table = Table { sites };
-        mlx_rs::transforms::eval(table.arrays())?;
+        graft_ops::ffi::eval(table.arrays())?;
         Ok(table)
     }
 }

@@ -130,7 +130,7 @@ fn a_fresh_adapter_is_the_identity() {
 #[test]
 fn a_row_of_zeros_keeps_factor_one() {
     mlx(|| {
-        let c = graft_adapters::row_factor(
+        let c = graft_ops::row_factor(
             &Array::from_slice(&[2.0f32, 3.0], &[2]),
             &Array::from_slice(&[0.0f32, 2.0], &[2]),
         );

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use graft_adapters::Route;
-use graft_ops::{Array, Dtype, Rows};
+use graft_ops::{Array, Dtype, Rows, ffi};
 
 use crate::cache::rows_of;
 use crate::{Error, KvCache, Model, Result, Sampler, Sampling};
@@ -114,7 +114,7 @@ impl<'a> Generator<'a> {
                 self.pending = Some(self.prepare(&last)?);
             }
             // The caches are what later steps need; without this the whole prompt would be one graph.
-            mlx_rs::transforms::eval(self.cache.arrays())?;
+            ffi::eval(self.cache.arrays())?;
         }
         Ok(Prefill { done: self.read, total: self.prompt })
     }
@@ -140,13 +140,11 @@ impl<'a> Generator<'a> {
                     let hidden = self.forward(&id)?;
                     self.pending = Some(self.prepare(&hidden)?);
                 }
-                (id.try_item_exact::<i32>().map_err(|e| Error::Request(e.to_string()))? as u32, None)
+                (ffi::read::<i32>(&id)?[0] as u32, None)
             }
             Pending::Logits(logits) => {
                 let row = logits.as_dtype(Dtype::Float32)?;
-                row.eval()?;
-                let row = row.try_as_slice::<f32>().map_err(|e| Error::Request(e.to_string()))?;
-                let (id, logprob) = self.sampler.sample(row, &self.history)?;
+                let (id, logprob) = self.sampler.sample(ffi::read(&row)?, &self.history)?;
                 (id, Some(logprob))
             }
         };
@@ -180,7 +178,7 @@ impl<'a> Generator<'a> {
             Pending::Logits(logits)
         };
         let (Pending::Id(array) | Pending::Logits(array)) = &pending;
-        mlx_rs::transforms::async_eval([array])?;
+        ffi::async_eval([array])?;
         Ok(pending)
     }
 }

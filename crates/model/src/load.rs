@@ -174,13 +174,13 @@ impl Source<'_> {
             packed => packed.arranged()?,
         };
         // Evaluated one by one, so that a cast never holds two copies of more than one tensor.
-        weight.eval()?;
+        weight.evaluate()?;
         Ok(weight)
     }
 
     fn vector(&self, name: &str) -> Result<Array> {
         let array = self.checkpoint.array(name)?.as_dtype(self.dtype)?;
-        array.eval()?;
+        graft_ops::ffi::eval([&array])?;
         Ok(array)
     }
 

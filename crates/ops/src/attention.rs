@@ -17,12 +17,13 @@ use crate::cpu::{
 };
 #[cfg(graft_cpu)]
 use crate::form::on_cpu;
-use crate::{Array, Exception, Result, RopeTable, Rows, rope};
+use crate::rope::mlx_rotated;
+use crate::{Array, Exception, Result, RopeTable, Rows};
 
 /// The keys and values of one sequence in one layer. How they are laid out is the business of [`attention_cached`].
 #[derive(Default)]
 pub struct KeyValues {
-    /// MLX's form: (K, capacity, D) each.
+    /// MLX's form: (1, K, capacity, D) each.
     kv: Option<(Array, Array)>,
     /// Ours.
     #[cfg(graft_cpu)]
@@ -82,30 +83,30 @@ impl KeyValues {
         }
     }
 
-    /// MLX's form: appends k and v (n, K, D) behind the first `len` tokens of buffers (K, capacity, D).
-    fn mlx_append(&mut self, k: &Array, v: &Array, len: i32) -> Result<()> {
-        let &[new, heads, dim] = k.shape() else { return Err(Exception::custom("keys must be (N, K, D)")) };
-        let end = len + new;
-        let grown = |old: Option<Array>| -> Result<Array> {
-            let capacity = old.as_ref().map_or(0, |a| a.dim(1));
-            if end <= capacity
-                && let Some(old) = old
-            {
-                return Ok(old);
-            }
-            let target = (end + STEP - 1) / STEP * STEP;
-            let more = ops::zeros_dtype(&[heads, target - capacity, dim], k.dtype())?;
-            match old {
-                Some(old) => ops::concatenate(&[old, more], 1),
-                None => Ok(more),
-            }
+    /// MLX's form: appends k and v (1, K, n, D) behind the first `len` tokens of buffers (1, K, capacity, D), and gives the
+    /// keys and values (1, K, len + n, D) of all tokens.
+    fn mlx_append(&mut self, k: &Array, v: &Array, len: i32) -> Result<(Array, Array)> {
+        let end = len + k.dim(2);
+        let appended = |old: Option<Array>, new: &Array| -> Result<Array> {
+            let capacity = old.as_ref().map_or(0, |a| a.dim(2));
+            let mut buffer = match old {
+                Some(old) if end <= capacity => old,
+                old => {
+                    let target = (end + STEP - 1) / STEP * STEP;
+                    let shape = [1, new.dim(1), target - capacity, new.dim(3)];
+                    let more = ops::zeros_dtype(&shape, new.dtype())?;
+                    old.map_or(Ok(more.clone()), |old| ops::concatenate(&[old, more], 2))?
+                }
+            };
+            buffer.try_index_mut((.., .., len..end, ..), new)?;
+            Ok(buffer)
         };
         let (old_k, old_v) = self.kv.take().unzip();
-        let (mut keys, mut values) = (grown(old_k)?, grown(old_v)?);
-        keys.try_index_mut((.., len..end, ..), k.swap_axes(0, 1)?)?;
-        values.try_index_mut((.., len..end, ..), v.swap_axes(0, 1)?)?;
+        let (keys, values) = (appended(old_k, k)?, appended(old_v, v)?);
+        let valid = |x: &Array| -> Result<Array> { Ok(ops::split_at_indices(x, &[end], 2)?.swap_remove(0)) };
+        let all = (valid(&keys)?, valid(&values)?);
         self.kv = Some((keys, values));
-        Ok(())
+        Ok(all)
     }
 }
 
@@ -124,8 +125,9 @@ pub struct Head<'a> {
 }
 
 impl Head<'_> {
-    fn rotated(&self, x: &Array, rows: &Rows) -> Result<Array> {
-        self.rope.map_or(Ok(x.clone()), |table| rope(x, self.dim, rows, table))
+    /// x (B, heads, L, D), whose sequences begin at `starts`.
+    fn rotated(&self, x: Array, starts: &[i32]) -> Result<Array> {
+        self.rope.map_or(Ok(x.clone()), |table| mlx_rotated(&x, starts, table))
     }
 
     #[cfg(graft_cpu)]
@@ -181,30 +183,44 @@ pub fn attention(q: &Array, k: &Array, v: &Array, rows: &Rows, head: Head) -> Re
         let heads = cpu_heads(heads, kv_heads, head);
         return Causal { heads, rows: Arc::new(starts.collect()), angles: head.angles(rows)? }.apply(q, k, v);
     }
-    let (q, k) = (&head.rotated(q, rows)?, &head.rotated(k, rows)?);
-    let dim = head.dim;
+    let mut outputs = Vec::new();
+    for [q, k, v] in mlx_folded([(q, heads), (k, kv_heads), (v, kv_heads)], rows, head)? {
+        outputs.push(mlx_causal(&q, &k, &v, head.scale)?);
+    }
+    joined(q, &outputs)
+}
+
+/// Queries, keys and values as MLX's operation takes them, (B, heads, L, D), q and k rotated: all rows together where they
+/// have one length, otherwise each alone.
+fn mlx_folded(parts: [(&Array, i32); 3], rows: &Rows, head: Head) -> Result<Vec<[Array; 3]>> {
+    let group = |parts: [(&Array, i32); 3], starts: &[i32]| -> Result<[Array; 3]> {
+        let fold = |(x, n): (&Array, i32)| {
+            x.reshape(&[starts.len() as i32, -1, n, head.dim])?.transpose_axes(&[0, 2, 1, 3])
+        };
+        let [q, k, v] = parts;
+        Ok([head.rotated(fold(q)?, starts)?, head.rotated(fold(k)?, starts)?, fold(v)?])
+    };
     match rows.equal_length() {
-        Some(length) if length > 0 => {
-            let batch = rows.lengths.len() as i32;
-            let fold = |x: &Array, n: i32| x.reshape(&[batch, length, n, dim])?.transpose_axes(&[0, 2, 1, 3]);
-            let o = mlx_causal(&fold(q, heads)?, &fold(k, kv_heads)?, &fold(v, kv_heads)?, head.scale)?;
-            o.transpose_axes(&[0, 2, 1, 3])?.reshape(q.shape())
+        Some(0) => Ok(vec![]),
+        Some(_) => Ok(vec![group(parts, &rows.starts)?]),
+        None => {
+            let [q, k, v] = parts;
+            let split = |x: &Array| ops::split_at_indices(x, &rows.borders(), 0);
+            let (qs, ks, vs) = (split(q.0)?, split(k.0)?, split(v.0)?);
+            let rows = qs.iter().zip(&ks).zip(&vs).zip(rows.starts.chunks(1));
+            let held = rows.filter(|(((q, _), _), _)| q.dim(0) > 0);
+            held.map(|(((a, b), c), start)| group([(a, q.1), (b, k.1), (c, v.1)], start)).collect()
         }
-        _ => {
-            let borders = rows.borders();
-            let split = |x: &Array| ops::split_at_indices(x, &borders, 0);
-            let (qs, ks, vs) = (split(q)?, split(k)?, split(v)?);
-            let mut outputs = Vec::with_capacity(qs.len());
-            for ((q, k), v) in qs.iter().zip(&ks).zip(&vs) {
-                if q.dim(0) > 0 {
-                    let fold = |x: &Array, n: i32| x.reshape(&[1, -1, n, dim])?.transpose_axes(&[0, 2, 1, 3]);
-                    let o =
-                        mlx_causal(&fold(q, heads)?, &fold(k, kv_heads)?, &fold(v, kv_heads)?, head.scale)?;
-                    outputs.push(o.transpose_axes(&[0, 2, 1, 3])?.reshape(q.shape())?);
-                }
-            }
-            if outputs.is_empty() { Ok(q.clone()) } else { ops::concatenate(&outputs, 0) }
-        }
+    }
+}
+
+/// Outputs (B, H, L, D), one after another, as rows (N, H D) of q's shape.
+fn joined(q: &Array, outputs: &[Array]) -> Result<Array> {
+    let rows = |o: &Array| o.transpose_axes(&[0, 2, 1, 3])?.reshape(&[-1, q.dim(1)]);
+    match outputs {
+        [] => Ok(q.clone()),
+        [one] => rows(one),
+        many => ops::concatenate(&many.iter().map(rows).collect::<Result<Vec<_>>>()?, 0),
     }
 }
 
@@ -227,24 +243,25 @@ pub fn attention_cached(
     if on_cpu(&[q, k, v]) {
         return cpu_cached((q, k, v), caches, rows, (cpu_heads(heads, kv_heads, head), head.angles(rows)?));
     }
-    let (q, k) = (&head.rotated(q, rows)?, &head.rotated(k, rows)?);
-    let borders = rows.borders();
-    let split = |x: &Array, n: i32| ops::split_at_indices(x.reshape(&[-1, n, head.dim])?, &borders, 0);
-    let (qs, ks, vs) = (split(q, heads)?, split(k, kv_heads)?, split(v, kv_heads)?);
-    let mut outputs = Vec::with_capacity(qs.len());
-    for (i, cache) in caches.iter_mut().enumerate() {
-        let (q, len) = (&qs[i], rows.starts[i] + rows.lengths[i]);
-        if rows.lengths[i] == 0 {
-            continue;
-        }
-        cache.mlx_append(&ks[i], &vs[i], rows.starts[i])?;
-        let Some((keys, values)) = &cache.kv else { continue };
-        let valid = |x: &Array| ops::split_at_indices(x, &[len], 1)?[0].expand_dims(0);
-        let folded = q.transpose_axes(&[1, 0, 2])?.expand_dims(0)?;
-        let o = mlx_causal(&folded, &valid(keys)?, &valid(values)?, head.scale)?;
-        outputs.push(o.transpose_axes(&[0, 2, 1, 3])?.reshape(&[-1, heads * head.dim])?);
+    let mut sequences = Vec::with_capacity(caches.len());
+    for group in mlx_folded([(q, heads), (k, kv_heads), (v, kv_heads)], rows, head)? {
+        let [qs, ks, vs] = match group[0].dim(0) {
+            1 => group.map(|x| vec![x]),
+            batch => {
+                let [q, k, v] = group;
+                let each = |x: &Array| ops::split_equal(x, batch, 0);
+                [each(&q)?, each(&k)?, each(&v)?]
+            }
+        };
+        sequences.extend(qs.into_iter().zip(ks.into_iter().zip(vs)));
     }
-    if outputs.is_empty() { Ok(q.clone()) } else { ops::concatenate(&outputs, 0) }
+    let held = caches.iter_mut().zip(&rows.starts).zip(&rows.lengths).filter(|(_, length)| **length > 0);
+    let mut outputs = Vec::with_capacity(sequences.len());
+    for (((cache, &start), _), (q, (k, v))) in held.zip(sequences) {
+        let (keys, values) = cache.mlx_append(&k, &v, start)?;
+        outputs.push(mlx_causal(&q, &keys, &values, head.scale)?);
+    }
+    joined(q, &outputs)
 }
 
 #[cfg(graft_cpu)]

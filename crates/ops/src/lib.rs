@@ -8,11 +8,13 @@
 //! D head dimension, E hidden, V vocabulary, M rows of a matrix.
 #![allow(unsafe_code, reason = "this is the crate that talks to MLX and to the processor")]
 
+mod adam;
 mod attention;
 #[cfg(graft_cpu)]
 mod blas;
 #[cfg(graft_cpu)]
 mod cpu;
+mod dora;
 pub mod ffi;
 mod form;
 pub mod info;
@@ -22,11 +24,12 @@ mod loss;
 mod norm;
 mod pool;
 mod rope;
-mod row_norms;
 mod rows;
 mod weight;
 
+pub use adam::{AdamStep, adam, squared_norm};
 pub use attention::{Head, KeyValues, attention, attention_cached};
+pub use dora::{row_factor, row_norms};
 pub use form::{Form, Precision, form, precision, set_form, set_precision, with_precision};
 pub use level::{Level, best_cpu_level, cpu_level, set_cpu_level};
 pub use linears::{Input, LinearRef, LowRank, linears};
@@ -36,7 +39,7 @@ pub use mlx_rs::{Array, Dtype};
 pub use norm::{rms_norm, swiglu};
 pub use pool::{set_threads, threads};
 pub use rope::{RopeTable, rope};
-pub use row_norms::row_norms;
+
 pub use rows::Rows;
 pub use weight::{Arranged, PackedRef, WeightRef, arrange, matmul, matmul_t, rows};
 

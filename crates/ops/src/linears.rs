@@ -113,7 +113,11 @@ pub fn linears<'a>(input: impl Into<Input<'a>>, linears: &[LinearRef]) -> Result
     for linear in linears {
         check(x, linear)?;
     }
-    linears.iter().map(|linear| mlx_linear(x, linear)).collect()
+    // Side paths that read x itself share its cast.
+    let updates = linears.iter().filter_map(|linear| linear.low_rank.as_ref());
+    let shared = updates.into_iter().any(|update| update.input.is_none());
+    let x32 = if shared { x.as_dtype(Dtype::Float32)? } else { x.clone() };
+    linears.iter().map(|linear| mlx_linear(x, &x32, linear)).collect()
 }
 
 fn check(x: &Array, linear: &LinearRef) -> Result<()> {
@@ -172,12 +176,13 @@ fn check_f32(linear: &LinearRef) -> Result<()> {
     Ok(())
 }
 
-fn mlx_linear(x: &Array, linear: &LinearRef) -> Result<Array> {
+fn mlx_linear(x: &Array, x32: &Array, linear: &LinearRef) -> Result<Array> {
     let mut y = matmul(x, linear.weight)?;
     if let Some(update) = &linear.low_rank {
-        let x32 = update.input.unwrap_or(x).as_dtype(Dtype::Float32)?;
+        let own = update.input.map(|own| own.as_dtype(Dtype::Float32)).transpose()?;
         // The scale where it costs least: at R columns.
-        let z = ops::matmul(&x32, update.a)?.multiply(Array::from_f32(update.scale))?;
+        let z =
+            ops::matmul(own.as_ref().unwrap_or(x32), update.a)?.multiply(Array::from_f32(update.scale))?;
         y = y.add(ops::matmul(&z, update.b)?.as_dtype(y.dtype())?)?;
         if let Some(c) = update.factor {
             y = y.multiply(c.as_dtype(y.dtype())?)?;

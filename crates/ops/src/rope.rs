@@ -9,7 +9,7 @@ use mlx_rs::{fast, ops};
 use crate::cpu::rope::{Angles, Rotation};
 #[cfg(graft_cpu)]
 use crate::form::on_cpu;
-use crate::{Array, Dtype, Exception, Result, Rows};
+use crate::{Array, Dtype, Exception, Result, Rows, ffi};
 
 /// The frequencies of a rotary embedding, after whatever scaling the model's config asks for.
 #[derive(Debug)]
@@ -38,7 +38,7 @@ impl RopeTable {
         }
         let inv_freq = inv_freq.as_dtype(Dtype::Float32)?;
         let periods = inv_freq.reciprocal()?;
-        mlx_rs::transforms::eval([&inv_freq, &periods])?;
+        ffi::eval([&inv_freq, &periods])?;
         Ok(RopeTable {
             dims: 2 * inv_freq.dim(0),
             inv_freq,
@@ -58,8 +58,7 @@ impl RopeTable {
         let half = self.dims as usize / 2;
         let mut angles = self.angles.lock().unwrap_or_else(PoisonError::into_inner);
         if angles.len() < positions * half {
-            let frequencies =
-                self.inv_freq.try_as_slice::<f32>().map_err(|e| Exception::custom(e.to_string()))?;
+            let frequencies = ffi::read::<f32>(&self.inv_freq)?;
             // Some more than are asked for, since decoding asks for one more each time.
             let angle = |p: usize| frequencies.iter().map(move |f| (p as f32 * f).sin_cos());
             let all = (0..positions.next_multiple_of(512)).flat_map(angle);
@@ -93,55 +92,28 @@ pub fn rope(x: &Array, head_dim: i32, rows: &Rows, table: &RopeTable) -> Result<
         };
         return rotation.apply(x);
     }
-    let heads = x.reshape(&[tokens, -1, head_dim])?;
-    let rotated = match rows.equal_length() {
-        Some(length) if length > 0 => mlx_equal(&heads, rows, length, table),
-        _ => mlx_ragged(&heads, rows, table),
+    let groups = match rows.equal_length() {
+        Some(_) => vec![(x.clone(), &rows.starts[..])],
+        None => {
+            ops::split_at_indices(x, &rows.borders(), 0)?.into_iter().zip(rows.starts.chunks(1)).collect()
+        }
     };
-    rotated?.reshape(x.shape())
-}
-
-/// Rows of one length are a batch, which MLX's own operation takes with one offset per row.
-fn mlx_equal(x: &Array, rows: &Rows, length: i32, table: &RopeTable) -> Result<Array> {
-    let (heads, head_dim) = (x.dim(1), x.dim(2));
-    let batch = rows.lengths.len() as i32;
-    let x = x.reshape(&[batch, length, heads, head_dim])?.transpose_axes(&[0, 2, 1, 3])?;
-    let y = if rows.starts.iter().all(|&start| start == rows.starts[0]) {
-        fast::rope(x, table.dims, table.traditional, None, 1.0, rows.starts[0], &table.periods)?
-    } else {
-        let offsets = Array::from_slice(&rows.starts, &[batch]);
-        fast::rope_dynamic(x, table.dims, table.traditional, None, 1.0, offsets, &table.periods)?
-    };
-    y.transpose_axes(&[0, 2, 1, 3])?.reshape(&[batch * length, heads, head_dim])
-}
-
-fn mlx_ragged(x: &Array, rows: &Rows, table: &RopeTable) -> Result<Array> {
-    let (tokens, heads, head_dim) = (x.dim(0), x.dim(1), x.dim(2));
-    let (dims, half) = (table.dims, table.dims / 2);
-    let mut positions = Vec::with_capacity(tokens as usize);
-    for (&length, &start) in rows.lengths.iter().zip(&rows.starts) {
-        positions.extend((start..start + length).map(|p| p as f32));
+    let mut rotated = Vec::with_capacity(groups.len());
+    for (x, starts) in groups.iter().filter(|(x, _)| x.dim(0) > 0) {
+        let batch = [starts.len() as i32, -1, width / head_dim, head_dim];
+        let y = mlx_rotated(&x.reshape(&batch)?.transpose_axes(&[0, 2, 1, 3])?, starts, table)?;
+        rotated.push(y.transpose_axes(&[0, 2, 1, 3])?.reshape(x.shape())?);
     }
-    let angles =
-        Array::from_slice(&positions, &[tokens, 1, 1]).multiply(table.inv_freq.reshape(&[1, 1, half])?)?;
-    let (cos, sin) = (angles.cos()?, angles.sin()?);
+    if rotated.is_empty() { Ok(x.clone()) } else { ops::concatenate(&rotated, 0) }
+}
 
-    let parts = ops::split_at_indices(x, &[dims], 2)?;
-    let rotated = parts[0].as_dtype(Dtype::Float32)?;
-    let (first, second) = if table.traditional {
-        let pairs = ops::split_at_indices(rotated.reshape(&[tokens, heads, half, 2])?, &[1], 3)?;
-        (pairs[0].squeeze_axes(&[3])?, pairs[1].squeeze_axes(&[3])?)
+/// MLX's operation on x (B, heads, L, D), whose sequences begin at `starts`.
+pub(crate) fn mlx_rotated(x: &Array, starts: &[i32], table: &RopeTable) -> Result<Array> {
+    let (dims, periods) = (table.dims, &table.periods);
+    if starts.iter().all(|start| *start == starts[0]) {
+        fast::rope(x, dims, table.traditional, None, 1.0, starts[0], periods)
     } else {
-        let halves = ops::split_at_indices(&rotated, &[half], 2)?;
-        (halves[0].clone(), halves[1].clone())
-    };
-    let new_first = first.multiply(&cos)?.subtract(second.multiply(&sin)?)?;
-    let new_second = first.multiply(&sin)?.add(second.multiply(&cos)?)?;
-    let y = if table.traditional {
-        ops::stack(&[new_first, new_second], 3)?.reshape(&[tokens, heads, dims])?
-    } else {
-        ops::concatenate(&[new_first, new_second], 2)?
-    };
-    let y = y.as_dtype(x.dtype())?;
-    if dims == head_dim { Ok(y) } else { ops::concatenate(&[y, parts[1].clone()], 2) }
+        let offsets = Array::from_slice(starts, &[starts.len() as i32]);
+        fast::rope_dynamic(x, dims, table.traditional, None, 1.0, offsets, periods)
+    }
 }

@@ -74,7 +74,7 @@ pub fn round_nearest(w: &Array, grid: Grid, candidates: &[Levels]) -> Result<Pac
                 (codes, pick(&error, &old_error)?, Levels { scales, biases })
             }
         };
-        mlx_rs::transforms::eval([&next.0, &next.1, &next.2.scales, &next.2.biases])?;
+        graft_ops::ffi::eval([&next.0, &next.1, &next.2.scales, &next.2.biases])?;
         best = Some(next);
     }
     let Some((codes, _, levels)) = best else {

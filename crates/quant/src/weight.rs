@@ -184,11 +184,11 @@ impl Weight {
         let mut blocks = Vec::new();
         for ids in self.row_blocks() {
             let squared = self.rows(&ids, Dtype::Float32)?.square()?.sum_axis(1, false)?;
-            squared.eval()?;
+            ffi::eval([&squared])?;
             blocks.push(squared);
         }
         let all = mlx_rs::ops::concatenate(&blocks, 0)?;
-        all.eval()?;
+        ffi::eval([&all])?;
         Ok(all)
     }
 
@@ -196,11 +196,11 @@ impl Weight {
     ///
     /// # Errors
     /// When an array operation fails.
-    pub fn eval(&self) -> Result<()> {
+    pub fn evaluate(&self) -> Result<()> {
         match self {
-            Self::Dense(w) => w.eval(),
-            Self::Packed(w) => mlx_rs::transforms::eval([&w.codes, &w.scales, &w.biases]),
-            Self::Arranged(w) => mlx_rs::transforms::eval(w.arrays()),
+            Self::Dense(w) => ffi::eval([w]),
+            Self::Packed(w) => ffi::eval([&w.codes, &w.scales, &w.biases]),
+            Self::Arranged(w) => ffi::eval(w.arrays()),
         }
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use graft_adapters::{Route, Table};
 use graft_model::{KvCache, Model, PREFILL_STEP, Sampler};
-use graft_ops::{Array, Dtype, Rows};
+use graft_ops::{Array, Dtype, Rows, ffi};
 use mlx_rs::ops::indexing::TryIndexOp as _;
 
 use crate::engine::{Command, EngineConfig, Info};
@@ -167,7 +167,7 @@ impl<'a> Scheduler<'a> {
                 return logits(model, &hidden, &route, &caches);
             }
             // Without this the whole prompt would be one graph.
-            mlx_rs::transforms::eval(caches.iter().flat_map(|c| c.arrays())).map_err(words)?;
+            ffi::eval(caches.iter().flat_map(|c| c.arrays())).map_err(words)?;
             Ok(Vec::new())
         });
         if last || result.is_err() {
@@ -219,8 +219,8 @@ fn logits(model: &Model, hidden: &Array, route: &Route, caches: &[&mut KvCache])
     let logits = model.logits(hidden, route).map_err(words)?.as_dtype(Dtype::Float32).map_err(words)?;
     let logits = logits.contiguous().map_err(words)?;
     let arrays = caches.iter().flat_map(|cache| cache.arrays());
-    mlx_rs::transforms::eval(arrays.chain([&logits])).map_err(words)?;
-    Ok(logits.try_as_slice::<f32>().map_err(words)?.to_vec())
+    ffi::eval(arrays.chain([&logits])).map_err(words)?;
+    Ok(ffi::read::<f32>(&logits).map_err(words)?.to_vec())
 }
 
 fn route(tables: &[Table], adapter: Option<usize>) -> Route<'_> {

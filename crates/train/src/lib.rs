@@ -31,7 +31,7 @@ pub use error::{Error, Result};
 pub use event::{Event, TrainReport};
 pub use graph::Graph;
 pub use loss::{Evaluation, batch_loss, evaluate, test};
-pub use optim::{Adafactor, Optimizer, OptimizerState, Slot, clipped, global_norm};
+pub use optim::{Adafactor, Optimizer, OptimizerState, Slot, clip_factor, global_norm};
 pub use params::{OwnedRoute, Params, SiteSpec};
 pub use rng::{Rng, mix};
 pub use run::{Outcome, Summary, run};

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use graft_adapters::Route;
 use graft_model::Model;
-use graft_ops::{Array, Dtype, Exception};
+use graft_ops::{Array, Dtype, ffi};
 
 use crate::Result;
 use crate::batch::{Batch, fixed_groups};
@@ -55,10 +55,9 @@ pub fn batch_loss(model: &Model, batch: &Batch, route: &Route) -> Result<Array> 
     Ok(model.losses(&h, &batch.targets, route)?.as_dtype(Dtype::Float32)?.sum(false)?)
 }
 
-/// The value of a scalar; evaluates it.
+/// The value of an f32 scalar; evaluates it.
 pub(crate) fn number(scalar: &Array) -> Result<f64> {
-    let value = scalar.try_item_cast::<f32>().map_err(|e| Exception::custom(e.to_string()))?;
-    Ok(f64::from(value))
+    Ok(f64::from(ffi::read::<f32>(scalar)?[0]))
 }
 
 /// The token-weighted mean loss over some groups of examples; none if `go_on` (given the groups done) said to stop.

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use graft_ops::Array;
+use graft_ops::{AdamStep, Array};
 use mlx_rs::ops;
 use serde_json::{Map, Value};
 
@@ -243,22 +243,24 @@ impl Optimizer {
         match *self {
             Self::Adafactor(ref settings) => settings.update(rate, t, p, g, slot),
             Self::Adam { betas: (b1, b2), eps, bias_correction, weight_decay } => {
-                let m = blend(slot.get("m"), g, b1, 1.0 - b1)?;
-                let v = blend(slot.get("v"), &g.square()?, b2, 1.0 - b2)?;
-                let (mut c1, mut c2) = (rate, 1.0);
-                if bias_correction {
-                    c1 = rate / (1.0 - b1.powf(t as f64));
-                    c2 = 1.0 / (1.0 - b2.powf(t as f64)).sqrt();
-                }
-                let decayed = match weight_decay {
-                    Some(d) => p.multiply(scalar(1.0 - rate * d))?,
-                    None => p.clone(),
+                let mut step = AdamStep {
+                    betas: (b1 as f32, b2 as f32),
+                    shares: ((1.0 - b1) as f32, (1.0 - b2) as f32),
+                    eps: eps as f32,
+                    rate: rate as f32,
+                    correction: None,
+                    keep: weight_decay.map(|d| (1.0 - rate * d) as f32),
                 };
-                let root = v.sqrt()?.multiply(scalar(c2))?.add(scalar(eps))?;
-                let step = m.multiply(scalar(c1))?.divide(root)?;
+                if bias_correction {
+                    step.rate = (rate / (1.0 - b1.powf(t as f64))) as f32;
+                    step.correction = Some((1.0 / (1.0 - b2.powf(t as f64)).sqrt()) as f32);
+                }
+                let start = || ops::zeros::<f32>(p.shape());
+                let [m, v] = ["m", "v"].map(|name| slot.get(name).cloned().map_or_else(start, Ok));
+                let [p, m, v] = graft_ops::adam(p, g, &m?, &v?, step)?;
                 slot.insert("m".into(), m);
                 slot.insert("v".into(), v);
-                Ok(decayed.subtract(step)?)
+                Ok(p)
             }
             Self::Sgd { momentum, weight_decay, dampening, nesterov } => {
                 let g = decay(g, p, weight_decay)?;
@@ -373,18 +375,13 @@ fn orthogonal(x: &Array, steps: u64) -> Result<Array> {
 /// # Errors
 /// When an array operation fails.
 pub fn global_norm(grads: &[Array]) -> Result<Array> {
-    let mut total = scalar(0.0);
-    for g in grads {
-        total = total.add(g.square()?.sum(false)?)?;
-    }
-    Ok(total.sqrt()?)
+    Ok(graft_ops::squared_norm(grads)?.sqrt()?)
 }
 
-/// `g min(max_norm / (norm + 1e-6), 1)` for each gradient.
+/// `min(max_norm / (norm + 1e-6), 1)`, by which every gradient is multiplied.
 ///
 /// # Errors
 /// When an array operation fails.
-pub fn clipped(grads: &[Array], norm: &Array, max_norm: f64) -> Result<Vec<Array>> {
-    let factor = ops::minimum(scalar(max_norm).divide(norm.add(scalar(1e-6))?)?, scalar(1.0))?;
-    grads.iter().map(|g| Ok(g.multiply(&factor)?)).collect()
+pub fn clip_factor(norm: &Array, max_norm: f64) -> Result<Array> {
+    Ok(ops::minimum(scalar(max_norm).divide(norm.add(scalar(1e-6))?)?, scalar(1.0))?)
 }

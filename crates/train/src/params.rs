@@ -3,9 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use graft_adapters::{
-    Adapter, AdapterSet, Dropout, FineTuneType, Kind, LoraParameters, Route, Site, Table, row_factor,
-};
+use graft_adapters::{Adapter, AdapterSet, Dropout, FineTuneType, Kind, LoraParameters, Route, Site, Table};
 use graft_model::Model;
 use graft_ops::{Array, Dtype, Exception};
 use graft_quant::{Tensor, Weight};
@@ -75,7 +73,7 @@ pub(crate) fn table(frames: &[Frame], mut tensors: &[Array]) -> graft_ops::Resul
         };
         tensors = rest;
         let factor = match (own.get(2), &frame.norm) {
-            (Some(m), Some(n)) => Some(row_factor(m, n)?),
+            (Some(m), Some(n)) => Some(graft_ops::row_factor(m, n)?),
             _ => None,
         };
         let (a, b, dropout) = (own[0].clone(), own[1].clone(), frame.dropout.clone());
@@ -172,7 +170,7 @@ impl Params {
             let name: Vec<u64> = [seed, INIT].into_iter().chain(path.bytes().map(u64::from)).collect();
             let key = mlx_rs::random::key(mix(&name))?;
             let adapter = Adapter::init(kind, shape, lora.rank, lora.scale, n0.as_ref(), &key)?;
-            mlx_rs::transforms::eval(adapter.arrays().chain(&n0))?;
+            graft_ops::ffi::eval(adapter.arrays().chain(&n0))?;
             let first = params.values.len();
             params.names.push(format!("{path}.lora_a"));
             params.names.push(format!("{path}.lora_b"));
@@ -211,7 +209,7 @@ impl Params {
                 params.push(format!("{}.weight", norm.path), &norm.weight, block)?;
             }
         }
-        mlx_rs::transforms::eval(&params.values)?;
+        graft_ops::ffi::eval(&params.values)?;
         Ok(params)
     }
 

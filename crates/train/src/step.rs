@@ -3,14 +3,13 @@
 use std::rc::Rc;
 
 use graft_model::Model;
-use graft_ops::Array;
-use mlx_rs::transforms::eval;
+use graft_ops::{Array, ffi::eval};
 
 use crate::batch::Batch;
 use crate::data::Split;
 use crate::graph::Graph;
 use crate::loss::number;
-use crate::optim::{Optimizer, OptimizerState, clipped, global_norm};
+use crate::optim::{Optimizer, OptimizerState, clip_factor, global_norm};
 use crate::params::{OwnedRoute, Params};
 use crate::schedule::Schedule;
 use crate::{Error, Result};
@@ -134,14 +133,15 @@ impl Trainer {
             self.accumulated_tokens = tokens;
             return Ok(result);
         }
+        let factor = match self.max_grad_norm {
+            Some(max_norm) => share.multiply(clip_factor(&norm, max_norm)?)?,
+            None => share,
+        };
         let mut means = Vec::with_capacity(gradients.len());
         for g in &gradients {
-            means.push(g.multiply(&share)?);
+            means.push(g.multiply(&factor)?);
         }
         drop(gradients);
-        if let Some(max_norm) = self.max_grad_norm {
-            means = clipped(&means, &norm, max_norm)?;
-        }
         let rate = self.schedule.at(self.optimizer_state.step);
         let (values, state) =
             self.optimizer.update(rate, &self.params.values, &means, &self.optimizer_state)?;

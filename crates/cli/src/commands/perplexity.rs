@@ -125,6 +125,5 @@ fn batch_losses(loaded: &Loaded, route: &graft_adapters::Route, batch: &[Vec<u32
         Rows { lengths: batch.iter().map(|w| w.len() as i32 - 1).collect(), starts: vec![0; batch.len()] };
     let hidden = loaded.model.hidden(&array(&inputs), &rows, None, route)?;
     let losses = loaded.model.losses(&hidden, &array(&targets), route)?;
-    losses.eval()?;
-    Ok(losses.try_as_slice::<f32>()?.to_vec())
+    Ok(graft_ops::ffi::read::<f32>(&losses)?.to_vec())
 }

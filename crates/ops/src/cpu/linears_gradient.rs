@@ -70,13 +70,21 @@ impl Op for LinearsGradient {
             let rows = dy.len() / out.max(1);
             let [da, db, dc, d_input] = &mut outputs[4 * i..4 * i + 4] else { return };
             let factor = at.factor.map(|i| inputs[i].f32());
+            let mut scaled = scratch(&SIDE, if factor.is_some() { dy.len() } else { 0 });
+            if let Some(factor) = factor.filter(|_| !wanted.factor) {
+                with_factor(
+                    FactorGradient { dy, y: &[], bias: None, residual: None, factor },
+                    &mut scaled,
+                    &mut [],
+                );
+            }
             if wanted.factor {
                 let (bias, residual) =
                     (at.bias.map(|i| inputs[i].f32()), at.residual.map(|i| inputs[i].f32()));
                 let (y, z) = (inputs[next_y].f32(), inputs[next_z].f32());
                 next_y += 1;
                 let (factor, dc) = (factor.unwrap_or_default(), dc.f32_mut());
-                factor_gradient(dy, y, (bias, residual), factor, dc);
+                with_factor(FactorGradient { dy, y, bias, residual, factor }, &mut scaled, dc);
                 let Some(Side { rank, scale, .. }) = part.side else { return };
                 let b = inputs[at.b].f32();
                 let mut w = vec![0.0; width];
@@ -90,21 +98,7 @@ impl Op for LinearsGradient {
                     *dc = (0..rows).map(|row| dy[row * out + o] * before(row)).sum();
                 }
             }
-            let mut scaled = scratch(&SIDE, if factor.is_some() { dy.len() } else { 0 });
-            let g = match factor {
-                Some(factor) => {
-                    let to = Shares::new(&mut scaled);
-                    by_blocks(rows, out, |first, count| {
-                        // SAFETY: each block of rows belongs to one task.
-                        let to = unsafe { to.part(first * out, count * out) };
-                        for (to, dy) in to.chunks_exact_mut(out).zip(dy[first * out..].chunks_exact(out)) {
-                            to.iter_mut().zip(dy).zip(factor).for_each(|((to, dy), c)| *to = dy * c);
-                        }
-                    });
-                    &*scaled
-                }
-                None => dy,
-            };
+            let g = if factor.is_some() { &*scaled } else { dy };
             if self.x {
                 part.kind.weights(&inputs[at.weight..]).times(g, dx, self.precision, i > 0);
             }
@@ -139,38 +133,73 @@ impl Op for LinearsGradient {
 /// Below this a factor says too little of W x + s (x A) B in the output, at 0 nothing: it is computed anew.
 const SMALL_FACTOR: f32 = 1.0 / 64.0;
 
-/// dc_o = sum over rows of dy (y - h - b) / c.
-fn factor_gradient(
-    dy: &[f32],
-    y: &[f32],
-    (bias, residual): (Option<&[f32]>, Option<&[f32]>),
-    factor: &[f32],
-    dc: &mut [f32],
-) {
-    const COLUMNS: usize = 256;
-    let out = factor.len();
-    let rows = dy.len() / out.max(1);
-    let to = Shares::new(dc);
-    share(dy.len() >= SMALL, out.div_ceil(COLUMNS), |task| {
+/// What the slopes of a linear with a factor are made of.
+#[derive(Clone, Copy)]
+struct FactorGradient<'a> {
+    /// (rows, out), as are y and h.
+    dy: &'a [f32],
+    y: &'a [f32],
+    bias: Option<&'a [f32]>,
+    residual: Option<&'a [f32]>,
+    factor: &'a [f32],
+}
+
+/// g = c dy, and unless `dc` is empty dc_o = sum over rows of dy (y - h - b) / c.
+fn with_factor(of: FactorGradient, g: &mut [f32], dc: &mut [f32]) {
+    let out = of.factor.len();
+    let (g, dc) = (Shares::new(g), Shares::new(dc));
+    share(of.dy.len() >= SMALL, out.div_ceil(COLUMNS), |task| {
         let (first, count) = (task * COLUMNS, COLUMNS.min(out - task * COLUMNS));
         // SAFETY: each block of columns belongs to one task.
-        let to = unsafe { to.part(first, count) };
-        to.fill(0.0);
+        let dc = if dc.is_empty() { &mut [][..] } else { unsafe { dc.part(first, count) } };
+        dispatch(FactorColumns { of, first, count, g: &g, dc });
+    });
+}
+
+/// Columns that a task takes at a time.
+const COLUMNS: usize = 128;
+
+struct FactorColumns<'a> {
+    of: FactorGradient<'a>,
+    first: usize,
+    count: usize,
+    g: &'a Shares<'a, f32>,
+    dc: &'a mut [f32],
+}
+
+impl Kernel for FactorColumns<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let FactorColumns { of: FactorGradient { dy, y, bias, residual, factor }, first, count, g, dc } =
+            self;
+        let out = factor.len();
+        let factor = &factor[first..first + count];
+        let mut sums = [0.0; COLUMNS];
+        let sums = &mut sums[..count];
         let mut before = [0.0; COLUMNS];
-        for row in 0..rows {
+        let before = &mut before[..count];
+        for row in 0..dy.len() / out.max(1) {
             let at = row * out + first;
-            let before = &mut before[..count];
+            let dy = &dy[at..at + count];
+            // SAFETY: these columns are ours.
+            let g = unsafe { g.part(at, count) };
+            g.iter_mut().zip(dy).zip(factor).for_each(|((g, dy), c)| *g = dy * c);
+            if dc.is_empty() {
+                continue;
+            }
             before.copy_from_slice(&y[at..at + count]);
             if let Some(h) = residual {
-                before.iter_mut().zip(&h[at..]).for_each(|(y, h)| *y -= h);
+                before.iter_mut().zip(&h[at..at + count]).for_each(|(y, h)| *y -= h);
             }
             if let Some(bias) = bias {
-                before.iter_mut().zip(&bias[first..]).for_each(|(y, b)| *y -= b);
+                before.iter_mut().zip(&bias[first..first + count]).for_each(|(y, b)| *y -= b);
             }
-            to.iter_mut().zip(dy[at..].iter().zip(&*before)).for_each(|(to, (dy, y))| *to += dy * y);
+            sums.iter_mut().zip(dy).zip(&*before).for_each(|((sum, dy), y)| *sum += dy * y);
         }
-        to.iter_mut().zip(&factor[first..]).for_each(|(to, c)| *to /= c);
-    });
+        dc.iter_mut().zip(&*sums).zip(factor).for_each(|((dc, sum), c)| *dc = sum / c);
+    }
 }
 
 /// Sizes and rows of the gradient of a side path.

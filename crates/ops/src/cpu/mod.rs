@@ -1,8 +1,10 @@
 //! Our own operations for a CPU: kernels, and the MLX primitive that runs them.
 
+pub(crate) mod adam;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod answers;
 pub(crate) mod attention;
+pub(crate) mod dora;
 pub(crate) mod gemm;
 pub(crate) mod level;
 pub(crate) mod linears;
@@ -13,7 +15,6 @@ pub(crate) mod packed;
 pub(crate) mod panels;
 pub(crate) mod primitive;
 pub(crate) mod rope;
-pub(crate) mod row_norms;
 mod scratch;
 mod simd;
 mod simd_portable;

@@ -1,6 +1,6 @@
 //! Arrays from and to plain bytes, for every element type, and ordering without data flow.
 
-use super::{ArrayList, check};
+use super::{ArrayList, check, eval};
 use crate::{Array, Dtype, Exception, Result};
 
 /// The size of one element in bytes.
@@ -55,7 +55,7 @@ pub fn array_bytes(array: &Array) -> Result<Vec<u8>> {
     // A byte view of a row-major copy: the same bytes, whatever the element type.
     let bytes = array.reshape(&[-1])?.contiguous()?;
     let bytes = if array.dtype() == Dtype::Bool { bytes } else { bytes.view_dtype(Dtype::Uint8)? };
-    bytes.eval()?;
+    eval([&bytes])?;
     // SAFETY: evaluated, row-major, of one-byte elements; the buffer lives as long as `bytes`, and is copied here.
     unsafe {
         let data: *const u8 = if array.dtype() == Dtype::Bool {

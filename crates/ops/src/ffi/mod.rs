@@ -4,6 +4,7 @@
 //! The handler installed here keeps a copy and passes the text on to the handler of mlx-rs, so both work side by side.
 
 mod arrays;
+mod evaluate;
 mod quantize;
 mod transforms;
 
@@ -12,6 +13,7 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::Once;
 
 pub use arrays::{array_bytes, array_from_bytes, depends};
+pub use evaluate::{Evaluation, async_eval, eval, read, record};
 pub use mlx_rs::memory;
 pub use quantize::{Mode, dequantize, quantize, quantized_matmul};
 pub use transforms::{Function, checkpoint, compile, differentiating, value_and_grad};
@@ -84,7 +86,7 @@ impl ArrayList {
         ArrayList(unsafe { mlx_sys::mlx_vector_array_new() })
     }
 
-    pub(crate) fn new(arrays: &[Array]) -> Result<Self> {
+    pub(crate) fn new<'a>(arrays: impl IntoIterator<Item = &'a Array>) -> Result<Self> {
         let list = ArrayList::empty();
         for array in arrays {
             // SAFETY: both handles are valid; the list takes a reference of its own.

@@ -1,9 +1,12 @@
 //! Norm, gated activation and rotation.
 
-use graft_ops::{Array, RopeTable, Rows, rms_norm, rope, set_threads, swiglu};
-use graft_testkit::tolerance;
+use graft_ops::{
+    AdamStep, Array, RopeTable, Rows, WeightRef, adam, rms_norm, rope, row_factor, row_norms, set_threads,
+    squared_norm, swiglu,
+};
+use graft_testkit::{assert_close, tolerance};
 
-use crate::support::{bits, check, check_differences, every_level, mlx, random, values};
+use crate::support::{bits, check, check_differences, every_level, mlx, mlx_form, random, values};
 
 #[test]
 fn norms_are_mlxs() {
@@ -108,5 +111,61 @@ fn threads_change_no_bit() {
             assert!(all() == two, "{n} threads");
         }
         set_threads(2);
+    });
+}
+
+#[test]
+fn adam_and_the_norm_of_gradients_are_mlxs() {
+    mlx(|| {
+        let step = AdamStep {
+            betas: (0.9, 0.999),
+            shares: (0.1, 0.001),
+            eps: 1e-8,
+            rate: 1e-2,
+            correction: Some(3.0),
+            keep: Some(0.99),
+        };
+        for (size, step) in
+            [(1, step), (37, AdamStep { correction: None, keep: None, ..step }), (40_000, step), (0, step)]
+        {
+            let [p, g, m] = [1, 2, 3].map(|seed| random(seed, &[size]));
+            let v = random(4, &[size]).square().unwrap();
+            let all = |form: &dyn Fn() -> [Array; 3]| form().map(|x| values(&x));
+            let run = || adam(&p, &g, &m, &v, step).unwrap();
+            let expected = mlx_form(|| all(&run));
+            every_level(|level| {
+                for (ours, mlxs) in all(&run).iter().zip(&expected) {
+                    let far = ours.iter().zip(mlxs).any(|(a, b)| (a - b).abs() > 1e-6 * (1.0 + b.abs()));
+                    assert!(!far && ours.len() == mlxs.len(), "{level:?}, {size} elements");
+                }
+            });
+            let arrays = [p.clone(), g.reshape(&[1, size]).unwrap()];
+            let norm = || values(&squared_norm(&arrays).unwrap())[0];
+            let expected = mlx_form(norm);
+            every_level(|level| {
+                assert!((norm() - expected).abs() <= 1e-5 * expected, "{level:?}: {} {expected}", norm());
+            });
+        }
+        let e = adam(&random(1, &[2]), &random(1, &[3]), &random(1, &[2]), &random(1, &[2]), step);
+        assert!(e.unwrap_err().to_string().contains("must have one shape"));
+    });
+}
+
+#[test]
+fn doras_factor_is_mlxs_and_one_where_there_is_no_row() {
+    mlx(|| {
+        let n = Array::from_slice(&[2.0_f32, 0.0, 0.5], &[3]);
+        check(tolerance::F32, &[random(1, &[3])], |x| row_factor(&x[0], &n));
+        assert_eq!(values(&row_factor(&random(1, &[3]), &n).unwrap())[1], 1.0);
+        for (rank, out) in [(1, 5), (8, 130), (20, 64)] {
+            let (a, b, w) = (random(1, &[96, rank]), random(2, &[rank, out]), random(3, &[out, 96]));
+            let n0 = w.square().unwrap().sum_axis(1, false).unwrap();
+            let norms = || row_norms(&a, &b, 0.5, WeightRef::Dense(&w), &n0).unwrap();
+            let expected = mlx_form(norms);
+            every_level(|_| assert_close(&norms(), &expected, tolerance::F32_DEEP));
+        }
+        let (a, b, w) = (random(1, &[96, 2]), random(2, &[3, 5]), random(3, &[5, 96]));
+        let e = row_norms(&a, &b, 0.5, WeightRef::Dense(&w), &random(4, &[5])).unwrap_err().to_string();
+        assert!(e.contains("do not fit a weight of (5, 96)"), "{e}");
     });
 }

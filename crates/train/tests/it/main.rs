@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::excessive_precision, reason = "tests: a panic is the report")]
 
 mod data;
+mod evaluations;
 mod gradients;
+mod memory;
 mod optimizers;
 mod runs;
 mod support;

@@ -1,5 +1,5 @@
-//! The norms of rows under a low-rank update, in one operation: as MLX's own they are a dozen for each linear, each over a
-//! few thousand numbers, and a batch of short rows waits for them longer than for its products.
+//! DoRA's norms and factor, each in one operation: as MLX's own they are a score for each linear, each over a few thousand
+//! numbers, and a batch of short rows waits for them longer than for its products.
 
 use std::ffi::CStr;
 use std::ops::Range;
@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::level::dispatch;
 use super::norm::dot;
 use super::panels::by_parts;
-use super::primitive::{Op, Tensor, apply_one};
+use super::primitive::{Backward, Op, Tensor, apply_one};
 use super::scratch::{MADE, scratch};
 use super::simd::{Kernel, Simd};
 use super::weights::Kind;
@@ -130,5 +130,36 @@ impl Kernel for Norms<'_> {
                 *n = if squared < 0.0 { 0.0 } else { squared.sqrt() };
             }
         }
+    }
+}
+
+/// m / n, and `otherwise` where n = 0.
+pub(crate) struct RowFactor {
+    otherwise: f32,
+}
+
+impl RowFactor {
+    pub(crate) fn apply(m: &Array, n: &Array) -> Result<Array> {
+        apply_one(RowFactor { otherwise: 1.0 }, &[m, n], m.shape(), Dtype::Float32)
+    }
+}
+
+impl Op for RowFactor {
+    fn name(&self) -> &'static CStr {
+        c"factor of rows"
+    }
+
+    fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
+        let (m, n) = (inputs[0].f32(), inputs[1].f32());
+        for (c, (m, n)) in outputs[0].f32_mut().iter_mut().zip(m.iter().zip(n)) {
+            *c = if *n == 0.0 { self.otherwise } else { m / n };
+        }
+    }
+
+    fn gradients(&self, call: &Backward) -> Result<Vec<Array>> {
+        // dm = dc / n; n has none.
+        let (n, dc) = (&call.primals[1], &call.cotangents[0]);
+        let dm = apply_one(RowFactor { otherwise: 0.0 }, &[dc, n], n.shape(), Dtype::Float32)?;
+        call.choose(&[dm])
     }
 }

@@ -1,7 +1,9 @@
-//! The norms of a weight's rows under a low-rank update, as DoRA divides by them.
+//! DoRA's factor: a magnitude over the norm that a weight's row has under a low-rank update.
 
 #[cfg(graft_cpu)]
-use crate::cpu::row_norms::RowNorms;
+use crate::cpu::dora::{RowFactor, RowNorms};
+#[cfg(graft_cpu)]
+use crate::form::on_cpu;
 use crate::{Array, Dtype, Exception, Precision, Result, WeightRef, matmul, with_precision};
 
 /// n (out,), f32: the norms of the rows of `W + s (A B)^T` for W (out, in), A (in, R) and B (R, out), without W dense and
@@ -29,9 +31,20 @@ pub fn row_norms(a: &Array, b: &Array, scale: f32, w: WeightRef, n0: &Array) -> 
     }
     let at = a.transpose()?;
     let pt = with_precision(Precision::F32, || matmul(&at, w))?.as_dtype(Dtype::Float32)?;
-    let gb = at.matmul(a)?.matmul(b)?;
-    let cross = b.multiply(&pt)?.sum_axis(0, false)?.multiply(Array::from_f32(2.0 * scale))?;
-    let own = b.multiply(&gb)?.sum_axis(0, false)?.multiply(Array::from_f32(scale * scale))?;
-    let squared = n0.add(cross)?.add(own)?;
+    // 2 s P^T + s^2 G B
+    let both = mlx_rs::ops::addmm(pt, at.matmul(a)?, b, scale * scale, 2.0 * scale)?;
+    let squared = n0.add(b.multiply(both)?.sum_axis(0, false)?)?;
     mlx_rs::ops::maximum(squared, Array::from_f32(0.0))?.sqrt()
+}
+
+/// c = m / n, and 1 where n = 0 (a row of zeros has no direction to scale): m, n and c are (out,). n is a constant.
+pub fn row_factor(m: &Array, n: &Array) -> Result<Array> {
+    #[cfg(graft_cpu)]
+    if m.shape() == n.shape() && on_cpu(&[m, n]) {
+        return RowFactor::apply(m, n);
+    }
+    let zero = n.eq(Array::from_f32(0.0))?;
+    let one = Array::from_f32(1.0);
+    let safe = mlx_rs::ops::select(&zero, &one, n)?;
+    mlx_rs::ops::select(&zero, &one, m.divide(safe)?)
 }
