@@ -12,7 +12,7 @@ mod settings;
 mod ui;
 
 use anyhow::{Result, anyhow, bail};
-use args::Command;
+use args::{Command, DataCommand};
 use graft_ops::{Form, Precision};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -74,6 +74,7 @@ fn run(arguments: Vec<String>) -> Result<()> {
         Command::Quantize(args) => commands::convert(&args, true),
         Command::Perplexity(args) => commands::perplexity(&args),
         Command::Inspect(args) => commands::inspect(&args),
+        Command::Data(DataCommand::Show(args)) => commands::data_show(&args),
         Command::Doctor(args) => commands::doctor(&args),
         Command::Flags => {
             ui::out(&serde_json::to_string_pretty(&args::flags())?);

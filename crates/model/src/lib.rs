@@ -34,4 +34,4 @@ pub use gguf::GgufImport;
 pub use load::{Part, PartKind, parts};
 pub use sample::{Sampler, Sampling};
 pub use stream::TextStream;
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{THINKING, Tokenizer};

@@ -1,6 +1,6 @@
 //! Text to ids and back, from the files beside a model.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -25,6 +25,10 @@ struct Shared {
 
 /// Files of tokenizers that we do not read; they explain a missing tokenizer.json.
 const OTHER_FORMS: [&str; 5] = ["tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model"];
+
+/// What begins and ends a thought, in the models that write them.
+pub const THINKING: [(&str, &str); 3] =
+    [("<think>", "</think>"), ("<longcat_think>", "</longcat_think>"), ("<|think:start|>", "<|think:end|>")];
 
 impl Tokenizer {
     /// Reads tokenizer.json of a model directory, and where they exist tokenizer_config.json, special_tokens_map.json,
@@ -123,6 +127,12 @@ impl Tokenizer {
         self.shared.bos
     }
 
+    /// The special tokens by id: their text is encoded as that one token wherever it stands.
+    pub fn special_tokens(&self) -> BTreeMap<u32, String> {
+        let added = self.shared.tokenizer.get_added_tokens_decoder();
+        added.into_iter().filter(|(_, token)| token.special).map(|(id, token)| (id, token.content)).collect()
+    }
+
     /// The id of a token as it stands in the vocabulary.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.shared.tokenizer.token_to_id(token)
@@ -131,13 +141,8 @@ impl Tokenizer {
     /// Variables that mlx-lm gives every chat template: `enable_thinking`, true where the vocabulary has the tokens that
     /// begin and end a thought.
     pub fn template_variables(&self) -> Map<String, Value> {
-        let pairs = [
-            ("<think>", "</think>"),
-            ("<longcat_think>", "</longcat_think>"),
-            ("<|think:start|>", "<|think:end|>"),
-        ];
         let has = |token: &str| self.token_to_id(token).is_some();
-        let thinks = pairs.iter().any(|(open, close)| has(open) && has(close));
+        let thinks = THINKING.iter().any(|(open, close)| has(open) && has(close));
         Map::from_iter([("enable_thinking".to_owned(), thinks.into())])
     }
 

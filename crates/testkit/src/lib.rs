@@ -11,6 +11,7 @@
 )]
 
 mod adapter;
+mod chat;
 mod compare;
 mod files;
 mod gguf;
@@ -21,6 +22,7 @@ mod tokenizer;
 pub mod tolerance;
 
 pub use adapter::tiny_adapter;
+pub use chat::{CHAT_STYLES, ChatStyle};
 pub use compare::{assert_close, close};
 pub use gguf::{GgufMaker, gguf_text, tiny_gguf};
 pub use thread::{mlx, wanted, wanted_form_is_mlx};

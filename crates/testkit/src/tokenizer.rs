@@ -64,6 +64,11 @@ fn byte_characters() -> Vec<char> {
 
 /// The tiny tokenizer.json: byte-level BPE, 256 bytes, a few merges and three special tokens.
 pub fn tokenizer_json() -> Value {
+    tokenizer_with(&SPECIAL, &[], None)
+}
+
+/// As [`tokenizer_json`] with other added tokens, `plain` ones not special; `bos` is put before a text of its own.
+pub(crate) fn tokenizer_with(special: &[&str], plain: &[&str], bos: Option<&str>) -> Value {
     let mut vocab = Map::new();
     for c in byte_characters() {
         let id = vocab.len();
@@ -76,19 +81,29 @@ pub fn tokenizer_json() -> Value {
         merges.push(json!([a, b]));
     }
     let first = vocab.len();
-    let added: Vec<Value> = SPECIAL
+    let names: Vec<&str> = special.iter().chain(plain).copied().collect();
+    let added: Vec<Value> = names
         .iter()
         .enumerate()
         .map(|(i, content)| {
             json!({"id": first + i, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
-                   "normalized": false, "special": true})
+                   "normalized": false, "special": i < special.len()})
         })
         .collect();
     let byte_level =
         json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let after = bos.map_or(byte_level.clone(), |bos| {
+        let id = names.iter().position(|name| *name == bos).map(|at| first + at);
+        let (one, text) = (
+            json!({"SpecialToken": {"id": bos, "type_id": 0}}),
+            json!({"Sequence": {"id": "A", "type_id": 0}}),
+        );
+        json!({"type": "TemplateProcessing", "single": [one, text], "pair": [one, text],
+               "special_tokens": {bos: {"id": bos, "ids": [id], "tokens": [bos]}}})
+    });
     json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
-        "pre_tokenizer": byte_level, "post_processor": byte_level, "decoder": byte_level,
+        "pre_tokenizer": byte_level, "post_processor": after, "decoder": byte_level,
         "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
                   "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
                   "vocab": vocab, "merges": merges}

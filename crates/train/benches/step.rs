@@ -16,14 +16,7 @@ fn split() -> Split {
         Example { line, full_length: tokens.len(), tokens, offset: 0 }
     };
     let examples = (0..4).map(example).collect();
-    Split {
-        file: "train.jsonl".into(),
-        examples,
-        skipped: vec![],
-        truncated: 0,
-        warnings: vec![],
-        found: true,
-    }
+    Split { file: "train.jsonl".into(), examples, skipped: vec![], warnings: vec![], found: true }
 }
 
 fn trainer(model: &Rc<Model>, dora: bool) -> Trainer {

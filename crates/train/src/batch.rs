@@ -47,7 +47,7 @@ impl Batch {
             tokens.extend(example.tokens.iter().take(inputs).map(|t| *t as i32));
             tokens.resize(start + width.unwrap_or(inputs), 0);
             lengths.push((tokens.len() - start) as i32);
-            for at in example.first_target()..example.tokens.len() {
+            for at in example.trained() {
                 positions.push((start + at - 1) as i32);
                 targets.push(example.tokens[at] as i32);
             }

@@ -1,9 +1,13 @@
 //! Rows of text to rows of tokens, exactly as mlx-lm makes them, with errors that name file and line.
 
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use crate::check::{Checks, Warning, lines};
 use crate::error::io;
 use crate::rng::mix;
 use crate::{Error, Result};
@@ -32,6 +36,20 @@ pub trait Encoder {
 
     /// The token that ends a text.
     fn eos(&self) -> Option<u32>;
+
+    /// The tokens that mean something, for the checks of the rows.
+    fn marks(&self) -> Marks;
+}
+
+/// Tokens that mean something.
+#[derive(Debug, Clone, Default)]
+pub struct Marks {
+    /// Begins a text.
+    pub bos: Option<u32>,
+    /// Those at which an answer is over.
+    pub ends: BTreeSet<u32>,
+    /// The special tokens: their text becomes the token wherever it stands.
+    pub special: BTreeMap<u32, String>,
 }
 
 /// How rows are read.
@@ -69,7 +87,7 @@ pub struct Row {
     pub value: Map<String, Value>,
 }
 
-/// One row as trained on: `tokens[s]` is a target for `max(1, offset) <= s < tokens.len()`.
+/// One row as trained on: `tokens[s]` is a target for `s` in [`Example::trained`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Example {
     /// Line in its file, from 1.
@@ -83,14 +101,24 @@ pub struct Example {
 }
 
 impl Example {
-    /// The first target's position.
-    pub fn first_target(&self) -> usize {
-        self.offset.max(1)
+    /// Before it is cut, and without its line.
+    fn whole(tokens: Vec<u32>, offset: usize) -> Self {
+        Self { line: 0, full_length: tokens.len(), tokens, offset }
+    }
+
+    /// The positions of the targets: from `max(1, offset)` on, since nothing comes before the first token.
+    pub fn trained(&self) -> Range<usize> {
+        self.offset.max(1)..self.tokens.len()
     }
 
     /// How many tokens are targets.
     pub fn targets(&self) -> usize {
-        self.tokens.len().saturating_sub(self.first_target())
+        self.trained().len()
+    }
+
+    /// Whether its end was cut off.
+    pub fn is_cut(&self) -> bool {
+        self.full_length > self.tokens.len()
     }
 }
 
@@ -101,12 +129,10 @@ pub struct Split {
     pub file: PathBuf,
     /// Its rows that have a target.
     pub examples: Vec<Example>,
-    /// Lines of rows without any target.
-    pub skipped: Vec<usize>,
-    /// How many rows were cut.
-    pub truncated: usize,
-    /// What the user should know.
-    pub warnings: Vec<String>,
+    /// Its rows without any target.
+    pub skipped: Vec<Example>,
+    /// What is wrong with single rows; [`Data::warnings`] has all.
+    pub warnings: Vec<Warning>,
     /// Whether the file is there.
     pub found: bool,
 }
@@ -139,7 +165,14 @@ impl Data {
 /// # Errors
 /// When the file cannot be read or a line is not a JSON object.
 pub fn read_rows(file: &Path) -> Result<Vec<Row>> {
-    let text = std::fs::read_to_string(file).map_err(io(file))?;
+    let bytes = std::fs::read(file).map_err(io(file))?;
+    let text = std::str::from_utf8(&bytes).map_err(|e| {
+        let line = bytes[..e.valid_up_to()].iter().filter(|b| **b == b'\n').count() + 1;
+        let problem = "not UTF-8: save the file in that encoding".to_owned();
+        Error::Row { file: file.to_path_buf(), line, problem }
+    })?;
+    // Some editors write a byte order mark.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut rows = Vec::new();
     for (index, line) in text.lines().enumerate() {
         if line.trim().is_empty() {
@@ -172,50 +205,28 @@ impl Split {
     /// # Errors
     /// When a row is not what it should be.
     pub fn from_rows(file: &Path, rows: &[Row], encoder: &dyn Encoder, config: &DataConfig) -> Result<Self> {
-        let mut split = Self {
-            file: file.to_path_buf(),
-            examples: vec![],
-            skipped: vec![],
-            truncated: 0,
-            warnings: vec![],
-            found: true,
-        };
-        let mut longest = 0;
+        let mut split = Self { file: file.to_path_buf(), found: true, ..Self::default() };
+        let mut checks = Checks::new(encoder, config);
         for row in rows {
-            let example = example(row, encoder, config).map_err(|problem| Error::Row {
+            let encoded = encode(row, encoder, config).map_err(|problem| Error::Row {
                 file: file.to_path_buf(),
                 line: row.line,
                 problem,
             })?;
-            if example.full_length > example.tokens.len() {
-                split.truncated += 1;
-                longest = longest.max(example.full_length);
-            }
-            if example.targets() == 0 {
-                split.skipped.push(row.line);
+            checks.row(&encoded);
+            if encoded.example.targets() == 0 {
+                split.skipped.push(encoded.example);
             } else {
-                split.examples.push(example);
+                split.examples.push(encoded.example);
             }
         }
-        let name = file.display();
-        if split.truncated > 0 {
-            split.warnings.push(format!(
-                "{name}: {} of {} rows are longer than max_seq_length {} (the longest has {longest} tokens) and were cut",
-                split.truncated,
-                rows.len(),
-                config.max_seq_length
-            ));
-        }
-        if !split.skipped.is_empty() {
-            split.warnings.push(format!(
-                "{name}: skipped {} of {} rows that have nothing to train on (the prompt fills max_seq_length, or the \
-                 row has fewer than two tokens): lines {}",
-                split.skipped.len(),
-                rows.len(),
-                lines(&split.skipped)
-            ));
-        }
+        split.warnings = checks.finish(file);
         Ok(split)
+    }
+
+    /// How many rows the file has.
+    pub fn rows(&self) -> usize {
+        self.examples.len() + self.skipped.len()
     }
 
     /// The split itself if it has rows to train or evaluate on.
@@ -265,32 +276,45 @@ impl Split {
     /// `file:lines` of some examples.
     pub fn name_rows(&self, examples: &[usize]) -> String {
         let at: Vec<usize> = examples.iter().filter_map(|i| self.examples.get(*i)).map(|e| e.line).collect();
-        format!("{} lines {}", self.file.display(), lines(&at))
+        format!("{} {}", self.file.display(), lines(&at))
     }
 }
 
-/// The first few line numbers.
-fn lines(all: &[usize]) -> String {
-    const SHOWN: usize = 8;
-    let shown: Vec<String> = all.iter().take(SHOWN).map(ToString::to_string).collect();
-    let rest = all.len().saturating_sub(SHOWN);
-    let more = if rest > 0 { format!(" and {rest} more") } else { String::new() };
-    format!("{}{more}", shown.join(", "))
+/// Which of the forms a row has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Form {
+    Text,
+    Completion,
+    Chat,
+}
+
+/// A row as an example, with what the checks look at besides.
+pub(crate) struct Encoded<'a> {
+    pub(crate) form: Form,
+    /// The conversation; empty for a text.
+    pub(crate) messages: Cow<'a, [Value]>,
+    pub(crate) tools: Option<&'a Value>,
+    /// What was encoded.
+    pub(crate) text: Cow<'a, str>,
+    /// The rendered prompt, where it is masked.
+    pub(crate) prompt: Option<String>,
+    /// The prompt's tokens are not those that the row begins with.
+    pub(crate) shifted: bool,
+    pub(crate) example: Example,
 }
 
 /// Tokenizes one row.
-fn example(row: &Row, encoder: &dyn Encoder, config: &DataConfig) -> RowResult<Example> {
+fn encode<'a>(row: &'a Row, encoder: &dyn Encoder, config: &DataConfig) -> RowResult<Encoded<'a>> {
     let has = |key: &String| row.value.contains_key(key);
     let tools = row.value.get("tools").filter(|v| !v.is_null());
-    let (mut tokens, offset) = if has(&config.prompt_feature) && has(&config.completion_feature) {
-        let messages = [
+    let mut encoded = if has(&config.prompt_feature) && has(&config.completion_feature) {
+        let messages = vec![
             json!({"role": "user", "content": text(row, &config.prompt_feature)?}),
             json!({"role": "assistant", "content": text(row, &config.completion_feature)?}),
         ];
-        chat(&messages, tools, encoder, config.mask_prompt)?
+        Encoded { form: Form::Completion, ..chat(messages.into(), tools, encoder, config.mask_prompt)? }
     } else if has(&config.chat_feature) {
-        let messages = messages(row, &config.chat_feature)?;
-        chat(messages, tools, encoder, config.mask_prompt)?
+        chat(messages(row, &config.chat_feature)?.into(), tools, encoder, config.mask_prompt)?
     } else if has(&config.text_feature) {
         if config.mask_prompt {
             return Err(
@@ -298,14 +322,23 @@ fn example(row: &Row, encoder: &dyn Encoder, config: &DataConfig) -> RowResult<E
                     .into(),
             );
         }
-        let mut tokens = encoder.encode(text(row, &config.text_feature)?, true)?;
+        let text = text(row, &config.text_feature)?;
+        let mut tokens = encoder.encode(text, true)?;
         let eos = encoder
             .eos()
             .ok_or("the tokenizer has no end-of-text token, which a text row needs at its end")?;
         if tokens.last() != Some(&eos) {
             tokens.push(eos);
         }
-        (tokens, 0)
+        Encoded {
+            form: Form::Text,
+            messages: Cow::default(),
+            tools: None,
+            text: text.into(),
+            prompt: None,
+            shifted: false,
+            example: Example::whole(tokens, 0),
+        }
     } else {
         let keys: Vec<String> = row.value.keys().map(|k| format!("{k:?}")).collect();
         let found =
@@ -316,9 +349,9 @@ fn example(row: &Row, encoder: &dyn Encoder, config: &DataConfig) -> RowResult<E
             config.prompt_feature, config.completion_feature, config.chat_feature, config.text_feature
         ));
     };
-    let full_length = tokens.len();
-    tokens.truncate(config.max_seq_length);
-    Ok(Example { line: row.line, tokens, offset, full_length })
+    encoded.example.line = row.line;
+    encoded.example.tokens.truncate(config.max_seq_length);
+    Ok(encoded)
 }
 
 fn text<'a>(row: &'a Row, key: &str) -> RowResult<&'a str> {
@@ -356,23 +389,27 @@ fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// Tokens of a conversation, and with `mask` how many of them come before the last message's own.
-fn chat(
-    messages: &[Value],
-    tools: Option<&Value>,
+/// A conversation, with `mask` trained on the last message alone.
+fn chat<'a>(
+    messages: Cow<'a, [Value]>,
+    tools: Option<&'a Value>,
     encoder: &dyn Encoder,
     mask: bool,
-) -> RowResult<(Vec<u32>, usize)> {
-    let encode = |messages: &[Value], prompt: bool| {
-        // The template writes the special tokens itself.
-        encoder.encode(&encoder.render(messages, tools, prompt)?, false)
-    };
-    let tokens = encode(messages, false)?;
-    let Some((last, before)) = messages.split_last() else { return Ok((tokens, 0)) };
-    if !mask {
-        return Ok((tokens, 0));
+) -> RowResult<Encoded<'a>> {
+    let text = encoder.render(&messages, tools, false)?;
+    // The template writes the special tokens itself.
+    let tokens = encoder.encode(&text, false)?;
+    let (mut prompt, mut shifted, mut offset) = (None, false, 0);
+    if let Some((last, before)) = messages.split_last().filter(|_| mask) {
+        let rendered = encoder.render(before, tools, is_from(last, "assistant"))?;
+        let start = encoder.encode(&rendered, false)?;
+        (offset, shifted, prompt) = (start.len(), !tokens.starts_with(&start), Some(rendered));
     }
-    let answered = last.get("role").and_then(Value::as_str) == Some("assistant");
-    let offset = encode(before, answered)?.len();
-    Ok((tokens, offset))
+    let example = Example::whole(tokens, offset);
+    Ok(Encoded { form: Form::Chat, messages, tools, text: text.into(), prompt, shifted, example })
+}
+
+/// Whether a message has this role.
+pub(crate) fn is_from(message: &Value, role: &str) -> bool {
+    message.get("role").and_then(Value::as_str) == Some(role)
 }

@@ -3,7 +3,7 @@
 use graft_model::{ChatTemplate, Tokenizer};
 use serde_json::{Map, Value};
 
-use crate::data::{Encoder, RowResult};
+use crate::data::{Encoder, Marks, RowResult};
 
 /// The tokenizer and chat template of a model directory.
 pub struct ModelEncoder<'a> {
@@ -36,5 +36,13 @@ impl Encoder for ModelEncoder<'_> {
 
     fn eos(&self) -> Option<u32> {
         self.eos
+    }
+
+    fn marks(&self) -> Marks {
+        Marks {
+            bos: self.tokenizer.bos_id(),
+            ends: self.tokenizer.eos_ids().clone(),
+            special: self.tokenizer.special_tokens(),
+        }
     }
 }

@@ -4,9 +4,10 @@
 //! written. Shape letters: B batch, L tokens of a row, N tokens of all rows concatenated, M targets, E hidden,
 //! V vocabulary, R rank.
 //!
-//! [`run()`] trains; [`Data::load`] makes its rows, [`test()`] and [`evaluate`] measure.
+//! [`run()`] trains; [`Data::load`] makes its rows, [`Data::warnings`] says what is wrong with them, [`test()`] and [`evaluate`] measure.
 
 mod batch;
+mod check;
 mod config;
 mod data;
 mod encode;
@@ -24,8 +25,9 @@ mod state;
 mod step;
 
 pub use batch::{Batch, Position, Walk, fixed_groups, groups};
+pub use check::{Fault, Warning};
 pub use config::TrainConfig;
-pub use data::{Data, DataConfig, Encoder, Example, Row, RowResult, Split, read_rows};
+pub use data::{Data, DataConfig, Encoder, Example, Marks, Row, RowResult, Split, read_rows};
 pub use encode::ModelEncoder;
 pub use error::{Error, Result};
 pub use event::{Event, TrainReport};

@@ -142,13 +142,8 @@ impl<'a> Run<'a> {
             config.val_batches,
             mix(&[config.seed, VALID_ORDER]),
         );
-        for text in data.train.warnings.iter().chain(&data.valid.warnings) {
-            on_event(Event::Warning { text: text.clone() });
-        }
-        if data.valid.examples.is_empty() && config.val_batches != 0 {
-            let text =
-                format!("{}: no rows to validate on; training goes on without", data.valid.file.display());
-            on_event(Event::Warning { text });
+        for warning in data.warnings(config.batch_size, config.val_batches != 0) {
+            on_event(Event::Warning { text: warning.text });
         }
         if optimizer.ignores_learning_rate() {
             let text = "adafactor sets its own step size, so learning_rate has no effect; set optimizer_config.adafactor.\

@@ -12,7 +12,7 @@ pub(crate) use refused::advice;
 pub(crate) use run::{
     ChatArgs, DEFAULT_DATA, GenerateArgs, PerplexityArgs, SamplingArgs, ServerArgs, XTC_THRESHOLD,
 };
-pub(crate) use train::LoraArgs;
+pub(crate) use train::{DataCommand, DataShowArgs, LoraArgs};
 
 use crate::errors::Usage;
 use anyhow::Result;
@@ -61,6 +61,9 @@ pub(crate) enum Command {
     Quantize(ConvertArgs),
     /// Perplexity of a model, with or without an adapter, on local text
     Perplexity(PerplexityArgs),
+    /// What training will see of the data
+    #[command(subcommand)]
+    Data(DataCommand),
     /// What a model or adapter directory holds
     Inspect(InspectArgs),
     /// What this machine will run on
@@ -72,13 +75,20 @@ pub(crate) enum Command {
 
 /// The whole command, the refused flags of mlx_lm included as hidden ones.
 pub(crate) fn command() -> clap::Command {
-    refused::add(Cli::command()).mut_subcommands(|sub| {
-        sub.mut_args(|arg| {
-            let takes = arg.get_action().takes_values();
-            // argparse reads `--num-layers -1` as a value.
-            if takes { arg.allow_negative_numbers(true) } else { arg }
+    refused::add(Cli::command()).mut_subcommands(negative_numbers).mut_subcommand("data", |data| {
+        // All of `lora`'s flags are taken, so that its command line can be looked at; help names those that matter.
+        data.mut_subcommands(|show| {
+            show.mut_args(|arg| if train::is_idle(&arg) { arg.hide(true) } else { arg })
         })
     })
+}
+
+/// argparse reads `--num-layers -1` as a value.
+fn negative_numbers(command: clap::Command) -> clap::Command {
+    let each = |arg: clap::Arg| {
+        if arg.get_action().takes_values() { arg.allow_negative_numbers(true) } else { arg }
+    };
+    command.mut_args(each).mut_subcommands(negative_numbers)
 }
 
 /// Parses the process' arguments; notes about flags that have no effect come back for the caller to print.
@@ -118,13 +128,23 @@ fn finite(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|x: &f64| x.is_finite()).ok_or_else(|| "expected a finite number".into())
 }
 
-/// Flags by command: `{"lora": {"--model": "supported", "--report-to": "refused"}, ..}`.
+/// Flags by command: `{"lora": {"--model": "supported", "--report-to": "refused"}, "data show": ..}`.
 pub(crate) fn flags() -> serde_json::Value {
     let mut all = serde_json::Map::new();
-    for sub in command().get_subcommands().filter(|c| !c.is_hide_set()) {
+    list("", &command(), &mut all);
+    all.into()
+}
+
+fn list(above: &str, command: &clap::Command, all: &mut serde_json::Map<String, serde_json::Value>) {
+    for sub in command.get_subcommands().filter(|c| !c.is_hide_set()) {
+        let name = format!("{above}{}", sub.get_name());
+        if sub.has_subcommands() {
+            list(&format!("{name} "), sub, all);
+            continue;
+        }
         let mut flags = serde_json::Map::new();
         for arg in sub.get_arguments() {
-            let state = refused::state(sub.get_name(), arg.get_id().as_str());
+            let state = refused::state(&name, arg.get_id().as_str());
             for long in arg.get_long_and_visible_aliases().unwrap_or_default() {
                 flags.insert(format!("--{long}"), state.into());
             }
@@ -132,9 +152,8 @@ pub(crate) fn flags() -> serde_json::Value {
                 flags.insert(format!("-{short}"), state.into());
             }
         }
-        all.insert(sub.get_name().to_string(), flags.into());
+        all.insert(name, flags.into());
     }
-    all.into()
 }
 
 #[cfg(test)]

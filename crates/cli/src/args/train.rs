@@ -1,11 +1,13 @@
-//! Flags of `graft lora` and `graft train`. None has a default here: settings.rs lays them over the YAML file and the defaults.
+//! Flags of `graft lora`, `graft train` and `graft data show`. None of the first two has a default here: settings.rs lays
+//! them over the YAML file and the defaults.
 
-use clap::Args;
+use clap::{Arg, Args, Subcommand};
 use serde::Serialize;
 use serde_json::{Map, Value};
+use std::path::PathBuf;
 
 /// `lora` and `train`; a field's name is its YAML key.
-#[derive(Args, Debug, Serialize)]
+#[derive(Args, Clone, Debug, Serialize)]
 pub(crate) struct LoraArgs {
     /// Model directory or Hugging Face id
     #[arg(long)]
@@ -106,4 +108,43 @@ impl LoraArgs {
         let Ok(Value::Object(map)) = serde_json::to_value(self) else { return Map::new() };
         map.into_iter().filter(|(_, v)| !matches!(v, Value::Null | Value::Bool(false))).collect()
     }
+}
+
+/// `data`.
+#[derive(Subcommand, Debug)]
+pub(crate) enum DataCommand {
+    /// Rows as they are trained on, the tokens in the loss marked, and what is wrong with the data
+    Show(DataShowArgs),
+}
+
+/// `data show`.
+#[derive(Args, Debug)]
+pub(crate) struct DataShowArgs {
+    #[command(flatten)]
+    pub(crate) lora: LoraArgs,
+    /// Whose defaults count: `train` masks prompts
+    #[arg(long = "as", default_value = "lora", value_parser = ["lora", "train"], help_heading = "graft's own")]
+    pub(crate) defaults: String,
+    /// Which rows
+    #[arg(long, default_value = "train", value_parser = ["train", "valid", "test"], help_heading = "graft's own")]
+    pub(crate) split: String,
+    /// The row at this line of its file
+    #[arg(long, value_name = "LINE", help_heading = "graft's own")]
+    pub(crate) row: Option<usize>,
+    /// How many rows, from the first; -1: all
+    #[arg(long, default_value_t = 3, conflicts_with = "row", help_heading = "graft's own")]
+    pub(crate) count: i64,
+    /// Report as JSON
+    #[arg(long, help_heading = "graft's own")]
+    pub(crate) json: bool,
+    /// Write the report as a web page
+    #[arg(long, value_name = "FILE", help_heading = "graft's own")]
+    pub(crate) html: Option<PathBuf>,
+}
+
+/// Whether a flag of `lora` changes nothing in what `data show` shows.
+pub(super) fn is_idle(arg: &Arg) -> bool {
+    const READ: [&str; 6] = ["model", "data", "mask_prompt", "max_seq_length", "config", "batch_size"];
+    const OWN: [&str; 6] = ["defaults", "split", "row", "count", "json", "html"];
+    !READ.iter().chain(&OWN).any(|id| *id == arg.get_id().as_str())
 }

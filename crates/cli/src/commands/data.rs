@@ -1,16 +1,15 @@
 //! The rows of a run: `--data`, or the settings' `hf_dataset` with its splits and slices.
 
-use super::load::Loaded;
 use crate::errors::Usage;
 use crate::hub::{self, What};
 use crate::settings::Settings;
 use anyhow::{Result, bail};
-use graft_train::{Data, DataConfig, Row, Split, read_rows};
+use graft_train::{Data, DataConfig, Encoder, Row, Split, read_rows};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
 /// Reads the splits that the settings need; the others stay empty.
-pub(crate) fn load(settings: &Settings, loaded: &Loaded) -> Result<Data> {
+pub(crate) fn load(settings: &Settings, encoder: &dyn Encoder) -> Result<Data> {
     let described: Option<Vec<&Map<String, Value>>> = match settings.all.get("hf_dataset") {
         Some(Value::Array(list)) => Some(list.iter().filter_map(Value::as_object).collect()),
         other => other.and_then(Value::as_object).map(|one| vec![one]),
@@ -18,7 +17,7 @@ pub(crate) fn load(settings: &Settings, loaded: &Loaded) -> Result<Data> {
     let (train, test) = (settings.flag("train"), settings.flag("test"));
     if let Some(parts) = described {
         let split = |name: &str, needed: bool| {
-            if needed { described_split(&parts, name, settings, loaded) } else { Ok(empty(name)) }
+            if needed { described_split(&parts, name, settings, encoder) } else { Ok(empty(name)) }
         };
         return Ok(Data {
             train: split("train", train)?,
@@ -34,7 +33,7 @@ pub(crate) fn load(settings: &Settings, loaded: &Loaded) -> Result<Data> {
     }
     let split = |name: &str, needed: bool| {
         let file = dir.join(format!("{name}.jsonl"));
-        if needed { Split::load(&file, &loaded.encoder(), &config) } else { Ok(empty(name)) }
+        if needed { Split::load(&file, encoder, &config) } else { Ok(empty(name)) }
     };
     Ok(Data { train: split("train", train)?, valid: split("valid", train)?, test: split("test", test)? })
 }
@@ -74,7 +73,7 @@ fn described_split(
     parts: &[&Map<String, Value>],
     name: &str,
     settings: &Settings,
-    loaded: &Loaded,
+    encoder: &dyn Encoder,
 ) -> Result<Split> {
     let mut whole: Option<Split> = None;
     for part in parts {
@@ -95,13 +94,12 @@ fn described_split(
         if settings.mask_is_default && !part.contains_key("mask_prompt") {
             config.mask_prompt &= !text_rows(&rows, &config);
         }
-        let split = Split::from_rows(&file, &rows, &loaded.encoder(), &config)?;
+        let split = Split::from_rows(&file, &rows, encoder, &config)?;
         match &mut whole {
             None => whole = Some(split),
             Some(whole) => {
                 whole.examples.extend(split.examples);
                 whole.skipped.extend(split.skipped);
-                whole.truncated += split.truncated;
                 whole.warnings.extend(split.warnings);
             }
         }

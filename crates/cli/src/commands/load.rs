@@ -27,8 +27,7 @@ impl Loaded {
         let checkpoint = Checkpoint::open(&dir)?;
         let base = Fingerprint::of(&checkpoint, argument);
         let model = Rc::new(Model::from_checkpoint(&checkpoint, compute_dtype(&checkpoint))?);
-        let tokenizer = Tokenizer::load(&dir)?;
-        let template = if ChatTemplate::exists(&dir)? { Some(ChatTemplate::load(&dir)?) } else { None };
+        let (tokenizer, template) = text(&dir)?;
         Ok(Self { dir, base, model, tokenizer, template })
     }
 
@@ -45,13 +44,19 @@ impl Loaded {
 
     /// What turns rows of data into tokens.
     pub(crate) fn encoder(&self) -> ModelEncoder<'_> {
-        ModelEncoder {
-            tokenizer: &self.tokenizer,
-            template: self.template.as_ref(),
-            extra: self.tokenizer.template_variables(),
-            eos: self.tokenizer.eos_id(),
-        }
+        encoder(&self.tokenizer, self.template.as_ref())
     }
+}
+
+/// The tokenizer of a model directory, and its chat template if it has one.
+pub(crate) fn text(dir: &Path) -> Result<(Tokenizer, Option<ChatTemplate>)> {
+    let template = if ChatTemplate::exists(dir)? { Some(ChatTemplate::load(dir)?) } else { None };
+    Ok((Tokenizer::load(dir)?, template))
+}
+
+/// What turns rows of data into tokens.
+pub(crate) fn encoder<'a>(tokenizer: &'a Tokenizer, template: Option<&'a ChatTemplate>) -> ModelEncoder<'a> {
+    ModelEncoder { tokenizer, template, extra: tokenizer.template_variables(), eos: tokenizer.eos_id() }
 }
 
 /// What config.json says of the model behind a command's argument, before its weights are read.

@@ -36,7 +36,7 @@ pub(crate) fn lora(args: &LoraArgs, defaults: Defaults) -> Result<()> {
     let loaded = Loaded::open(model)?;
     unless_stopped()?;
     ui::note("Loading datasets");
-    let data = data::load(&settings, &loaded)?;
+    let data = data::load(&settings, &loaded.encoder())?;
     unless_stopped()?;
     if settings.flag("train") {
         train(&settings, &loaded, &data, &stop)?;
@@ -85,8 +85,10 @@ fn resume_command() -> String {
 fn test(settings: &Settings, loaded: &Loaded, data: &Data, stop: &AtomicBool) -> Result<()> {
     ui::note("Testing");
     let route = loaded.route(settings.text("adapter_path"))?;
-    for warning in &data.test.warnings {
-        ui::note(&format!("warning: {warning}"));
+    if !settings.flag("train") {
+        for warning in data.warnings(count(settings, "batch_size"), false) {
+            ui::note(&format!("warning: {}", warning.text));
+        }
     }
     let found = graft_train::test(
         &loaded.model,

@@ -4,6 +4,7 @@ mod answer;
 mod chat;
 mod convert;
 mod data;
+mod data_show;
 mod doctor;
 mod fuse;
 mod generate;
@@ -15,6 +16,7 @@ mod server;
 
 pub(crate) use chat::chat;
 pub(crate) use convert::convert;
+pub(crate) use data_show::data_show;
 pub(crate) use doctor::doctor;
 pub(crate) use fuse::fuse;
 pub(crate) use generate::generate;

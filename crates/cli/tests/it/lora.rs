@@ -249,8 +249,8 @@ fn a_row_whose_prompt_fills_the_limit_is_skipped_and_counted() {
     folder.rows("data/train.jsonl", &rows);
     let flags = format!("{SHORT} --mask-prompt --max-seq-length 40 --iters 6 --adapter-path new");
     let run = folder.ok(&format!("{flags} --learning-rate 1e-3 --steps-per-report 2"));
-    assert!(run.err.contains("2 of 5 rows are longer than max_seq_length 40"), "{run:?}");
-    assert!(run.err.contains("skipped 2 of 5 rows") && run.err.contains("lines 2, 5"), "{run:?}");
+    assert!(run.err.contains("truncated: 2 of 5 rows are longer than max_seq_length"), "{run:?}");
+    assert!(run.err.contains("nothing-to-train: 2 of 5 rows") && run.err.contains("(lines 2, 5)"), "{run:?}");
     let losses: Vec<f64> = timeless(&folder, "new").iter().filter_map(|line| line["loss"].as_f64()).collect();
     assert!(losses.len() >= 3 && losses.iter().all(|loss| loss.is_finite()), "{losses:?}");
     folder.ok("generate --model model --adapter-path new --max-tokens 2");

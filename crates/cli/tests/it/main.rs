@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a panic is a test's report")]
 
 mod convert;
+mod data_show;
 mod facts;
 mod fuse;
 mod generate;

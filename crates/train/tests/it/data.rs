@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use graft_ops::Form;
-use graft_train::{Batch, Data, DataConfig, Encoder, Rng, Split, Walk, fixed_groups, groups};
+use graft_train::{
+    Batch, Data, DataConfig, Encoder, Example, Fault, Marks, Rng, Split, Walk, fixed_groups, groups,
+};
 use serde_json::Value;
 
 use crate::support::{arrays, split};
@@ -31,6 +33,10 @@ impl Encoder for Bytes {
 
     fn eos(&self) -> Option<u32> {
         Some(257)
+    }
+
+    fn marks(&self) -> Marks {
+        Marks { bos: Some(256), ends: [257].into(), ..Marks::default() }
     }
 }
 
@@ -108,6 +114,13 @@ fn errors_name_file_line_keys_and_forms() {
     assert!(fails("{\"messages\": [{\"content\": \"x\"}]}", false).contains("\"messages\"[0]"));
     assert!(fails("{\"messages\": [{\"role\": \"user\"}]}", false).contains("a message without content"));
     assert!(fails("{\"text\": \"a\"}", true).contains("no prompt to mask"));
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("train.jsonl");
+    std::fs::write(&file, b"{\"text\": \"a\"}\n{\"text\": \"caf\xe9\"}\n").unwrap();
+    let e = Data::load(dir.path(), &Bytes, &settings(false, 9)).unwrap_err().to_string();
+    assert!(e.contains("train.jsonl:2: not UTF-8"), "{e}");
+    std::fs::write(&file, "\u{feff}{\"text\": \"a\"}").unwrap();
+    assert_eq!(Data::load(dir.path(), &Bytes, &settings(false, 9)).unwrap().train.examples.len(), 1);
     let missing =
         Data::load(Path::new("/nonexistent/data"), &Bytes, &settings(false, 9)).unwrap_err().to_string();
     assert!(missing.contains("/nonexistent/data"));
@@ -121,14 +134,19 @@ fn long_rows_are_cut_and_rows_without_targets_skipped() {
         "{\"prompt\": \"pppppppppppp\", \"completion\": \"q\"}\n{\"prompt\": \"p\", \"completion\": \"q\"}\n";
     // 32 and 21 tokens; the long prompt ends at 30.
     let cut = load(rows, &settings(true, 31)).unwrap();
-    assert_eq!((cut.truncated, cut.examples[0].tokens.len(), cut.examples[0].targets()), (1, 31, 1));
+    assert_eq!((cut.examples[0].tokens.len(), cut.examples[0].targets()), (31, 1));
+    assert_eq!(cut.examples.iter().map(Example::is_cut).collect::<Vec<_>>(), [true, false]);
     let skipped = load(rows, &settings(true, 30)).unwrap();
-    assert_eq!((skipped.skipped.clone(), skipped.examples.len()), (vec![1], 1));
+    assert_eq!((skipped.skipped[0].line, skipped.examples.len(), skipped.rows()), (1, 1, 2));
+    let said = |fault: Fault| &skipped.warnings.iter().find(|w| w.fault == fault).unwrap().text;
     assert!(
-        skipped.warnings[0]
-            .contains("1 of 2 rows are longer than max_seq_length 30 (the longest has 32 tokens)")
+        said(Fault::Truncated).contains(
+            "train.jsonl: truncated: 1 of 2 rows are longer than max_seq_length and lose their end (30 tokens are kept, \
+             the longest has 32; line 1): raise"
+        ),
+        "{skipped:?}"
     );
-    assert!(skipped.warnings[1].contains("skipped 1 of 2 rows") && skipped.warnings[1].contains("lines 1"));
+    assert!(said(Fault::NothingToTrain).contains("1 of 2 rows have no token to train on"), "{skipped:?}");
     let none = load(rows, &settings(true, 10)).unwrap();
     assert!(none.require().unwrap_err().to_string().contains("all 2 rows were skipped"));
 }

@@ -42,7 +42,7 @@ pub(crate) fn split(lengths: &[usize], offset: usize, seed: u64) -> Split {
 }
 
 pub(crate) fn named(examples: Vec<Example>, name: &str) -> Split {
-    Split { file: name.into(), examples, skipped: vec![], truncated: 0, warnings: vec![], found: true }
+    Split { file: name.into(), examples, skipped: vec![], warnings: vec![], found: true }
 }
 
 pub(crate) fn data(train: Split, valid: Split) -> Data {

@@ -1,0 +1,542 @@
+//! What is usually wrong with training data, found while its rows are encoded: plain values for the caller to show.
+//!
+//! Most fine-tunes that fail do so by a wrong mask, a missing end or a template that drops what it was given, and none
+//! of that is visible in the loss. A row's own faults are looked for in its encoding; where that leaves a doubt the
+//! template is asked again with a marked word in the place in question.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::path::Path;
+
+use graft_model::THINKING;
+use serde_json::{Value, json};
+
+use crate::data::{Data, DataConfig, Encoded, Encoder, Example, Form, Marks, Split, is_from};
+
+/// A usual fault of training data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Fault {
+    /// No token of the row is a target: it is skipped.
+    NothingToTrain,
+    /// The row's end is cut off.
+    Truncated,
+    /// A text or a question without words.
+    EmptyText,
+    /// An answer without words.
+    EmptyAnswer,
+    /// The last message is not the assistant's.
+    NoAnswer,
+    /// Nothing after the answer ends it.
+    NoEndOfTurn,
+    /// Two tokens that begin a text.
+    DoubleBos,
+    /// Two tokens that end a text.
+    DoubleEnd,
+    /// Masked: the prompt alone is not what the row begins with.
+    MaskShifted,
+    /// Thoughts are targets.
+    ThinkingTrained,
+    /// The template leaves a message out.
+    RoleDropped,
+    /// A role that no model knows.
+    UnknownRole,
+    /// Content that is no text, and printed as a program prints it.
+    ContentNotText,
+    /// Content that holds a special token's text.
+    SpecialInContent,
+    /// The template leaves the tools out.
+    ToolsDropped,
+    /// Tools that no answer of the file calls.
+    ToolsUnused,
+    /// A call of a tool that the row does not define.
+    UnknownTool,
+    /// The template leaves a call out.
+    CallDropped,
+    /// Masked: a call before the last message is no target.
+    CallMasked,
+    /// Characters that an earlier conversion broke.
+    BrokenCharacters,
+    /// A file with rows of several forms.
+    MixedForms,
+    /// The same row twice in a file.
+    Duplicate,
+    /// The same row in two files.
+    InTwoSplits,
+    /// Fewer rows than a batch.
+    TooFewRows,
+    /// No rows to validate on.
+    NoValidation,
+}
+
+impl Fault {
+    /// The fault's name in messages and reports.
+    pub fn name(self) -> &'static str {
+        self.words().0
+    }
+
+    /// Name, what is the matter with the rows ("2 of 9 rows ..."), and what to do.
+    fn words(self) -> (&'static str, &'static str, &'static str) {
+        match self {
+            Self::NothingToTrain => (
+                "nothing-to-train",
+                "have no token to train on and are skipped",
+                "the prompt fills max_seq_length, so raise that or shorten the prompt, or the row is empty",
+            ),
+            Self::Truncated => (
+                "truncated",
+                "are longer than max_seq_length and lose their end",
+                "raise max_seq_length or split the rows",
+            ),
+            Self::EmptyText => {
+                ("empty-text", "have a text or a question without words", "fill them in or drop the rows")
+            }
+            Self::EmptyAnswer => {
+                ("empty-answer", "have an answer without words", "fill them in or drop the rows")
+            }
+            Self::NoAnswer => (
+                "no-answer",
+                "do not end with the assistant's message",
+                "add the answer, or drop what follows the last one",
+            ),
+            Self::NoEndOfTurn => (
+                "no-end-of-turn",
+                "train no token that ends the answer, so the model will not learn to stop",
+                "let the chat template write the end token after an answer, or name the token that it writes as \
+                 eos_token_id in generation_config.json",
+            ),
+            Self::DoubleBos => (
+                "double-bos",
+                "begin with two begin tokens",
+                "leave it out of the text: the tokenizer adds one of its own",
+            ),
+            Self::DoubleEnd => (
+                "double-end",
+                "end with two end tokens",
+                "leave it (and what follows it) out of the text: one is added",
+            ),
+            Self::MaskShifted => (
+                "mask-shifted",
+                "do not begin with the tokens of their own prompt, so the mask ends at a wrong place",
+                "look at one with graft data show; train such rows without mask_prompt, or change the template so that \
+                 a prompt is rendered alike with and without its answer",
+            ),
+            Self::ThinkingTrained => (
+                "thinking-trained",
+                "train on thoughts",
+                "take them out of the answers, unless the model shall learn to think so",
+            ),
+            Self::RoleDropped => (
+                "role-dropped",
+                "have messages that the chat template leaves out",
+                "move their content into a message that it keeps",
+            ),
+            Self::UnknownRole => (
+                "unknown-role",
+                "have messages of a role that models do not know",
+                "use system, user, assistant and tool",
+            ),
+            Self::ContentNotText => (
+                "content-not-text",
+                "have content that the template prints as a program's value",
+                "write the content as one string",
+            ),
+            Self::SpecialInContent => (
+                "special-token-in-content",
+                "hold a special token's text in their content, which becomes that token",
+                "take it out: the chat template writes such tokens itself",
+            ),
+            Self::ToolsDropped => (
+                "tools-dropped",
+                "define tools that the chat template leaves out",
+                "describe them in the system message, or use a model whose template knows tools",
+            ),
+            Self::ToolsUnused => (
+                "tools-unused",
+                "define tools, and no answer of the file calls one",
+                "add rows with calls, or leave the tools out",
+            ),
+            Self::UnknownTool => (
+                "unknown-tool",
+                "call a tool that they do not define",
+                "add it to the row's tools, or correct the name",
+            ),
+            Self::CallDropped => (
+                "call-dropped",
+                "have tool calls that the chat template leaves out",
+                "write the call into the content, or use a model whose template knows calls",
+            ),
+            Self::CallMasked => (
+                "call-masked",
+                "have tool calls before the last message, which mask_prompt does not train on",
+                "end a row of its own with each call, or train without mask_prompt",
+            ),
+            Self::BrokenCharacters => (
+                "broken-characters",
+                "hold characters that were broken when the text was converted",
+                "make the file again from its source, read in the right encoding",
+            ),
+            Self::MixedForms => {
+                ("mixed-forms", "have another form than most rows of the file", "write all rows in one form")
+            }
+            Self::Duplicate => ("duplicate", "repeat an earlier row of the file", "keep one of each"),
+            Self::InTwoSplits => (
+                "in-two-splits",
+                "are in another split as well, so what is measured on them is memory",
+                "take them out of one of the two",
+            ),
+            Self::TooFewRows => (
+                "too-few-rows",
+                "are fewer than one batch",
+                "give more rows or a smaller batch_size: such a training set is refused, and a loss over so few says little",
+            ),
+            Self::NoValidation => (
+                "no-validation",
+                "",
+                "no rows to validate on, so nothing shows when training begins to hurt: add valid.jsonl",
+            ),
+        }
+    }
+}
+
+/// A fault of a file's rows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Warning {
+    /// What is wrong.
+    pub fault: Fault,
+    /// The lines of the rows it is wrong with.
+    pub lines: Vec<usize>,
+    /// One sentence: file, name of the fault, how many rows, which, and what to do.
+    pub text: String,
+}
+
+impl Warning {
+    /// `detail` is what the sentence says in brackets before the lines.
+    fn new(fault: Fault, file: &Path, rows: usize, lines: Vec<usize>, detail: &str) -> Self {
+        let (name, what, advice) = fault.words();
+        let file = file.display();
+        let text = if what.is_empty() {
+            format!("{file}: {name}: {advice}")
+        } else {
+            let detail = if detail.is_empty() { String::new() } else { format!("{detail}; ") };
+            let (count, named) = (lines.len(), self::lines(&lines));
+            format!("{file}: {name}: {count} of {rows} rows {what} ({detail}{named}): {advice}")
+        };
+        Self { fault, lines, text }
+    }
+}
+
+/// `line 3`, or the first few of several.
+pub(crate) fn lines(all: &[usize]) -> String {
+    const SHOWN: usize = 8;
+    let shown: Vec<String> = all.iter().take(SHOWN).map(ToString::to_string).collect();
+    let rest = all.len().saturating_sub(SHOWN);
+    let more = if rest > 0 { format!(" and {rest} more") } else { String::new() };
+    format!("line{} {}{more}", if all.len() == 1 { "" } else { "s" }, shown.join(", "))
+}
+
+/// Lines of the rows with a fault, and what of them is worth naming.
+#[derive(Default)]
+struct Found {
+    lines: Vec<usize>,
+    named: BTreeSet<String>,
+}
+
+/// The faults of a file's rows, one row after another.
+pub(crate) struct Checks<'a> {
+    encoder: &'a dyn Encoder,
+    config: &'a DataConfig,
+    marks: Marks,
+    found: BTreeMap<Fault, Found>,
+    forms: BTreeMap<Form, Vec<usize>>,
+    /// Lines of rows with tools; none as soon as a tool was called.
+    uncalled: Option<Vec<usize>>,
+    /// Roles, and parts of a row, that the template has been asked about.
+    asked: HashSet<String>,
+    rows: usize,
+    longest: usize,
+}
+
+/// A word that no template and no row holds.
+const MARKED: &str = "qXz7graftqXz7";
+/// Roles that some template or other knows.
+const ROLES: [&str; 7] = ["system", "developer", "user", "assistant", "tool", "function", "ipython"];
+/// After the token that ends an answer templates write a line's end at most.
+const END_WITHIN: usize = 3;
+/// How many names a message lists.
+const NAMED: usize = 4;
+
+impl<'a> Checks<'a> {
+    pub(crate) fn new(encoder: &'a dyn Encoder, config: &'a DataConfig) -> Self {
+        Self {
+            encoder,
+            config,
+            marks: encoder.marks(),
+            found: BTreeMap::new(),
+            forms: BTreeMap::new(),
+            uncalled: Some(Vec::new()),
+            asked: HashSet::new(),
+            rows: 0,
+            longest: 0,
+        }
+    }
+
+    fn add(&mut self, fault: Fault, line: usize, name: &str) {
+        let found = self.found.entry(fault).or_default();
+        if found.lines.last() != Some(&line) {
+            found.lines.push(line);
+        }
+        if !name.is_empty() {
+            found.named.insert(name.to_owned());
+        }
+    }
+
+    pub(crate) fn row(&mut self, row: &Encoded) {
+        let line = row.example.line;
+        self.rows += 1;
+        self.longest = self.longest.max(row.example.full_length);
+        self.forms.entry(row.form).or_default().push(line);
+        let trained = match &row.prompt {
+            Some(prompt) => row.text.strip_prefix(prompt.as_str()).unwrap_or(&row.text),
+            None => &row.text,
+        };
+        for (fault, is) in [
+            (Fault::NothingToTrain, row.example.targets() == 0),
+            (Fault::Truncated, row.example.is_cut()),
+            (Fault::MaskShifted, row.shifted),
+            (Fault::ThinkingTrained, thinks(trained)),
+            (Fault::BrokenCharacters, is_broken(&row.text)),
+            (Fault::DoubleBos, self.doubles_bos(&row.example)),
+        ] {
+            if is {
+                self.add(fault, line, "");
+            }
+        }
+        if row.form == Form::Text {
+            self.text(row, line);
+        } else {
+            self.conversation(row, line);
+        }
+    }
+
+    fn doubles_bos(&self, example: &Example) -> bool {
+        self.marks.bos.is_some_and(|bos| example.tokens.starts_with(&[bos, bos]))
+    }
+
+    fn text(&mut self, row: &Encoded, line: usize) {
+        let tokens = &row.example.tokens;
+        let typed = row.text.trim_end();
+        if typed.trim_start().is_empty() {
+            self.add(Fault::EmptyText, line, "");
+        }
+        let Some(eos) = self.encoder.eos().filter(|_| !row.example.is_cut()) else { return };
+        let ends_itself = |text: &str| self.marks.special.get(&eos).is_some_and(|eos| text.ends_with(eos));
+        let followed = ends_itself(typed) && typed.len() < row.text.len();
+        if followed || tokens.ends_with(&[eos, eos]) {
+            self.add(Fault::DoubleEnd, line, "");
+        }
+    }
+
+    fn conversation(&mut self, row: &Encoded, line: usize) {
+        let Some((last, before)) = row.messages.split_last() else { return };
+        if !is_from(last, "assistant") {
+            self.add(Fault::NoAnswer, line, "");
+        } else if !row.example.is_cut() {
+            let tail = row.example.tokens.iter().rev().take(END_WITHIN);
+            if !tail.into_iter().any(|id| self.marks.ends.contains(id)) {
+                self.add(Fault::NoEndOfTurn, line, "");
+            }
+        }
+        for (at, message) in row.messages.iter().enumerate() {
+            self.message(row, at, message, line);
+        }
+        if self.config.mask_prompt && before.iter().any(|m| !calls(m).is_empty()) {
+            self.add(Fault::CallMasked, line, "");
+        }
+        self.tools(row, line);
+    }
+
+    fn message(&mut self, row: &Encoded, at: usize, message: &Value, line: usize) {
+        let role = message.get("role").and_then(Value::as_str).unwrap_or_default();
+        if !ROLES.contains(&role) {
+            self.add(Fault::UnknownRole, line, role);
+        }
+        let content = message.get("content").unwrap_or(&Value::Null);
+        let calls = calls(message);
+        match content {
+            Value::String(text) if !text.trim().is_empty() => {
+                if let Some(token) = self.marks.special.values().find(|token| text.contains(*token)) {
+                    let token = token.clone();
+                    self.add(Fault::SpecialInContent, line, &token);
+                }
+                let ask = self.asked.insert(format!("role {role}")) || !holds(&row.text, text);
+                if ask && self.drops(row, at, "content", MARKED.into()) {
+                    self.add(Fault::RoleDropped, line, role);
+                }
+            }
+            Value::String(_) | Value::Null if calls.is_empty() => match role {
+                "assistant" => self.add(Fault::EmptyAnswer, line, ""),
+                "user" => self.add(Fault::EmptyText, line, ""),
+                _ => {}
+            },
+            Value::Null if row.text.contains("None") && self.changes(row, at, "".into()) => {
+                self.add(Fault::ContentNotText, line, "None");
+            }
+            Value::Array(_) | Value::Object(_) if row.text.contains("{'") => {
+                self.add(Fault::ContentNotText, line, "a list or an object");
+            }
+            _ => {}
+        }
+        for name in &calls {
+            let ask = self.asked.insert("call".into()) || !row.text.contains(name.as_str());
+            let marked = json!([{"id": "callcall1", "type": "function", "function": {"name": MARKED, "arguments": {}}}]);
+            if ask && self.drops(row, at, "tool_calls", marked) {
+                self.add(Fault::CallDropped, line, name);
+            }
+        }
+    }
+
+    /// The row's text with another value in a message; none where the template refuses it.
+    fn with(&self, row: &Encoded, at: usize, key: &str, value: Value) -> Option<String> {
+        let mut messages = row.messages.to_vec();
+        messages.get_mut(at)?.as_object_mut()?.insert(key.into(), value);
+        self.encoder.render(&messages, row.tools, false).ok()
+    }
+
+    /// Whether a marked value in a message's place leaves no trace.
+    fn drops(&self, row: &Encoded, at: usize, key: &str, marked: Value) -> bool {
+        self.with(row, at, key, marked).is_some_and(|text| !text.contains(MARKED))
+    }
+
+    /// Whether other content makes another text.
+    fn changes(&self, row: &Encoded, at: usize, content: Value) -> bool {
+        self.with(row, at, "content", content).is_some_and(|text| text != row.text)
+    }
+
+    fn tools(&mut self, row: &Encoded, line: usize) {
+        let defined = row.tools.map(names).unwrap_or_default();
+        let called: Vec<String> = row.messages.iter().flat_map(calls).collect();
+        for name in called.iter().filter(|name| !defined.contains(name)) {
+            self.add(Fault::UnknownTool, line, name);
+        }
+        // A call may stand in the answer's text, too.
+        let says = |m: &Value| {
+            let content = m.get("content").and_then(Value::as_str).unwrap_or_default();
+            is_from(m, "assistant") && defined.iter().any(|name| content.contains(name.as_str()))
+        };
+        if !called.is_empty() || row.messages.iter().any(says) {
+            self.uncalled = None;
+        }
+        if defined.is_empty() {
+            return;
+        }
+        if let Some(uncalled) = &mut self.uncalled {
+            uncalled.push(line);
+        }
+        let ask =
+            self.asked.insert("tools".into()) || defined.iter().any(|name| !row.text.contains(name.as_str()));
+        let without = || self.encoder.render(&row.messages, None, false).ok();
+        if ask && without().is_some_and(|text| text == row.text) {
+            self.add(Fault::ToolsDropped, line, "");
+        }
+    }
+
+    pub(crate) fn finish(mut self, file: &Path) -> Vec<Warning> {
+        for line in self.uncalled.take().unwrap_or_default() {
+            self.add(Fault::ToolsUnused, line, "");
+        }
+        let most = self.forms.values().map(Vec::len).max().unwrap_or_default();
+        let main = self.forms.iter().find(|(_, lines)| lines.len() == most).map(|(form, _)| *form);
+        let mut others: Vec<usize> =
+            self.forms.iter().filter(|(form, _)| Some(**form) != main).flat_map(|(_, l)| l.clone()).collect();
+        others.sort_unstable();
+        for line in others {
+            self.add(Fault::MixedForms, line, "");
+        }
+        let (rows, limit, longest) = (self.rows, self.config.max_seq_length, self.longest);
+        let warning = |(fault, found): (Fault, Found)| {
+            let mut named: Vec<String> = found.named.into_iter().take(NAMED).collect();
+            if fault == Fault::Truncated {
+                named.push(format!("{limit} tokens are kept, the longest has {longest}"));
+            }
+            Warning::new(fault, file, rows, found.lines, &named.join(", "))
+        };
+        self.found.into_iter().map(warning).collect()
+    }
+}
+
+impl Data {
+    /// All that is wrong with the rows: each split's own faults, rows that occur twice, and splits that are too small
+    /// for `batch_size`. `validates` says whether the validation set will be used.
+    pub fn warnings(&self, batch_size: usize, validates: bool) -> Vec<Warning> {
+        let splits = [&self.train, &self.valid, &self.test];
+        let mut all: Vec<Warning> = splits.iter().flat_map(|split| split.warnings.clone()).collect();
+        let mut seen: HashMap<&[u32], (usize, usize)> = HashMap::new();
+        for (at, split) in splits.into_iter().enumerate() {
+            // Lines that repeat a row of each split up to this one, and the first row they repeat.
+            let mut repeated: [(Vec<usize>, usize); 3] = Default::default();
+            for example in &split.examples {
+                let (other, line) = *seen.entry(&example.tokens).or_insert((at, example.line));
+                if (other, line) != (at, example.line) {
+                    let (lines, first) = &mut repeated[other];
+                    *first = if lines.is_empty() { line } else { *first };
+                    lines.push(example.line);
+                }
+            }
+            for (other, (lines, first)) in repeated.into_iter().enumerate().filter(|(_, r)| !r.0.is_empty()) {
+                let fault = if other == at { Fault::Duplicate } else { Fault::InTwoSplits };
+                let detail = format!("the first repeats line {first} of {}", splits[other].file.display());
+                all.push(Warning::new(fault, &split.file, split.rows(), lines, &detail));
+            }
+        }
+        let few = |split: &Split| split.examples.len() < batch_size && !split.examples.is_empty();
+        if validates && self.valid.examples.is_empty() {
+            all.push(Warning::new(Fault::NoValidation, &self.valid.file, 0, vec![], ""));
+        }
+        for split in [Some(&self.train), Some(&self.valid).filter(|_| validates)].into_iter().flatten() {
+            if few(split) {
+                let lines = split.examples.iter().map(|example| example.line).collect();
+                let detail = format!("batch_size {batch_size}");
+                all.push(Warning::new(Fault::TooFewRows, &split.file, split.rows(), lines, &detail));
+            }
+        }
+        all
+    }
+}
+
+/// The names of tools, or of calls: in `function`, or by themselves.
+fn names(list: &Value) -> Vec<String> {
+    let name = |one: &Value| {
+        let own = one.get("function").unwrap_or(one).get("name")?;
+        own.as_str().map(str::to_owned)
+    };
+    list.as_array().into_iter().flatten().filter_map(name).collect()
+}
+
+/// The names of the tools that a message calls.
+fn calls(message: &Value) -> Vec<String> {
+    message.get("tool_calls").map(names).unwrap_or_default()
+}
+
+/// Whether a rendered text holds a message's content: its longest line, as templates trim and drop thoughts, or that as
+/// JSON.
+fn holds(rendered: &str, content: &str) -> bool {
+    let spoken = THINKING.iter().fold(content, |text, (_, end)| text.rsplit(end).next().unwrap_or(text));
+    let line = spoken.lines().map(str::trim).max_by_key(|line| line.len()).unwrap_or_default();
+    rendered.contains(line) || rendered.contains(Value::from(line).to_string().trim_matches('"'))
+}
+
+/// Whether a text holds a thought that is not empty. Its beginning may stand in the prompt.
+fn thinks(text: &str) -> bool {
+    THINKING.iter().any(|(begin, end)| {
+        let mut parts: Vec<&str> = text.split(end).collect();
+        let rest = parts.pop().filter(|rest| rest.contains(begin));
+        let thought = |part: &str| part.rsplit(begin).next().is_some_and(|t| !t.trim().is_empty());
+        parts.into_iter().chain(rest).any(thought)
+    })
+}
+
+/// Whether a text holds U+FFFD, or UTF-8 that was read as Latin-1.
+fn is_broken(text: &str) -> bool {
+    let mut after = text.split('Ã').skip(1).filter_map(|rest| rest.chars().next());
+    text.contains('\u{fffd}') || text.contains("â€") || after.any(|c| ('\u{80}'..='\u{bf}').contains(&c))
+}
