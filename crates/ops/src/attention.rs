@@ -126,8 +126,8 @@ pub struct Head<'a> {
 
 impl Head<'_> {
     /// x (B, heads, L, D), whose sequences begin at `starts`.
-    fn rotated(&self, x: Array, starts: &[i32]) -> Result<Array> {
-        self.rope.map_or(Ok(x.clone()), |table| mlx_rotated(&x, starts, table))
+    fn rotated(&self, x: &Array, starts: &[i32]) -> Result<Array> {
+        self.rope.map_or(Ok(x.clone()), |table| mlx_rotated(x, starts, table))
     }
 
     #[cfg(graft_cpu)]
@@ -198,7 +198,7 @@ fn mlx_folded(parts: [(&Array, i32); 3], rows: &Rows, head: Head) -> Result<Vec<
             x.reshape(&[starts.len() as i32, -1, n, head.dim])?.transpose_axes(&[0, 2, 1, 3])
         };
         let [q, k, v] = parts;
-        Ok([head.rotated(fold(q)?, starts)?, head.rotated(fold(k)?, starts)?, fold(v)?])
+        Ok([head.rotated(&fold(q)?, starts)?, head.rotated(&fold(k)?, starts)?, fold(v)?])
     };
     match rows.equal_length() {
         Some(0) => Ok(vec![]),

@@ -80,7 +80,6 @@ fn steps_leave_nothing_behind() {
             }
         }
         let (settled, end) = (settled.unwrap(), Held::now());
-        println!("after {SETTLED} steps {settled:?}, after {STEPS} {end:?}");
         // Both steps end with an update: the same arrays are alive, whatever was computed between.
         assert!(end.active <= settled.active + 16 * 1024, "{settled:?} {end:?}");
         // Buffers of other sizes may be kept for reuse, not many of them.

@@ -51,7 +51,6 @@ fn logits_exist_for_a_chunk_of_targets_at_a_time() {
             assert!(whole >= 2 * (targets * vocabulary * 4) as usize, "{whole} of {targets} targets");
             [needs(|| step(&folded)), needs(|| eval([&folded(&h).unwrap()]).unwrap())]
         });
-        println!("256 targets {few:?}, 1024 {many:?}, a chunk {part}");
         for (few, many) in few.into_iter().zip(many) {
             // Logits, probabilities, hits as bool and as f32, their difference: five of a chunk at most, and the outputs of
             // the ten operations that MLX starts before it waits for the first of them.
@@ -90,7 +89,6 @@ fn with_checkpointing_a_block_keeps_its_input_only() {
         // N tokens of E floats, and of the 7 linears' A and B at rank 1 the gradient, the mean and the new value: 1248 inputs
         // and outputs in all.
         let (input, trained) = (256 * 64 * 4, 3 * 1248 * 4);
-        println!("a block adds {with} with, {without} without; its input is {input}");
         assert!(with <= 2 * input + trained, "{with}, the input is {input}");
         // Its two norms, q, the attention's output, gate and up at the least: 64 (2 + 1 + 1) + 2 * 128 floats a token.
         assert!(without >= 8 * input, "{without}, the input is {input}");
@@ -117,7 +115,6 @@ fn a_norm_makes_no_dense_product() {
         let packed = Packed { codes, scales, biases, grid: graft_quant::Grid { bits: 4, group_size: 32 } };
         for weight in [Weight::Packed(packed), Weight::Dense(dense.clone())] {
             let held = needs(|| eval([&row_norms(&a, &b, 2.0, &weight, &n0).unwrap()]).unwrap());
-            println!("norm {held}, whole {whole}");
             // P, G B, their sum, its product with B, each (R, out), and one being made; A^T; some (out,).
             let allowed = 5 * (rank * out * 4) + 2 * inputs * rank * 4 + 8 * out * 4;
             assert!(held <= allowed as usize, "{held}, allowed {allowed}");
