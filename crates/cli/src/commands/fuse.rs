@@ -3,7 +3,7 @@
 use crate::args::FuseArgs;
 use crate::errors::{Interrupted, Usage};
 use crate::hub::{self, What};
-use crate::{host, ui};
+use crate::{host, report, ui};
 use anyhow::{Context, Result, bail};
 use graft_adapters::AdapterSet;
 use graft_merge::{Error, Event, FuseOptions, FuseReport, Policy, REPORT_FILE};
@@ -35,7 +35,12 @@ pub(crate) fn fuse(args: &FuseArgs) -> Result<()> {
     });
     progress.done();
     match result {
-        Ok(report) => say(&report, out),
+        Ok(report) => {
+            say(&report, out);
+            if let Some(file) = &args.html {
+                report::write(file, &report::fuse(&serde_json::to_value(&report)?))?;
+            }
+        }
         Err(error @ Error::Stopped) => bail!(Interrupted(format!("Interrupted: {error}"))),
         Err(error) => {
             let (adapter, base) = (&args.adapter_path, &args.model);
