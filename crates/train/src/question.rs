@@ -8,7 +8,7 @@ use crate::data::{DataConfig, Encoder, Row, RowResult, messages, text};
 use crate::{Error, Result};
 
 /// A row without its last answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Question {
     /// Line in its file, from 1.
     pub line: usize,

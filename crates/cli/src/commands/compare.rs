@@ -17,6 +17,8 @@ use std::path::Path;
 const LAST: usize = 10;
 /// Samples of the bootstrap over the rows of test.jsonl.
 const RESAMPLES: usize = 10_000;
+/// A share of memory or bytes that is worth naming.
+const NAMED: f64 = 0.02;
 
 /// Trains every leg, scores it if a metric is given, and reports.
 pub(crate) fn compare(args: &CompareArgs, threads: Option<usize>, exact: bool) -> Result<()> {
@@ -309,7 +311,7 @@ fn sentence(legs: &[Value], leg: &Value, args: &CompareArgs) -> Option<String> {
         [("peak_memory_bytes", "peak memory"), ("base_bytes", "a base"), ("adapter_bytes", "an adapter")]
     {
         let (there, here) = (other[key].as_f64()?, leg[key].as_f64()?);
-        if (here / there - 1.0).abs() >= 0.01 {
+        if (here / there - 1.0).abs() >= NAMED {
             let [there, here] = [there, here].map(|n| ui::bytes(n as u64));
             let better = leg[key].as_f64() < other[key].as_f64();
             put(better, format!("{what} of {here} instead of {there}"));

@@ -200,8 +200,15 @@ impl Bench<'_> {
         let options = ConvertOptions { dequantize: pack.is_none(), pack, dtype: None };
         match convert(source, &target, &options, self.stop, &mut |_| {}) {
             Ok(_) => Ok(Made { path: target.display().to_string(), from }),
-            Err(graft_quant::Error::Stopped) => bail!(self.interrupted()),
-            Err(error) => Err(error.into()),
+            Err(error) => {
+                // What was made for it goes again, if it is empty.
+                let _in_use = std::fs::remove_dir(self.out.join("bases"));
+                let _in_use = std::fs::remove_dir(&self.out);
+                match error {
+                    graft_quant::Error::Stopped => bail!(self.interrupted()),
+                    error => Err(error.into()),
+                }
+            }
         }
     }
 

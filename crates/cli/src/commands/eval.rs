@@ -76,6 +76,13 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
     for fused in &args.fused {
         let mut of_fused = [subject(fused, fused, None)];
         task.run(fused, &mut of_fused)?;
+        let weights = |subject: &Subject| subject.outcomes.iter().map(|o| o.weight).collect::<Vec<_>>();
+        if weights(&of_fused[0]) != weights(&of_base[0]) {
+            bail!(
+                "{fused} reads the rows as other tokens than {}: their losses cannot be compared",
+                args.model
+            );
+        }
         of_base.extend(of_fused);
     }
     let report = task.report(&of_base, &questions);
@@ -147,13 +154,8 @@ impl Task<'_> {
             for (subject, route) in subjects.iter_mut().zip(&routes) {
                 self.losses(&loaded, &split, &route.route(), subject)?;
             }
-            let asked = |e: &graft_train::Example| Question {
-                line: e.line,
-                prompt: Vec::new(),
-                asked: String::new(),
-                answer: String::new(),
-            };
-            return Ok(split.examples.iter().map(asked).collect());
+            let lines = split.examples.iter().map(|e| Question { line: e.line, ..Question::default() });
+            return Ok(lines.collect());
         };
         let form = DataConfig::new(false, usize::MAX);
         let questions = Question::from_rows(&self.file, &self.rows, &loaded.encoder(), &form)?;

@@ -196,7 +196,7 @@ pub(crate) fn eval(report: &Value) -> String {
     }
     body += &table(&rows);
     body += "<p class=\"note\">In brackets 95&nbsp;% intervals of the bootstrap over rows; those against the base are paired.</p>";
-    body += &format!("<div class=\"charts\">{}</div>", bars("Score", &items));
+    body += &format!("<div class=\"charts\">{}</div>", bars(if answers { "Score" } else { "Loss" }, &items));
     if answers {
         body += &changed(&doc, models);
     }

@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a panic is a test's report")]
 
+mod compare;
 mod convert;
+mod eval;
 mod facts;
 mod fuse;
 mod generate;
