@@ -106,6 +106,7 @@ fn rates(args: &CompareArgs, bench: &Bench, legs: &[Leg], seed: i64) -> Result<V
         }
     }
     rates.sort_by(f64::total_cmp);
+    rates.dedup();
     Ok(rates)
 }
 

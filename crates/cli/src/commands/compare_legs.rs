@@ -119,7 +119,7 @@ pub(super) fn common(args: &CompareArgs, legs: &[Leg]) -> Result<Map<String, Val
         ("adapter_path", "the adapters are written to --output"),
         ("steps_per_report", "every step is reported"),
     ] {
-        if all.contains_key(key) {
+        if all.contains_key(key) || legs.iter().any(|leg| leg.own.contains_key(key)) {
             bail!(Usage(format!("--{}: {why}; leave it out", key.replace('_', "-"))));
         }
     }
@@ -128,7 +128,8 @@ pub(super) fn common(args: &CompareArgs, legs: &[Leg]) -> Result<Map<String, Val
     }
     for key in ["model", "data"] {
         let everywhere = legs.iter().all(|leg| leg.own.contains_key(key));
-        if !all.contains_key(key) && !everywhere && !(key == "data" && all.contains_key("hf_dataset")) {
+        let described = key == "data" && all.contains_key("hf_dataset");
+        if !(all.contains_key(key) || everywhere || described) {
             bail!(Usage(format!("--{key} is required")));
         }
     }

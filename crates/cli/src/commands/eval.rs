@@ -258,7 +258,7 @@ impl Task<'_> {
                     "right": answers.then(|| own.iter().filter(|o| o.score > 0.0).count()),
                 });
                 if index > 0 {
-                    value["against_base"] = against(base, own, &estimate, answers);
+                    value["against_base"] = against(base, own, estimate, answers);
                 }
                 value
             })
@@ -294,7 +294,7 @@ impl Task<'_> {
 fn against(
     base: &[Outcome],
     own: &[Outcome],
-    estimate: &dyn Fn(&[(f64, f64)]) -> Estimate,
+    estimate: impl Fn(&[(f64, f64)]) -> Estimate,
     answers: bool,
 ) -> Value {
     let both = || base.iter().zip(own);

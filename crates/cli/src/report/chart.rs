@@ -59,7 +59,11 @@ fn range(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
         .filter(|v| v.is_finite())
         .fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
     let apart = (low.abs() * 0.05).max(1e-9);
-    (low <= high).then(|| if high > low { (low, high) } else { (low - apart, high + apart) })
+    match low.total_cmp(&high) {
+        std::cmp::Ordering::Less => Some((low, high)),
+        std::cmp::Ordering::Equal => Some((low - apart, high + apart)),
+        std::cmp::Ordering::Greater => None,
+    }
 }
 
 /// A mark of series `index` at a place.

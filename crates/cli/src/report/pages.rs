@@ -175,7 +175,7 @@ pub(crate) fn eval(report: &Value) -> String {
     let name = |model: &Value| model["name"].as_str().unwrap_or_default().to_owned();
     let mut rows = vec![vec![String::new(), metric, "against base".into()]];
     if answers {
-        rows[0].extend(["changed", "fixed", "broken"].map(str::to_owned));
+        rows[0].push("answers".into());
     }
     let mut items = Vec::new();
     for (index, model) in models.iter().enumerate() {
@@ -184,10 +184,9 @@ pub(crate) fn eval(report: &Value) -> String {
         if model.get("against_base").is_some() {
             row.push(doc.estimate(&at("against_base/difference"), &at("against_base/interval"), As::Signed));
             if answers {
-                row.extend(
-                    ["changed", "fixed", "broken"]
-                        .map(|k| doc.span(&at(&format!("against_base/{k}")), As::Plain)),
-                );
+                let count =
+                    |key: &str| format!("{} {key}", doc.span(&at(&format!("against_base/{key}")), As::Plain));
+                row.push(["changed", "fixed", "broken"].map(count).join("<br>"));
             }
         }
         rows.push(row);

@@ -200,6 +200,8 @@ fn a_comparison_that_cannot_be_made_is_refused_before_anything_is_written() {
     folder.fails(1, &format!("{flags} --leg gone.yaml"), &["cannot read the settings file gone.yaml"]);
     folder.write("qlora.yaml", "{}\n");
     folder.fails(2, &format!("{flags} --legs qlora --leg qlora.yaml"), &["two legs are called qlora"]);
+    folder.write("odd.yaml", "adapter_path: x\n");
+    folder.fails(2, &format!("{flags} --leg odd.yaml"), &["--adapter-path", "--output"]);
     folder.write("odd.yaml", "iters: soon\n");
     folder.fails(2, &format!("{flags} --leg odd.yaml"), &["leg odd: `iters` must be a whole number"]);
 }
