@@ -93,6 +93,9 @@ fn rates(args: &CompareArgs, bench: &Bench, legs: &[Leg], seed: i64) -> Result<V
     }
     for leg in legs {
         let settings = bench.settings(leg, seed)?;
+        if let (Some(data), None) = (settings.text("data"), settings.all.get("hf_dataset")) {
+            hub::resolve(data, What::Data)?;
+        }
         if settings.int("iters") == 0 {
             bail!(Usage("--iters must be at least 1: without steps there is nothing to compare".into()));
         }

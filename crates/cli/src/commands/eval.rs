@@ -53,6 +53,8 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
     }
     let metric = metric(&args.metric)?;
     sampling(args, &[]).check()?;
+    report::check("--output", &args.output)?;
+    args.html.iter().try_for_each(|file| report::check("--html", file))?;
     let file = data_file(&args.data)?;
     let rows = read_rows(&file)?;
     if rows.is_empty() {

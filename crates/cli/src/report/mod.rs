@@ -11,18 +11,28 @@ pub(crate) use chart::{Chart, Series, picture};
 use chart::escape;
 pub(crate) use pages::{COMPARED, compare, eval, fuse, runs};
 
+use crate::errors::Usage;
 use crate::ui;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use graft_quant::write_atomic;
 use serde_json::Value;
 use std::path::Path;
+
+/// Refuses a file whose directory is not there, before the work that it is to hold.
+pub(crate) fn check(flag: &str, file: &str) -> Result<()> {
+    let parent = Path::new(file).parent().filter(|dir| !dir.as_os_str().is_empty());
+    if Path::new(file).is_dir() || parent.is_some_and(|dir| !dir.is_dir()) {
+        bail!(Usage(format!("{flag} {file}: expected a file in a directory that exists")));
+    }
+    Ok(())
+}
 
 /// Writes a report's file and says so.
 pub(crate) fn write(file: &str, text: &str) -> Result<()> {
     write_bytes(file, text.as_bytes())
 }
 
-/// As [`write`], for what is no text.
+/// As for text, for what is none.
 pub(crate) fn write_bytes(file: &str, bytes: &[u8]) -> Result<()> {
     write_atomic(Path::new(file), bytes).with_context(|| format!("cannot write the report {file}"))?;
     ui::note(&format!("written: {file}"));

@@ -124,6 +124,7 @@ fn legs_differ_in_their_bases_and_kinds_alone_and_the_page_equals_the_json() {
     assert!(plot.out.contains("compare/lora/seed-3"), "{plot:?}");
     assert!(folder.read("a.png").starts_with(b"\x89PNG") && folder.read("a.svg").starts_with(b"<svg"));
     folder.fails(2, "plot compare/lora/seed-3 -o a.jpg", &["must end in .html, .svg or .png"]);
+    folder.fails(2, "plot compare/lora/seed-3 -o gone/a.svg", &["in a directory that exists"]);
     folder.fails(1, "plot data", &["data/metrics.jsonl", "adapter directory"]);
     folder.fails(1, "plot data/train.jsonl", &["data/train.jsonl:1: expected an object with \"kind\""]);
     folder.fails(2, flags, &["--output compare exists already"]);
@@ -196,6 +197,7 @@ fn a_comparison_that_cannot_be_made_is_refused_before_anything_is_written() {
     folder.fails(2, &format!("{flags} --rank 0"), &["lora_parameters.rank must be at least 1"]);
     folder.fails(2, &format!("{flags} --find-lr -1"), &["must be above 0"]);
     folder.fails(2, "compare --model model", &["--data is required"]);
+    folder.fails(1, "compare --model model --data gone", &["there is no data directory `gone`"]);
     folder.fails(1, "compare --model gone --data data", &["there is no model directory `gone`"]);
     folder.fails(1, &format!("{flags} --leg gone.yaml"), &["cannot read the settings file gone.yaml"]);
     folder.write("qlora.yaml", "{}\n");

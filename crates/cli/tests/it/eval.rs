@@ -111,6 +111,7 @@ fn what_cannot_be_judged_is_named_by_file_and_line() {
     folder.fails(2, &format!("{flags} --pattern a"), &["--pattern belongs to --metric regex"]);
     folder.fails(2, &format!("{flags} --temp -1"), &["temperature"]);
     folder.fails(2, &format!("{flags} --max-tokens 0"), &["--max-tokens must be at least 1"]);
+    folder.fails(2, &format!("{flags} --html gone/a.html"), &["--html gone/a.html", "directory that exists"]);
     folder.fails(1, &format!("{flags} --fused gone"), &["there is no model directory `gone`"]);
     folder.fails(
         1,
