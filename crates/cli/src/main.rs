@@ -8,6 +8,7 @@ mod commands;
 mod errors;
 mod host;
 mod hub;
+mod report;
 mod settings;
 mod ui;
 
@@ -58,9 +59,11 @@ fn run(arguments: Vec<String>) -> Result<()> {
     graft_ops::set_precision(match &cli.command {
         _ if cli.exact => Precision::F32,
         Command::Lora(_) | Command::Train(_) => Precision::Bf16,
-        Command::Generate(_) | Command::Chat(_) | Command::Server(_) | Command::Perplexity(_) => {
-            Precision::Int16
-        }
+        Command::Generate(_)
+        | Command::Chat(_)
+        | Command::Server(_)
+        | Command::Perplexity(_)
+        | Command::Eval(_) => Precision::Int16,
         _ => Precision::F32,
     });
     match cli.command {
@@ -73,6 +76,9 @@ fn run(arguments: Vec<String>) -> Result<()> {
         Command::Convert(args) => commands::convert(&args, args.quantize),
         Command::Quantize(args) => commands::convert(&args, true),
         Command::Perplexity(args) => commands::perplexity(&args),
+        Command::Eval(args) => commands::eval(&args),
+        Command::Compare(args) => commands::compare(&args, cli.threads, cli.exact),
+        Command::Plot(args) => commands::plot(&args),
         Command::Inspect(args) => commands::inspect(&args),
         Command::Data(DataCommand::Show(args)) => commands::data_show(&args),
         Command::Doctor(args) => commands::doctor(&args),

@@ -73,6 +73,7 @@ const KEYS: &[(&str, Kind, &str)] = &[
     ("text_feature", Kind::Text, UNSET),
     ("resume", Kind::Bool, "false"),
     ("max_grad_norm", Kind::Float, "0.0"),
+    ("sample_prompts", Kind::Text, UNSET),
 ];
 
 /// The default of a key that mlx_lm does not have at all.
@@ -133,11 +134,13 @@ pub(crate) enum Defaults {
 impl Settings {
     /// Joins the sources. Errors: a file that cannot be read, unknown keys, wrong types, values out of range.
     pub(crate) fn new(args: &LoraArgs, defaults: Defaults) -> Result<Self> {
-        let file = match &args.config {
-            Some(path) => read_yaml(Path::new(path))?,
-            None => Map::new(),
-        };
-        Self::join(args, file, defaults)
+        Self::join(args, file_of(args.config.as_deref())?, defaults)
+    }
+
+    /// The settings of a run that has nothing but a settings file, whose name is `origin`.
+    pub(crate) fn of_file(origin: &str, file: Map<String, Value>, defaults: Defaults) -> Result<Self> {
+        let args = LoraArgs { config: Some(origin.into()), ..LoraArgs::default() };
+        Self::join(&args, file, defaults)
     }
 
     fn join(args: &LoraArgs, file: Map<String, Value>, defaults: Defaults) -> Result<Self> {
@@ -319,8 +322,13 @@ fn defaults_of(defaults: Defaults) -> Result<Map<String, Value>> {
     Ok(all)
 }
 
+/// What a settings file says; nothing without one.
+pub(crate) fn file_of(path: Option<&str>) -> Result<Map<String, Value>> {
+    path.map_or_else(|| Ok(Map::new()), |path| read_yaml(Path::new(path)))
+}
+
 /// Lays a mapping over another, mappings within them too.
-fn merge(under: &mut Map<String, Value>, over: Map<String, Value>) {
+pub(crate) fn merge(under: &mut Map<String, Value>, over: Map<String, Value>) {
     for (key, value) in over {
         match (under.get_mut(&key), value) {
             (Some(Value::Object(under)), Value::Object(over)) => merge(under, over),

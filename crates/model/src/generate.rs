@@ -12,6 +12,10 @@ use crate::{Error, KvCache, Model, Result, Sampler, Sampling};
 /// what was generated beside it.
 pub const PREFILL_STEP: usize = 512;
 
+/// Most generations that are decoded together. Up to this many rows take the same path through every operation on a CPU,
+/// so that the sums of one do not depend on what runs beside it.
+pub const MAX_TOGETHER: usize = 32;
+
 /// How long to generate and how to choose.
 #[derive(Debug, Clone)]
 pub struct GenerateOptions {
@@ -67,6 +71,13 @@ enum Pending {
     Id(Array),
     /// Otherwise: the logits (1, V) that the sampler reads on the host.
     Logits(Array),
+}
+
+impl Pending {
+    fn array(&self) -> &Array {
+        let (Self::Id(array) | Self::Logits(array)) = self;
+        array
+    }
 }
 
 impl<'a> Generator<'a> {
@@ -131,17 +142,31 @@ impl<'a> Generator<'a> {
         if self.finished {
             return Ok(None);
         }
-        let last = self.produced + 1 >= self.options.max_tokens;
         let Some(pending) = self.pending.take() else { return Ok(None) };
+        if let Pending::Id(id) = &pending
+            && self.produced + 1 < self.options.max_tokens
+        {
+            // The token after this one is computed while this one travels to the caller.
+            let hidden = self.forward(id)?;
+            self.pending = Some(self.prepare(&hidden)?);
+        }
+        let token = self.choose(pending)?;
+        if !self.finished && self.pending.is_none() {
+            let hidden = self.forward(&Array::from_slice(&[token.id as i32], &[1]))?;
+            self.pending = Some(self.prepare(&hidden)?);
+        }
+        Ok(Some(token))
+    }
+
+    /// The sampler, for what it keeps of the last choice (alternatives and their log-probabilities).
+    pub fn sampler(&self) -> &Sampler {
+        &self.sampler
+    }
+
+    /// Takes a token out of what was computed for it.
+    fn choose(&mut self, pending: Pending) -> Result<Token> {
         let (id, logprob) = match pending {
-            Pending::Id(id) => {
-                // The token after this one is computed while this one travels to the caller.
-                if !last {
-                    let hidden = self.forward(&id)?;
-                    self.pending = Some(self.prepare(&hidden)?);
-                }
-                (ffi::read::<i32>(&id)?[0] as u32, None)
-            }
+            Pending::Id(id) => (ffi::read::<i32>(&id)?[0] as u32, None),
             Pending::Logits(logits) => {
                 let row = logits.as_dtype(Dtype::Float32)?;
                 let (id, logprob) = self.sampler.sample(ffi::read(&row)?, &self.history)?;
@@ -151,17 +176,8 @@ impl<'a> Generator<'a> {
         self.produced += 1;
         self.history.push(id);
         let stop = self.options.stop_ids.contains(&id);
-        self.finished = stop || last;
-        if !self.finished && self.pending.is_none() {
-            let hidden = self.forward(&Array::from_slice(&[id as i32], &[1]))?;
-            self.pending = Some(self.prepare(&hidden)?);
-        }
-        Ok(Some(Token { id, logprob, stop }))
-    }
-
-    /// The sampler, for what it keeps of the last choice (alternatives and their log-probabilities).
-    pub fn sampler(&self) -> &Sampler {
-        &self.sampler
+        self.finished = stop || self.produced >= self.options.max_tokens;
+        Ok(Token { id, logprob, stop })
     }
 
     fn forward(&mut self, tokens: &Array) -> Result<Array> {
@@ -172,13 +188,113 @@ impl<'a> Generator<'a> {
     /// Starts the computation of what the next step needs, from the hidden state (1, E) of the last token.
     fn prepare(&self, hidden: &Array) -> Result<Pending> {
         let logits = self.model.logits(hidden, &self.route)?;
-        let pending = if self.options.sampling.is_plain_greedy() {
-            Pending::Id(mlx_rs::ops::indexing::argmax_axis(&logits, -1, false)?.as_dtype(Dtype::Int32)?)
-        } else {
-            Pending::Logits(logits)
-        };
-        let (Pending::Id(array) | Pending::Logits(array)) = &pending;
-        ffi::async_eval([array])?;
+        let pending = self.pending_of(logits)?;
+        ffi::async_eval([pending.array()])?;
         Ok(pending)
     }
+
+    fn pending_of(&self, logits: Array) -> Result<Pending> {
+        if !self.options.sampling.is_plain_greedy() {
+            return Ok(Pending::Logits(logits));
+        }
+        let id = mlx_rs::ops::indexing::argmax_axis(&logits, -1, false)?;
+        Ok(Pending::Id(id.as_dtype(Dtype::Int32)?))
+    }
+
+    /// What was answered so far, the stop token left out.
+    fn completion(&self) -> Completion {
+        let mut tokens = self.history[self.prompt..].to_vec();
+        let stopped = tokens.last().is_some_and(|id| self.options.stop_ids.contains(id));
+        if stopped {
+            tokens.pop();
+        }
+        Completion { tokens, stopped }
+    }
+}
+
+/// The answer to one prompt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Completion {
+    /// Its ids, without the stop token.
+    pub tokens: Vec<u32>,
+    /// It ended by itself, not at `max_tokens`.
+    pub stopped: bool,
+}
+
+/// Answers every prompt, up to `together` (1 to [`MAX_TOGETHER`]) side by side; none if `go_on`, which is given the number
+/// of finished answers before each token, said to stop.
+///
+/// Each prompt is read alone, in chunks with fixed borders, and on a CPU all numbers of rows that may be decoded together
+/// take one path: so neither `together` nor the order of the prompts changes an answer.
+///
+/// # Errors
+/// As [`Generator::new`] and [`Generator::step`].
+pub fn generate_all(
+    model: &Model,
+    prompts: &[(Vec<u32>, GenerateOptions)],
+    together: usize,
+    route: &Route,
+    go_on: &mut dyn FnMut(usize) -> bool,
+) -> Result<Option<Vec<Completion>>> {
+    let mut answers: Vec<Option<Completion>> = vec![None; prompts.len()];
+    let mut waiting = prompts.iter().enumerate();
+    let mut active: Vec<(usize, Generator)> = Vec::new();
+    let mut finished = 0;
+    loop {
+        while active.len() < together.clamp(1, MAX_TOGETHER)
+            && let Some((index, (prompt, options))) = waiting.next()
+        {
+            let mut generator = Generator::new(model, prompt, options.clone(), *route)?;
+            while !generator.finished && generator.read < generator.prompt {
+                generator.prefill()?;
+            }
+            active.push((index, generator));
+        }
+        if active.is_empty() {
+            return Ok(Some(answers.into_iter().flatten().collect()));
+        }
+        if !go_on(finished) {
+            return Ok(None);
+        }
+        step_together(model, active.iter_mut().map(|(_, generator)| generator), route)?;
+        active.retain(|(index, generator)| {
+            if generator.finished {
+                answers[*index] = Some(generator.completion());
+                finished += 1;
+            }
+            !generator.finished
+        });
+    }
+}
+
+/// One token for each generation whose prompt is read, and what the next one needs in a single pass.
+fn step_together<'a, 'b: 'a>(
+    model: &Model,
+    generators: impl Iterator<Item = &'a mut Generator<'b>>,
+    route: &Route,
+) -> Result<()> {
+    let mut going = Vec::new();
+    for generator in generators {
+        if let Some(pending) = generator.pending.take() {
+            generator.choose(pending)?;
+        }
+        if !generator.finished {
+            going.push(generator);
+        }
+    }
+    if going.is_empty() {
+        return Ok(());
+    }
+    let ids: Vec<i32> = going.iter().filter_map(|g| g.history.last()).map(|id| *id as i32).collect();
+    let tokens = Array::from_slice(&ids, &[ids.len() as i32]);
+    let rows = Rows { lengths: vec![1; ids.len()], starts: going.iter().map(|g| g.cache.len()).collect() };
+    let mut caches: Vec<&mut KvCache> = going.iter_mut().map(|g| &mut g.cache).collect();
+    let hidden = model.hidden(&tokens, &rows, Some(&mut caches), route)?;
+    let logits = model.logits(&hidden, route)?;
+    for (index, generator) in (0..).zip(&mut going) {
+        generator.pending = Some(generator.pending_of(rows_of(&logits, index, index + 1)?)?);
+    }
+    let pending = going.iter().filter_map(|g| g.pending.as_ref()).map(Pending::array);
+    ffi::eval(going.iter().flat_map(|g| g.cache.arrays()).chain(pending))?;
+    Ok(())
 }

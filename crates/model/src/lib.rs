@@ -29,7 +29,9 @@ pub use config::{DecoderConfig, RopeConfig, RopeScaling};
 pub use decoder::Model;
 pub use error::{Error, Result};
 pub use families::{Family, GgufFamily, config_from_map, family_names};
-pub use generate::{GenerateOptions, Generator, PREFILL_STEP, Prefill, Token};
+pub use generate::{
+    Completion, GenerateOptions, Generator, MAX_TOGETHER, PREFILL_STEP, Prefill, Token, generate_all,
+};
 pub use gguf::GgufImport;
 pub use load::{Part, PartKind, parts};
 pub use sample::{Sampler, Sampling};

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use graft_adapters::{AdapterSet, Route};
-use graft_model::{GenerateOptions, Generator, KvCache, Model, Sampling};
+use graft_model::{Completion, GenerateOptions, Generator, KvCache, Model, Sampling, generate_all};
 use graft_ops::{Array, Dtype, Form, Rows};
 use graft_testkit::tolerance::{BF16_DEEP, F32_DEEP};
 use graft_testkit::{
@@ -148,6 +148,66 @@ fn generation_equals_the_argmax_of_whole_passes() {
             best.eval().unwrap();
             assert_eq!(*best.as_slice::<u32>().last().unwrap(), id);
             text.push(id);
+        }
+    });
+}
+
+#[test]
+fn neither_company_nor_order_changes_an_answer() {
+    arrays(|| {
+        for packed in [Some((4, 32)), None] {
+            let tiny = Tiny { packed, ..Tiny::new(Family::Qwen3) };
+            let dir = tiny_model(&tiny);
+            let model = load(dir.path());
+            let files = tiny_adapter(dir.path(), &tiny, true, 4, 9);
+            let set = AdapterSet::load(files.path()).unwrap();
+            let table = set.table(files.path(), |path| model.target(path)).unwrap();
+            let route = Route::Table(&table);
+            let prompts: Vec<(Vec<u32>, GenerateOptions)> = (0..40)
+                .map(|i| {
+                    let sampling = match i % 2 {
+                        0 => Sampling::greedy(),
+                        _ => Sampling { temperature: 1.0, seed: Some(u64::from(i)), ..Sampling::greedy() },
+                    };
+                    let options = GenerateOptions {
+                        max_tokens: (i % 7) as usize * 3,
+                        stop_ids: (0..60).collect(),
+                        sampling,
+                    };
+                    (ids(1 + (i * 13 % 45) as usize, i).iter().map(|&i| i as u32).collect(), options)
+                })
+                .collect();
+            let alone: Vec<Completion> = prompts
+                .iter()
+                .map(|(prompt, options)| {
+                    let mut generator = Generator::new(&model, prompt, options.clone(), route).unwrap();
+                    let (mut tokens, mut stopped) = (Vec::new(), false);
+                    while let Some(token) = generator.step().unwrap() {
+                        stopped = token.stop;
+                        tokens.extend((!token.stop).then_some(token.id));
+                    }
+                    Completion { tokens, stopped }
+                })
+                .collect();
+            assert!(alone.iter().any(|a| a.stopped) && alone.iter().any(|a| a.tokens.len() == 18));
+            let answers = |prompts: &[_], together| {
+                generate_all(&model, prompts, together, &route, &mut |_| true).unwrap().unwrap()
+            };
+            // MLX has another kernel for a single row, so in its form sums may differ in their last bits.
+            let sizes: &[usize] = if wanted_form_is_mlx() { &[7] } else { &[1, 7, 32] };
+            for together in sizes {
+                let found = answers(&prompts, *together);
+                assert_eq!(found.len(), alone.len());
+                assert!(wanted_form_is_mlx() || found == alone, "{packed:?}, {together} together");
+            }
+            if !wanted_form_is_mlx() {
+                let reversed: Vec<_> = prompts.iter().rev().cloned().collect();
+                let mut found = answers(&reversed, 5);
+                found.reverse();
+                assert!(found == alone, "{packed:?}, in reverse");
+            }
+            let stopped = generate_all(&model, &prompts, 4, &route, &mut |done| done < 3).unwrap();
+            assert_eq!(stopped, None);
         }
     });
 }

@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use graft_adapters::{AdapterSet, Table};
-use graft_model::{ChatTemplate, Model, Tokenizer};
+use graft_model::{ChatTemplate, MAX_TOGETHER, Model, Tokenizer};
 use graft_ops::Dtype;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -44,9 +44,8 @@ pub struct EngineConfig {
     pub log: LogSink,
 }
 
-/// Most sequences at a time. Up to this many rows take the same path through every operation, so that the sums of one do
-/// not depend on what runs beside it.
-pub const MAX_CONCURRENT: usize = 32;
+/// Most sequences at a time.
+pub const MAX_CONCURRENT: usize = MAX_TOGETHER;
 /// A sensible number of sequences that wait.
 pub const MAX_QUEUE: usize = 64;
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use graft_adapters::{FineTuneType, LoraParameters};
+use graft_model::GenerateOptions;
 use serde_json::{Map, Value};
 
 /// Settings of [`crate::run()`].
@@ -51,6 +52,8 @@ pub struct TrainConfig {
     pub resume_adapter_file: Option<PathBuf>,
     /// Bytes of freed memory that MLX may keep between steps.
     pub clear_cache_threshold: usize,
+    /// Prompts that are answered at each validation; none usually.
+    pub samples: Vec<(Vec<u32>, GenerateOptions)>,
     /// What adapter_config.json says besides (the command's arguments).
     pub adapter_config: Map<String, Value>,
     /// Metadata of the tensor files (versions, base fingerprint).

@@ -354,12 +354,12 @@ fn encode<'a>(row: &'a Row, encoder: &dyn Encoder, config: &DataConfig) -> RowRe
     Ok(encoded)
 }
 
-fn text<'a>(row: &'a Row, key: &str) -> RowResult<&'a str> {
+pub(crate) fn text<'a>(row: &'a Row, key: &str) -> RowResult<&'a str> {
     let value = row.value.get(key).unwrap_or(&Value::Null);
     value.as_str().ok_or_else(|| format!("{key:?}: expected a string, found {}", kind(value)))
 }
 
-fn messages<'a>(row: &'a Row, key: &str) -> RowResult<&'a [Value]> {
+pub(crate) fn messages<'a>(row: &'a Row, key: &str) -> RowResult<&'a [Value]> {
     let value = row.value.get(key).unwrap_or(&Value::Null);
     let list = value
         .as_array()

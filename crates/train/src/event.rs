@@ -50,6 +50,13 @@ pub enum Event {
         /// How long it took.
         seconds: f64,
     },
+    /// [`crate::TrainConfig::samples`] were answered.
+    Samples {
+        /// Iterations done.
+        iter: u64,
+        /// The ids of the answers, without those that end them.
+        answers: Vec<Vec<u32>>,
+    },
     /// The adapter was saved.
     Saved {
         /// Iterations done.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use graft_adapters::{ADAPTER_FILE, AdapterConfig, AdapterSet, FineTuneType};
-use graft_model::Model;
+use graft_model::{MAX_TOGETHER, Model, generate_all};
 use graft_ops::ffi::memory;
 use graft_quant::{read_safetensors, safetensors_bytes, write_atomic};
 
@@ -348,9 +348,33 @@ impl<'a> Run<'a> {
 
     fn validate(&mut self) -> Result<()> {
         let iter = self.progress.iter;
-        if self.valid_groups.is_empty() || self.progress.last_valid == Some(iter) {
+        // What was done before a run was interrupted is not done again.
+        if self.progress.last_valid == Some(iter) {
             return Ok(());
         }
+        if !self.valid_groups.is_empty() {
+            self.evaluate()?;
+        }
+        if !self.config.samples.is_empty() {
+            self.sample()?;
+        }
+        Ok(())
+    }
+
+    /// Answers the sample prompts with the adapter as it is. Nothing here draws from the run's random numbers.
+    fn sample(&mut self) -> Result<()> {
+        let (stop, route) = (self.stop, self.trainer.route()?);
+        let mut go_on = |_| !stop.load(Ordering::Relaxed);
+        let (model, prompts) = (self.trainer.model(), &self.config.samples);
+        if let Some(found) = generate_all(model, prompts, MAX_TOGETHER, &route.route(), &mut go_on)? {
+            let answers = found.into_iter().map(|answer| answer.tokens).collect();
+            (self.on_event)(Event::Samples { iter: self.progress.iter, answers });
+        }
+        Ok(())
+    }
+
+    fn evaluate(&mut self) -> Result<()> {
+        let iter = self.progress.iter;
         let began = Instant::now();
         let route = self.trainer.route()?;
         let of = self.valid_groups.len();

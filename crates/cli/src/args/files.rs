@@ -17,6 +17,9 @@ pub(crate) struct FuseArgs {
     /// Write a model without packed weights: --policy dense, and the weights without an adapter too
     #[arg(long)]
     pub(crate) dequantize: bool,
+    /// Write the report as a page, too
+    #[arg(long, value_name = "FILE", help_heading = "graft's own")]
+    pub(crate) html: Option<String>,
     /// What a packed weight with an adapter becomes: 8 bits (raise, the default), floats, or its own width again
     #[arg(long, value_parser = ["raise", "dense", "same"], help_heading = "graft's own")]
     pub(crate) policy: Option<String>,

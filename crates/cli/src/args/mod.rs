@@ -3,11 +3,13 @@
 //! A flag with a default that a YAML file may override is an `Option` here; `settings` joins the three sources.
 
 mod files;
+mod measure;
 mod refused;
 mod run;
 mod train;
 
 pub(crate) use files::{ConvertArgs, DoctorArgs, FuseArgs, InspectArgs};
+pub(crate) use measure::{CompareArgs, EvalArgs, MetricArgs, PlotArgs};
 pub(crate) use refused::advice;
 pub(crate) use run::{
     ChatArgs, DEFAULT_DATA, GenerateArgs, PerplexityArgs, SamplingArgs, ServerArgs, XTC_THRESHOLD,
@@ -64,6 +66,12 @@ pub(crate) enum Command {
     /// What training will see of the data
     #[command(subcommand)]
     Data(DataCommand),
+    /// Scores of a model's answers to held-out rows: the base, adapters and fused models side by side
+    Eval(EvalArgs),
+    /// The same training as LoRA, QLoRA and QDoRA: what each costs and buys
+    Compare(Box<CompareArgs>),
+    /// Curves of training runs as a page or a picture
+    Plot(PlotArgs),
     /// What a model or adapter directory holds
     Inspect(InspectArgs),
     /// What this machine will run on

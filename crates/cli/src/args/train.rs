@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use std::path::PathBuf;
 
 /// `lora` and `train`; a field's name is its YAML key.
-#[derive(Args, Clone, Debug, Serialize)]
+#[derive(Args, Clone, Debug, Default, Serialize)]
 pub(crate) struct LoraArgs {
     /// Model directory or Hugging Face id
     #[arg(long)]
@@ -94,6 +94,9 @@ pub(crate) struct LoraArgs {
     #[arg(long, value_parser = super::finite, conflicts_with = "scale", help_heading = "graft's own")]
     #[serde(skip)]
     pub(crate) alpha: Option<f64>,
+    /// Answer the prompts of this file at each validation: one a line, or rows of a .jsonl file
+    #[arg(long, value_name = "FILE", help_heading = "graft's own")]
+    pub(crate) sample_prompts: Option<String>,
     /// Continue the interrupted run in --adapter-path exactly where it stood
     #[arg(long, help_heading = "graft's own")]
     pub(crate) resume: bool,
@@ -103,6 +106,21 @@ pub(crate) struct LoraArgs {
 }
 
 impl LoraArgs {
+    /// The flags that were given, as a settings file would have them.
+    pub(crate) fn as_file(&self) -> Map<String, Value> {
+        let mut all = self.given();
+        all.remove("config");
+        let rank = self.rank.map(Value::from);
+        let (scale, alpha) = (self.scale.map(Value::from), self.alpha.map(Value::from));
+        let lora = [("rank", rank), ("scale", scale), ("alpha", alpha)];
+        let lora: Map<String, Value> =
+            lora.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect();
+        if !lora.is_empty() {
+            all.insert("lora_parameters".into(), lora.into());
+        }
+        all
+    }
+
     /// The flags that were given, by YAML key.
     pub(crate) fn given(&self) -> Map<String, Value> {
         let Ok(Value::Object(map)) = serde_json::to_value(self) else { return Map::new() };

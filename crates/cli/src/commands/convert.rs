@@ -80,24 +80,29 @@ fn options(args: &ConvertArgs, quantize: bool) -> Result<ConvertOptions> {
             args.q_mode
         )));
     }
-    let packing = [
+    let flags = [
         ("--q-bits", args.q_bits.is_some()),
         ("--q-group-size", args.q_group_size.is_some()),
         ("--quant-predicate", args.quant_predicate.is_some()),
     ];
-    if let Some((flag, _)) = packing.iter().find(|(_, given)| *given && !quantize) {
+    if let Some((flag, _)) = flags.iter().find(|(_, given)| *given && !quantize) {
         ui::note(&format!("note: {flag} has no effect without -q"));
     }
-    let grid = Grid { bits: args.q_bits.unwrap_or(4), group_size: args.q_group_size.unwrap_or(64) };
-    if quantize && let Err(error) = grid.check() {
-        bail!(Usage(format!("--q-bits {}, --q-group-size {}: {error}", grid.bits, grid.group_size)));
-    }
-    let recipe = args.quant_predicate.as_deref().and_then(Recipe::from_name);
+    let packed = || packing(args.q_bits, args.q_group_size, args.quant_predicate.as_deref());
     Ok(ConvertOptions {
-        pack: quantize.then_some(Packing { grid, recipe }),
+        pack: quantize.then(packed).transpose()?,
         dequantize: args.dequantize,
         dtype: args.dtype.as_deref().and_then(graft_quant::convert::dtype_from_name),
     })
+}
+
+/// How `--q-bits`, `--q-group-size` and `--quant-predicate` pack.
+pub(super) fn packing(bits: Option<i32>, group_size: Option<i32>, recipe: Option<&str>) -> Result<Packing> {
+    let grid = Grid { bits: bits.unwrap_or(4), group_size: group_size.unwrap_or(64) };
+    if let Err(error) = grid.check() {
+        bail!(Usage(format!("--q-bits {}, --q-group-size {}: {error}", grid.bits, grid.group_size)));
+    }
+    Ok(Packing { grid, recipe: recipe.and_then(Recipe::from_name) })
 }
 
 /// The GGUF file that the argument is or, as the only one and without safetensors beside it, holds.

@@ -47,7 +47,7 @@ fn text_rows(rows: &[Row], config: &DataConfig) -> bool {
 }
 
 /// How rows are read, as a data set's `own` settings say, else those of the run.
-fn features(settings: &Settings, own: &Map<String, Value>) -> DataConfig {
+pub(super) fn features(settings: &Settings, own: &Map<String, Value>) -> DataConfig {
     let mask = own.get("mask_prompt").and_then(Value::as_bool);
     let limit = usize::try_from(settings.int("max_seq_length")).unwrap_or_default();
     let mut config = DataConfig::new(mask.unwrap_or_else(|| settings.flag("mask_prompt")), limit);

@@ -3,7 +3,7 @@
 use crate::args::FuseArgs;
 use crate::errors::{Interrupted, Usage};
 use crate::hub::{self, What};
-use crate::{host, ui};
+use crate::{host, report, ui};
 use anyhow::{Context, Result, bail};
 use graft_adapters::AdapterSet;
 use graft_merge::{Error, Event, FuseOptions, FuseReport, Policy, REPORT_FILE};
@@ -16,6 +16,7 @@ pub(crate) fn fuse(args: &FuseArgs) -> Result<()> {
     if args.dequantize && named.is_some_and(|policy| policy != Policy::Dense) {
         bail!(Usage("--dequantize makes the whole model dense: leave out --policy".into()));
     }
+    args.html.iter().try_for_each(|file| report::check("--html", file))?;
     let model = hub::resolve(&args.model, What::Model)?;
     let adapter = AdapterSet::load(&hub::resolve(&args.adapter_path, What::Adapter)?)?;
     let options = FuseOptions {
@@ -35,7 +36,12 @@ pub(crate) fn fuse(args: &FuseArgs) -> Result<()> {
     });
     progress.done();
     match result {
-        Ok(report) => say(&report, out),
+        Ok(report) => {
+            say(&report, out);
+            if let Some(file) = &args.html {
+                report::write(file, &report::fuse(&serde_json::to_value(&report)?))?;
+            }
+        }
         Err(error @ Error::Stopped) => bail!(Interrupted(format!("Interrupted: {error}"))),
         Err(error) => {
             let (adapter, base) = (&args.adapter_path, &args.model);

@@ -4,17 +4,21 @@ use super::data;
 use super::load::{self, Loaded};
 use crate::args::LoraArgs;
 use crate::errors::{Interrupted, Usage};
-use crate::settings::{Defaults, Settings};
+use crate::settings::{self, Defaults, Settings};
 use crate::{host, ui};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use graft_adapters::{FineTuneType, Fingerprint, LoraParameters};
-use graft_train::{Data, Event, Outcome, TrainConfig, TrainReport};
+use graft_model::{GenerateOptions, Sampling, Tokenizer};
+use graft_train::{Data, DataConfig, Event, Outcome, Question, Row, TrainConfig, TrainReport, read_rows};
 use serde_json::{Map, Value, json};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Width of the loss curve in characters.
 const CURVE: usize = 60;
+
+/// Most tokens of an answer to a sample prompt.
+const SAMPLE_TOKENS: usize = 100;
 
 /// Trains, tests, or both.
 pub(crate) fn lora(args: &LoraArgs, defaults: Defaults) -> Result<()> {
@@ -48,8 +52,10 @@ pub(crate) fn lora(args: &LoraArgs, defaults: Defaults) -> Result<()> {
 }
 
 fn train(settings: &Settings, loaded: &Loaded, data: &Data, stop: &AtomicBool) -> Result<()> {
-    let config = config(settings, loaded)?;
-    let mut report = Report::new(config.iters);
+    let mut config = config(settings, loaded)?;
+    let asked = sample_prompts(settings, loaded)?;
+    config.samples = asked.iter().map(|question| (question.prompt.clone(), sample_options(loaded))).collect();
+    let mut report = Report::new(config.iters, &loaded.tokenizer, &asked);
     let result =
         graft_train::run(&config, loaded.model.clone(), data, stop, &mut |event| report.event(&event));
     report.progress.done();
@@ -67,6 +73,36 @@ fn train(settings: &Settings, loaded: &Loaded, data: &Data, stop: &AtomicBool) -
     }
     ui::out(&format!("Saved final weights to {}.", summary.adapter_file.display()));
     Ok(())
+}
+
+/// The questions of `--sample-prompts`.
+fn sample_prompts(settings: &Settings, loaded: &Loaded) -> Result<Vec<Question>> {
+    let Some(name) = settings.text("sample_prompts") else { return Ok(Vec::new()) };
+    let file = Path::new(name);
+    let (rows, form) = if file.extension().is_some_and(|e| e == "jsonl") {
+        (read_rows(file)?, data::features(settings, &Map::new()))
+    } else {
+        let text = std::fs::read_to_string(file)
+            .with_context(|| format!("cannot read the sample prompts {}", file.display()))?;
+        let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
+        let row = |text: &str| settings::object(json!({"prompt": text, "completion": ""}));
+        let rows = lines.map(|(line, text)| Row { line, value: row(text) }).collect();
+        (rows, DataConfig::new(false, usize::MAX))
+    };
+    if rows.is_empty() {
+        bail!("{}: there are no prompts: write one a line", file.display());
+    }
+    let questions = Question::from_rows(file, &rows, &loaded.encoder(), &form)?;
+    let context = loaded.model.config().max_positions as usize;
+    if let Some(long) = questions.iter().find(|q| q.prompt.len() + SAMPLE_TOKENS > context) {
+        bail!("{}:{}: the prompt is too long for the model's {context} tokens", file.display(), long.line);
+    }
+    Ok(questions)
+}
+
+fn sample_options(loaded: &Loaded) -> GenerateOptions {
+    let stop_ids = loaded.tokenizer.eos_ids().clone();
+    GenerateOptions { max_tokens: SAMPLE_TOKENS, stop_ids, sampling: Sampling::greedy() }
 }
 
 /// The command line that goes on where this one stopped.
@@ -153,6 +189,7 @@ fn config(settings: &Settings, loaded: &Loaded) -> Result<TrainConfig> {
         resume: settings.flag("resume"),
         resume_adapter_file: settings.text("resume_adapter_file").map(PathBuf::from),
         clear_cache_threshold: count(settings, "clear_cache_threshold"),
+        samples: Vec::new(),
         adapter_config,
         metadata: metadata.into_iter().map(|(k, v)| (k.to_string(), v)).collect(),
         peak_memory: host::peak_memory,
@@ -160,15 +197,25 @@ fn config(settings: &Settings, loaded: &Loaded) -> Result<TrainConfig> {
 }
 
 /// Turns events into lines and remembers the losses.
-struct Report {
+struct Report<'a> {
+    tokenizer: &'a Tokenizer,
+    asked: &'a [Question],
     progress: ui::Progress,
     losses: Vec<f64>,
     last: String,
 }
 
-impl Report {
-    fn new(iters: u64) -> Self {
-        Self { progress: ui::Progress::new(iters, "training"), losses: Vec::new(), last: String::new() }
+impl<'a> Report<'a> {
+    fn new(iters: u64, tokenizer: &'a Tokenizer, asked: &'a [Question]) -> Self {
+        let progress = ui::Progress::new(iters, "training");
+        Self { tokenizer, asked, progress, losses: Vec::new(), last: String::new() }
+    }
+
+    fn samples(&self, iter: u64, answers: &[Vec<u32>]) {
+        for (question, ids) in self.asked.iter().zip(answers) {
+            let answer = self.tokenizer.decode(ids, false).unwrap_or_else(|e| e.to_string());
+            self.progress.line(&format!("Iter {iter}: {:?} -> {answer:?}", question.asked));
+        }
     }
 
     fn event(&mut self, event: &Event) {
@@ -194,6 +241,7 @@ impl Report {
             Event::Valid { iter, loss, seconds, .. } => {
                 self.progress.line(&format!("Iter {iter}: Val loss {loss:.3}, Val took {seconds:.3}s"));
             }
+            Event::Samples { iter, answers } => self.samples(*iter, answers),
             Event::Saved { iter, file } => {
                 self.progress.line(&format!("Iter {iter}: Saved adapter weights to {}", file.display()));
             }

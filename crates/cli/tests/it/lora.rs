@@ -82,6 +82,23 @@ fn a_run_that_is_stopped_before_its_first_step_writes_nothing() {
 }
 
 #[test]
+fn sample_prompts_are_answered_at_each_validation() {
+    let folder = Folder::with_model();
+    folder.write("prompts.txt", "hello\n\nthe user\n");
+    let flags = format!("{SHORT} --iters 4 --steps-per-eval 2 --adapter-path new --sample-prompts");
+    let run = folder.ok(&format!("{flags} prompts.txt"));
+    for iter in [0, 2, 4] {
+        for prompt in ["hello", "the user"] {
+            assert!(run.err.contains(&format!("Iter {iter}: {prompt:?} -> \"")), "{run:?}");
+        }
+    }
+    folder.ok(&format!("{flags} data/test.jsonl"));
+    folder.fails(1, &format!("{flags} gone.txt"), &["cannot read the sample prompts gone.txt"]);
+    folder.write("prompts.txt", "\n");
+    folder.fails(1, &format!("{flags} prompts.txt"), &["prompts.txt: there are no prompts"]);
+}
+
+#[test]
 fn no_iterations_save_the_adapter_as_it_starts() {
     let folder = Folder::with_model();
     let run = folder.ok(&format!("{SHORT} --iters 0 --adapter-path new"));

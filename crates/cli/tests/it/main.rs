@@ -2,8 +2,10 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a panic is a test's report")]
 
+mod compare;
 mod convert;
 mod data_show;
+mod eval;
 mod facts;
 mod fuse;
 mod generate;

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use graft_ops::Form;
 use graft_train::{
-    Batch, Data, DataConfig, Encoder, Example, Fault, Marks, Rng, Split, Walk, fixed_groups, groups,
+    Batch, Data, DataConfig, Encoder, Example, Fault, Marks, Question, Rng, Row, Split, Walk, fixed_groups,
+    groups,
 };
 use serde_json::Value;
 
@@ -218,4 +219,46 @@ fn the_generator_is_the_documented_one() {
     assert_ne!(order, (0..50).collect::<Vec<_>>());
     order.sort_unstable();
     assert_eq!(order, (0..50).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_question_is_a_row_without_its_last_answer() {
+    let questions = |line: &str| {
+        let Ok(Value::Object(value)) = serde_json::from_str(line) else { panic!("{line}") };
+        let found = Question::from_rows(
+            Path::new("test.jsonl"),
+            &[Row { line: 4, value }],
+            &Bytes,
+            &settings(false, 9),
+        );
+        found.map(|mut all| all.remove(0)).map_err(|e| e.to_string())
+    };
+    for (row, prompt, asked, answer) in [
+        (r#"{"prompt": "p", "completion": "q", "text": "t"}"#, "<user>p.<assistant>", "p", "q"),
+        (
+            r#"{"tools": [1], "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
+                {"role": "assistant", "content": "a"}, {"role": "user", "content": "v"},
+                {"role": "assistant", "content": "b"}]}"#,
+            "[1]<system>s.<user>u.<assistant>a.<user>v.<assistant>",
+            "v",
+            "b",
+        ),
+    ] {
+        let found = questions(row).unwrap();
+        let text: String = found.prompt.iter().map(|t| char::from_u32(*t).unwrap()).collect();
+        assert_eq!((text.as_str(), found.asked.as_str(), found.answer.as_str()), (prompt, asked, answer));
+    }
+    for (row, why) in [
+        (r#"{"text": "t"}"#, "only its loss can be measured"),
+        (r#"{"messages": [{"role": "user", "content": "u"}]}"#, "must be the assistant's"),
+        (r#"{"messages": [{"role": "assistant", "content": "a"}]}"#, "no message before the answer"),
+        (
+            r#"{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": null}]}"#,
+            "no text as \"content\"",
+        ),
+        (r#"{"prompt": "p", "completion": 3}"#, "\"completion\": expected a string, found a number"),
+    ] {
+        let error = questions(row).unwrap_err();
+        assert!(error.starts_with("test.jsonl:4: ") && error.contains(why), "{error}");
+    }
 }

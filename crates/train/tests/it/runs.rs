@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use graft_adapters::{AdapterSet, FineTuneType, LoraParameters};
-use graft_model::Model;
+use graft_model::{GenerateOptions, Model, Sampling};
 use graft_testkit::{Family, Tiny};
 use graft_train::{
     Data, Error, Evaluation, Event, Outcome, OwnedRoute, Split, Summary, TrainConfig, run, test,
@@ -348,6 +348,36 @@ fn what_is_not_finite_stops_the_run_and_is_not_saved() {
         AdapterSet::load(dir.path()).unwrap();
         AdapterSet::load(&dir.path().join("state").join(format!("{:07}", iter - 1))).unwrap();
         assert!(!dir.path().join(format!("{iter:07}_adapters.safetensors")).exists());
+    });
+}
+
+#[test]
+fn samples_are_answered_at_each_validation_and_change_nothing() {
+    arrays(|| {
+        let model = load(&Tiny::new(Family::Llama));
+        let (train, none) = (split(&[12, 14, 16, 18], 0, 1), named(vec![], "valid.jsonl"));
+        let options = GenerateOptions { max_tokens: 5, stop_ids: [].into(), sampling: Sampling::greedy() };
+        let samples = vec![(vec![5, 6, 7], options.clone()), (vec![9], options)];
+        for valid in [split(&[12], 0, 1), none] {
+            let data = data(train.clone(), valid);
+            let (with, without) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            let dropout = TrainConfig { lora: lora(4, 0.1), ..config(with.path()) };
+            let sampled = TrainConfig { samples: samples.clone(), ..dropout.clone() };
+            let mut seen = Vec::new();
+            run(&sampled, Rc::clone(&model), &data, &AtomicBool::new(false), &mut |event| {
+                if let Event::Samples { iter, answers } = event {
+                    seen.push((iter, answers));
+                }
+            })
+            .unwrap();
+            assert_eq!(seen.iter().map(|(iter, _)| *iter).collect::<Vec<_>>(), [0, 6, 12]);
+            assert!(seen.iter().all(|(_, answers)| answers.iter().all(|a| a.len() == 5)));
+            assert_ne!(seen[0].1, seen[2].1, "the adapter has learned something");
+            let quiet = TrainConfig { adapter_path: without.path().into(), ..dropout };
+            quietly(&quiet, &model, &data).unwrap();
+            let adapter = |dir: &Path| std::fs::read(dir.join("adapters.safetensors")).unwrap();
+            assert!(adapter(with.path()) == adapter(without.path()));
+        }
     });
 }
 

@@ -98,6 +98,7 @@ pub(crate) fn config(dir: &Path) -> TrainConfig {
         resume: false,
         resume_adapter_file: None,
         clear_cache_threshold: 0,
+        samples: vec![],
         adapter_config: Map::new(),
         metadata: BTreeMap::new(),
         peak_memory: || 123,

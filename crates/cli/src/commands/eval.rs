@@ -1,0 +1,362 @@
+//! `graft eval`: what a model answers to held-out rows, with adapters and fused models beside the base.
+
+use super::answer::stop_ids;
+use super::load::{self, Loaded};
+use crate::args::{EvalArgs, MetricArgs};
+use crate::errors::{Interrupted, Usage};
+use crate::hub::{self, What};
+use crate::{host, report, ui};
+use anyhow::{Result, bail};
+use graft_adapters::Route;
+use graft_model::{GenerateOptions, MAX_TOGETHER, Sampling, generate_all};
+use graft_train::{DataConfig, Estimate, Metric, Question, Row, Split, bootstrap, evaluate, mix, read_rows};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// What one model made of one row.
+struct Outcome {
+    /// None where the loss is measured.
+    answer: Option<String>,
+    /// 1 or 0, or the mean loss of the row's targets.
+    score: f64,
+    /// 1, or the number of targets.
+    weight: f64,
+}
+
+/// A model, or an adapter on one, and what it made of all rows.
+struct Subject {
+    name: String,
+    model: String,
+    adapter: Option<String>,
+    outcomes: Vec<Outcome>,
+    seconds: f64,
+}
+
+/// The rows and how they are judged; without a metric by the loss.
+struct Task<'a> {
+    args: &'a EvalArgs,
+    file: PathBuf,
+    rows: Vec<Row>,
+    metric: Option<Metric>,
+    stop: &'a AtomicBool,
+}
+
+/// Answers or measures every row with every subject, then reports.
+pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
+    if !(1..=MAX_TOGETHER).contains(&args.batch_size) {
+        bail!(Usage(format!("--batch-size must be from 1 to {MAX_TOGETHER}, not {}", args.batch_size)));
+    }
+    if args.resamples == 0 {
+        bail!(Usage("--resamples must be at least 1".into()));
+    }
+    let metric = metric(&args.metric)?;
+    sampling(args, &[]).check()?;
+    report::check("--output", &args.output)?;
+    args.html.iter().try_for_each(|file| report::check("--html", file))?;
+    let file = data_file(&args.data)?;
+    let rows = read_rows(&file)?;
+    if rows.is_empty() {
+        bail!("{}: the file has no rows to measure", file.display());
+    }
+    for fused in &args.fused {
+        load::config(fused)?;
+    }
+    let stop = host::stop_flag(|| ui::note("stopping; once more stops at once"));
+    let task = Task { args, file, rows, metric, stop: &stop };
+    let subject = |name: &str, model: &String, adapter: Option<&String>| Subject {
+        name: name.to_owned(),
+        model: model.clone(),
+        adapter: adapter.cloned(),
+        outcomes: Vec::new(),
+        seconds: 0.0,
+    };
+    let mut of_base = vec![subject("base", &args.model, None)];
+    of_base.extend(args.adapter_path.iter().map(|a| subject(a, &args.model, Some(a))));
+    let questions = task.run(&args.model, &mut of_base)?;
+    for fused in &args.fused {
+        let mut of_fused = [subject(fused, fused, None)];
+        task.run(fused, &mut of_fused)?;
+        let weights = |subject: &Subject| subject.outcomes.iter().map(|o| o.weight).collect::<Vec<_>>();
+        if weights(&of_fused[0]) != weights(&of_base[0]) {
+            bail!(
+                "{fused} reads the rows as other tokens than {}: their losses cannot be compared",
+                args.model
+            );
+        }
+        of_base.extend(of_fused);
+    }
+    let report = task.report(&of_base, &questions);
+    report::write_json(&args.output, &report)?;
+    if let Some(file) = &args.html {
+        report::write(file, &report::eval(&report))?;
+    }
+    if args.json {
+        ui::out(&format!("{report:#}"));
+    } else {
+        say(&report, args.show);
+    }
+    Ok(())
+}
+
+/// The metric of the flags; none is the loss.
+pub(super) fn metric(args: &MetricArgs) -> Result<Option<Metric>> {
+    let metric = match (args.metric.as_deref().unwrap_or("exact"), &args.pattern) {
+        ("regex", Some(pattern)) => {
+            let pattern = regex::Regex::new(pattern);
+            Metric::Pattern(pattern.map_err(|e| Usage(format!("--pattern is no regular expression: {e}")))?)
+        }
+        (_, Some(_)) => bail!(Usage("--pattern belongs to --metric regex".into())),
+        ("contains", None) => Metric::Contains,
+        ("regex", None) => Metric::Regex,
+        ("json", None) => Metric::Json,
+        ("loss", None) => return Ok(None),
+        (_, None) => Metric::Exact,
+    };
+    if args.max_tokens == 0 {
+        bail!(Usage("--max-tokens must be at least 1".into()));
+    }
+    Ok(Some(metric))
+}
+
+/// The file itself, or test.jsonl of a directory.
+pub(super) fn data_file(argument: &str) -> Result<PathBuf> {
+    let path = Path::new(argument);
+    if path.is_file() {
+        return Ok(path.to_path_buf());
+    }
+    let file = hub::resolve(argument, What::Data)?.join("test.jsonl");
+    if !file.exists() {
+        bail!(
+            "{}: there is no such file; give --data FILE.jsonl or a directory with test.jsonl",
+            file.display()
+        );
+    }
+    Ok(file)
+}
+
+/// How the answer to `prompt` is chosen. A row's seed comes from its prompt, so that its place in the file is nothing to it.
+fn sampling(args: &EvalArgs, prompt: &[u32]) -> Sampling {
+    let words: Vec<u64> = [args.seed].into_iter().chain(prompt.iter().map(|id| u64::from(*id))).collect();
+    Sampling { temperature: args.temp, top_p: args.top_p, seed: Some(mix(&words)), ..Sampling::greedy() }
+}
+
+impl Task<'_> {
+    /// Loads a model and lets all of its subjects do the rows. The questions as this model reads them come back.
+    fn run(&self, model: &str, subjects: &mut [Subject]) -> Result<Vec<Question>> {
+        ui::note(&format!("Loading {model}"));
+        let loaded = Loaded::open(model)?;
+        let mut routes = Vec::new();
+        for subject in subjects.iter() {
+            routes.push(loaded.route(subject.adapter.as_deref())?);
+        }
+        let Some(metric) = &self.metric else {
+            let split = self.split(&loaded)?;
+            for (subject, route) in subjects.iter_mut().zip(&routes) {
+                self.losses(&loaded, &split, &route.route(), subject)?;
+            }
+            let lines = split.examples.iter().map(|e| Question { line: e.line, ..Question::default() });
+            return Ok(lines.collect());
+        };
+        let form = DataConfig::new(false, usize::MAX);
+        let questions = Question::from_rows(&self.file, &self.rows, &loaded.encoder(), &form)?;
+        let context = loaded.model.config().max_positions as usize;
+        let stop_ids = stop_ids(&loaded, &[])?;
+        let mut prompts = Vec::new();
+        for question in &questions {
+            let at = format!("{}:{}", self.file.display(), question.line);
+            if let Err(why) = metric.check(&question.answer) {
+                bail!("{at}: {why}");
+            }
+            let Some(room) = context.checked_sub(question.prompt.len()).filter(|room| *room > 0) else {
+                bail!("{at}: its prompt has {} tokens, the model takes {context}", question.prompt.len());
+            };
+            let options = GenerateOptions {
+                max_tokens: room.min(self.args.metric.max_tokens),
+                stop_ids: stop_ids.clone(),
+                sampling: sampling(self.args, &question.prompt),
+            };
+            prompts.push((question.prompt.clone(), options));
+        }
+        for (subject, route) in subjects.iter_mut().zip(&routes) {
+            self.answers(&loaded, metric, (&questions, &prompts), &route.route(), subject)?;
+        }
+        Ok(questions)
+    }
+
+    fn answers(
+        &self,
+        loaded: &Loaded,
+        metric: &Metric,
+        (questions, prompts): (&[Question], &[(Vec<u32>, GenerateOptions)]),
+        route: &Route,
+        subject: &mut Subject,
+    ) -> Result<()> {
+        let (start, progress) = (Instant::now(), ui::Progress::new(prompts.len() as u64, &subject.name));
+        let found = generate_all(&loaded.model, prompts, self.args.batch_size, route, &mut |done| {
+            progress.at(done as u64, String::new());
+            !self.stop.load(Ordering::Relaxed)
+        })?;
+        progress.done();
+        let Some(found) = found else { bail!(stopped()) };
+        for (question, completion) in questions.iter().zip(found) {
+            let answer = loaded.tokenizer.decode(&completion.tokens, false)?;
+            let score = f64::from(u8::from(metric.is_right(&answer, &question.answer)));
+            subject.outcomes.push(Outcome { answer: Some(answer), score, weight: 1.0 });
+        }
+        subject.seconds = start.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// The rows with their answers as targets; all of a row of plain text.
+    fn split(&self, loaded: &Loaded) -> Result<Split> {
+        let mut form = DataConfig::new(true, self.args.max_seq_length);
+        form.mask_prompt = !self.rows.iter().all(|row| {
+            row.value.contains_key(&form.text_feature) && !row.value.contains_key(&form.chat_feature)
+        });
+        let split = Split::from_rows(&self.file, &self.rows, &loaded.encoder(), &form)?;
+        split.check_vocabulary(loaded.model.config().vocab as usize)?;
+        for warning in &split.warnings {
+            ui::note(&format!("warning: {}", warning.text));
+        }
+        split.require()?;
+        Ok(split)
+    }
+
+    /// Each row by itself, so that its loss does not depend on which rows are beside it.
+    fn losses(&self, loaded: &Loaded, split: &Split, route: &Route, subject: &mut Subject) -> Result<()> {
+        let start = Instant::now();
+        let progress = ui::Progress::new(split.examples.len() as u64, &subject.name);
+        let go_on = &mut |_| !self.stop.load(Ordering::Relaxed);
+        for index in 0..split.examples.len() {
+            let Some(found) = evaluate(&loaded.model, route, split, &[vec![index]], go_on)? else {
+                bail!(stopped())
+            };
+            let (score, weight) = (found.loss, found.tokens as f64);
+            subject.outcomes.push(Outcome { answer: None, score, weight });
+            progress.at(index as u64 + 1, String::new());
+        }
+        progress.done();
+        subject.seconds = start.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    fn report(&self, subjects: &[Subject], questions: &[Question]) -> Value {
+        let args = self.args;
+        let base = &subjects[0].outcomes;
+        let estimate = |pairs: &[(f64, f64)]| bootstrap(pairs, args.resamples, args.seed);
+        let answers = self.metric.is_some();
+        let models: Vec<Value> = subjects
+            .iter()
+            .enumerate()
+            .map(|(index, subject)| {
+                let own = &subject.outcomes;
+                let pairs: Vec<_> = own.iter().map(|o| (o.score, o.weight)).collect();
+                let score = estimate(&pairs);
+                let mut value = json!({
+                    "name": subject.name, "model": subject.model, "adapter": subject.adapter,
+                    "score": score.value, "interval": score.interval, "seconds": subject.seconds,
+                    "right": answers.then(|| own.iter().filter(|o| o.score > 0.0).count()),
+                });
+                if index > 0 {
+                    value["against_base"] = against(base, own, estimate, answers);
+                }
+                value
+            })
+            .collect();
+        let row = |(index, question): (usize, &Question)| {
+            let results: Vec<Value> = subjects
+                .iter()
+                .map(|s| &s.outcomes[index])
+                .map(|o| match &o.answer {
+                    Some(answer) => json!({"answer": answer, "score": o.score}),
+                    None => json!({"loss": o.score, "tokens": o.weight}),
+                })
+                .collect();
+            match &self.metric {
+                None => json!({"line": question.line, "results": results}),
+                Some(_) => json!({
+                    "line": question.line, "question": question.asked, "reference": question.answer, "results": results,
+                }),
+            }
+        };
+        json!({
+            "schema": 1, "kind": "eval", "version": env!("CARGO_PKG_VERSION"),
+            "data": self.file.display().to_string(), "rows": questions.len(),
+            "metric": args.metric.metric.as_deref().unwrap_or("exact"), "pattern": args.metric.pattern,
+            "max_tokens": args.metric.max_tokens, "temperature": args.temp, "top_p": args.top_p, "seed": args.seed,
+            "resamples": args.resamples, "models": models,
+            "examples": questions.iter().enumerate().map(row).collect::<Vec<_>>(),
+        })
+    }
+}
+
+/// The paired difference of two models on the same rows, and the rows that tell them apart.
+fn against(
+    base: &[Outcome],
+    own: &[Outcome],
+    estimate: impl Fn(&[(f64, f64)]) -> Estimate,
+    answers: bool,
+) -> Value {
+    let both = || base.iter().zip(own);
+    let differences: Vec<_> = both().map(|(b, o)| (o.score - b.score, o.weight)).collect();
+    let found = estimate(&differences);
+    let mut value = json!({"difference": found.value, "interval": found.interval});
+    if answers {
+        let count = |test: fn(&Outcome, &Outcome) -> bool| both().filter(|(b, o)| test(b, o)).count();
+        value["changed"] = count(|b, o| b.answer != o.answer).into();
+        value["fixed"] = count(|b, o| b.score < o.score).into();
+        value["broken"] = count(|b, o| b.score > o.score).into();
+    }
+    value
+}
+
+fn stopped() -> Interrupted {
+    Interrupted("Interrupted before all rows were done; nothing was written.".into())
+}
+
+/// The table, and some of the answers that changed.
+fn say(report: &Value, show: usize) {
+    let answers = report["metric"] != "loss";
+    let (number, signed) = (report::As::Decimal, report::As::Signed);
+    let range = |v: &Value, form: report::As| format!("[{}, {}]", form.show(&v[0]), form.show(&v[1]));
+    let head = [
+        "",
+        report["metric"].as_str().unwrap_or_default(),
+        "95 %",
+        "against base",
+        "95 %",
+        "changed",
+        "fixed",
+        "broken",
+    ];
+    let mut rows = vec![head.map(str::to_owned)[..if answers { 8 } else { 5 }].to_vec()];
+    let models = report["models"].as_array().map_or(&[][..], Vec::as_slice);
+    for model in models {
+        let name = model["name"].as_str().unwrap_or_default().to_owned();
+        let mut row = vec![name, number.show(&model["score"]), range(&model["interval"], number)];
+        if let Some(against) = model.get("against_base") {
+            row.extend([signed.show(&against["difference"]), range(&against["interval"], signed)]);
+            let counts = ["changed", "fixed", "broken"].map(|key| against[key].to_string());
+            row.extend(if answers { counts.to_vec() } else { Vec::new() });
+        }
+        rows.push(row);
+    }
+    ui::out(&format!("{} rows of {}", report["rows"], report["data"].as_str().unwrap_or_default()));
+    ui::out(&ui::table(&rows));
+    let changed = |example: &&Value| {
+        let results = example["results"].as_array().map_or(&[][..], Vec::as_slice);
+        results.iter().any(|r| r["answer"] != results[0]["answer"])
+    };
+    let examples = report["examples"].as_array().map_or(&[][..], Vec::as_slice);
+    for example in examples.iter().filter(changed).take(show) {
+        ui::out(&format!("\nline {}: {}", example["line"], example["question"]));
+        ui::out(&format!("  expected  {}", example["reference"]));
+        for (model, result) in models.iter().zip(example["results"].as_array().into_iter().flatten()) {
+            let right = if result["score"] == 1.0 { "right" } else { "wrong" };
+            let name = model["name"].as_str().unwrap_or_default();
+            ui::out(&format!("  {right:<8}  {}  ({name})", result["answer"]));
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! `graft plot`: the curves of training runs, from their metrics.jsonl.
+
+use crate::args::PlotArgs;
+use crate::errors::Usage;
+use crate::report::{self, Chart, Series};
+use crate::ui;
+use anyhow::{Context, Result, anyhow, bail};
+use resvg::{tiny_skia, usvg};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Pixels of a PNG for each unit of the SVG.
+const SCALE: f32 = 2.0;
+
+/// The lines of one metrics.jsonl.
+pub(crate) struct Metrics {
+    train: Vec<Value>,
+    valid: Vec<Value>,
+}
+
+impl Metrics {
+    /// Reads the metrics of an adapter directory, or the file itself.
+    pub(crate) fn read(run: &Path) -> Result<Self> {
+        let file = if run.is_dir() { run.join("metrics.jsonl") } else { run.to_path_buf() };
+        let text = std::fs::read_to_string(&file).with_context(|| {
+            format!(
+                "cannot read {}: give an adapter directory of `graft lora` or its metrics.jsonl",
+                file.display()
+            )
+        })?;
+        let (mut train, mut valid) = (Vec::new(), Vec::new());
+        for (number, line) in (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()) {
+            let value: Value = serde_json::from_str(line)
+                .with_context(|| format!("{}:{number}: not a line of metrics", file.display()))?;
+            match value["kind"].as_str() {
+                Some("train") => train.push(value),
+                Some("valid") => valid.push(value),
+                // A later graft may write more.
+                Some(_) => {}
+                None => bail!("{}:{number}: expected an object with \"kind\", found none", file.display()),
+            }
+        }
+        if train.is_empty() && valid.is_empty() {
+            bail!("{}: it holds no reports of a run", file.display());
+        }
+        Ok(Self { train, valid })
+    }
+
+    /// A quantity of the training reports by iteration.
+    pub(crate) fn train(&self, key: &str) -> Vec<(f64, f64)> {
+        points(&self.train, key)
+    }
+
+    /// A quantity of the validations by iteration.
+    pub(crate) fn valid(&self, key: &str) -> Vec<(f64, f64)> {
+        points(&self.valid, key)
+    }
+}
+
+fn points(lines: &[Value], key: &str) -> Vec<(f64, f64)> {
+    lines.iter().filter_map(|line| Some((line["iter"].as_f64()?, line[key].as_f64()?))).collect()
+}
+
+/// Draws all runs into each of the files.
+pub(crate) fn plot(args: &PlotArgs) -> Result<()> {
+    let form = |file: &str| {
+        PathBuf::from(file).extension().and_then(|e| e.to_str()).unwrap_or_default().to_lowercase()
+    };
+    if let Some(file) = args.output.iter().find(|file| !["html", "svg", "png"].contains(&form(file).as_str()))
+    {
+        bail!(Usage(format!("--output {file}: its name must end in .html, .svg or .png")));
+    }
+    args.output.iter().try_for_each(|file| report::check("--output", file))?;
+    let mut runs = Vec::new();
+    for run in &args.runs {
+        runs.push((run.clone(), Metrics::read(Path::new(run))?));
+    }
+    let charts = charts(&runs);
+    let mut rows = vec![["run", "iterations", "loss", "validation", "tokens/s"].map(str::to_owned).to_vec()];
+    for (name, metrics) in &runs {
+        let last = |points: Vec<(f64, f64)>| points.last().copied();
+        let shown = |point: Option<(f64, f64)>| point.map_or_else(|| "–".into(), |p| format!("{:.4}", p.1));
+        let (loss, valid) = (last(metrics.train("loss")), last(metrics.valid("loss")));
+        let done = loss.into_iter().chain(valid).map(|p| p.0).fold(0.0, f64::max);
+        let speeds: Vec<f64> = metrics.train("tokens_per_second").into_iter().map(|p| p.1).collect();
+        let speed = graft_train::quantile(&speeds, 0.5).map_or_else(|| "–".into(), |s| format!("{s:.1}"));
+        rows.push(vec![name.clone(), format!("{done}"), shown(loss), shown(valid), speed]);
+    }
+    for file in &args.output {
+        match form(file).as_str() {
+            "html" => report::write(file, &report::runs(&charts, &rows))?,
+            "svg" => report::write(file, &report::picture(&charts))?,
+            _ => report::write_bytes(file, &png(&report::picture(&charts))?)?,
+        }
+    }
+    ui::out(&ui::table(&rows));
+    Ok(())
+}
+
+/// Loss, learning rate, norm of the gradient and speed.
+fn charts(runs: &[(String, Metrics)]) -> Vec<Chart> {
+    let of = |suffix: &str, points: &dyn Fn(&Metrics) -> Vec<(f64, f64)>| {
+        let series =
+            runs.iter().map(|(name, m)| Series { name: format!("{name}{suffix}"), points: points(m) });
+        series.filter(|s| !s.points.is_empty()).collect::<Vec<_>>()
+    };
+    let chart = |title: &str, series| Chart { title: title.into(), x: "iteration", series, log_x: false };
+    let mut loss = of("", &|m| m.train("loss"));
+    loss.extend(of(", validation", &|m| m.valid("loss")));
+    vec![
+        chart("Loss", loss),
+        chart("Learning rate", of("", &|m| m.train("learning_rate"))),
+        chart("Norm of the gradient", of("", &|m| m.train("grad_norm"))),
+        chart("Trained tokens per second", of("", &|m| m.train("tokens_per_second"))),
+    ]
+}
+
+/// An SVG file as PNG. The font comes along, since a server may have none.
+fn png(svg: &str) -> Result<Vec<u8>> {
+    let mut options = usvg::Options::default();
+    let fonts = Arc::make_mut(&mut options.fontdb);
+    fonts.load_font_data(epaint_default_fonts::UBUNTU_LIGHT.to_vec());
+    fonts.set_sans_serif_family("Ubuntu");
+    let tree = usvg::Tree::from_str(svg, &options).context("the picture could not be drawn")?;
+    let size = tree.size().to_int_size().scale_by(SCALE).ok_or_else(|| anyhow!("the picture has no size"))?;
+    let mut pixels = tiny_skia::Pixmap::new(size.width(), size.height())
+        .ok_or_else(|| anyhow!("there is no memory for a picture of {}x{}", size.width(), size.height()))?;
+    resvg::render(&tree, tiny_skia::Transform::from_scale(SCALE, SCALE), &mut pixels.as_mut());
+    pixels.encode_png().context("the picture could not be written as PNG")
+}

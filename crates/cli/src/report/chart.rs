@@ -1,0 +1,283 @@
+//! Curves and bars as SVG. A series is told from the others by its dashes and marks, so colour is never needed.
+//!
+//! Series draw in `currentColor`: a page gives each a colour by its class, a picture by an attribute.
+
+use std::fmt::Write as _;
+
+/// Colours of the series where no page decides.
+const COLOURS: [&str; 6] = ["#0063a6", "#c04a00", "#00775a", "#a8407f", "#7a6200", "#444c56"];
+const DASHES: [&str; 6] = ["", "7 4", "2 3", "10 3 2 3", "14 5", "4 2"];
+
+/// A named curve.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Series {
+    pub(crate) name: String,
+    /// By x.
+    pub(crate) points: Vec<(f64, f64)>,
+}
+
+/// Curves over a common x.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Chart {
+    pub(crate) title: String,
+    pub(crate) x: &'static str,
+    pub(crate) series: Vec<Series>,
+    /// x is drawn by its logarithm.
+    pub(crate) log_x: bool,
+}
+
+/// `&`, `<`, `>` and `"` as HTML and SVG want them.
+pub(crate) fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+/// Steps of 1, 2 or 5 times a power of ten within `low..high`, about `count` of them.
+fn ticks(low: f64, high: f64, count: usize) -> Vec<f64> {
+    let rough = (high - low) / count as f64;
+    let power = 10_f64.powf(rough.log10().floor());
+    let step = [1.0, 2.0, 5.0, 10.0].map(|m| m * power).into_iter().find(|s| *s >= rough).unwrap_or(rough);
+    let first = (low / step).ceil() as i64;
+    (first..).map(|i| i as f64 * step).take_while(|t| *t <= high + step * 1e-9).collect()
+}
+
+/// A number as an axis shows it.
+fn short(value: f64) -> String {
+    match value.abs() {
+        0.0 => "0".into(),
+        a if !(1e-3..1e5).contains(&a) => format!("{value:.0e}"),
+        a if a >= 100.0 => format!("{value:.0}"),
+        _ => {
+            let text = format!("{value:.4}");
+            text.trim_end_matches('0').trim_end_matches('.').to_owned()
+        }
+    }
+}
+
+/// The least and the greatest of some numbers, a little apart where they are the same.
+fn range(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
+    let (low, high) = values
+        .filter(|v| v.is_finite())
+        .fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
+    let apart = (low.abs() * 0.05).max(1e-9);
+    match low.total_cmp(&high) {
+        std::cmp::Ordering::Less => Some((low, high)),
+        std::cmp::Ordering::Equal => Some((low - apart, high + apart)),
+        std::cmp::Ordering::Greater => None,
+    }
+}
+
+/// A mark of series `index` at a place.
+fn mark(index: usize, x: f64, y: f64) -> String {
+    let path = match index % 6 {
+        0 => return format!("<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.5\" fill=\"currentColor\"/>"),
+        1 => "m-3.5-3.5h7v7h-7z",
+        2 => "m0-4.5 4.5 8h-9z",
+        3 => "m0-5 5 5-5 5-5-5z",
+        4 => "m-1-5h2v4h4v2h-4v4h-2v-4h-4v-2h4z",
+        _ => "m0 4.5 4.5-8h-9z",
+    };
+    format!("<path d=\"M{x:.1} {y:.1}{path}\" fill=\"currentColor\"/>")
+}
+
+/// What opens the group of series `index`.
+fn group(index: usize) -> String {
+    let index = index % 6;
+    format!("<g class=\"s{index}\" color=\"{}\">", COLOURS[index])
+}
+
+/// A line of series `index` through places.
+fn line(index: usize, places: &str) -> String {
+    format!(
+        "<polyline points=\"{places}\" fill=\"none\" stroke=\"currentColor\" stroke-width=\"2\" stroke-dasharray=\"{}\" \
+         stroke-linejoin=\"round\"/>",
+        if DASHES[index % 6].is_empty() { "none" } else { DASHES[index % 6] }
+    )
+}
+
+impl Chart {
+    fn text(&self, x: f64, y: f64, anchor: &str, class: &str, text: &str) -> String {
+        format!(
+            "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" class=\"{class}\">{}</text>",
+            escape(text)
+        )
+    }
+
+    /// What stands inside the SVG element; `width` and `height` are its units.
+    pub(crate) fn inside(&self, width: f64, height: f64) -> String {
+        let mut out = String::new();
+        // The legend, in as many lines as it takes; a letter is about 7 wide.
+        let (mut x, mut legend) = (0.0, 14.0);
+        for (index, series) in self.series.iter().enumerate() {
+            let wide = 46.0 + 7.0 * series.name.chars().count() as f64;
+            if x > 0.0 && x + wide > width {
+                (x, legend) = (0.0, legend + 18.0);
+            }
+            let sample = format!("{x:.1},{0:.1} {1:.1},{0:.1}", legend - 4.0, x + 28.0);
+            let _ = write!(
+                out,
+                "{}{}{}</g>{}",
+                group(index),
+                line(index, &sample),
+                mark(index, x + 14.0, legend - 4.0),
+                self.text(x + 34.0, legend, "start", "", &series.name)
+            );
+            x += wide;
+        }
+        let along = |x: f64| if self.log_x { x.max(f64::MIN_POSITIVE).log10() } else { x };
+        let all = || self.series.iter().flat_map(|s| &s.points);
+        let (Some((x0, x1)), Some((y0, y1))) = (range(all().map(|p| along(p.0))), range(all().map(|p| p.1)))
+        else {
+            return out + &self.text(width / 2.0, height / 2.0, "middle", "soft", "no values");
+        };
+        let (left, right, top, bottom) = (52.0, width - 10.0, legend + 14.0, height - 36.0);
+        let px = |x: f64| left + (along(x) - x0) / (x1 - x0) * (right - left);
+        let py = |y: f64| bottom - (y - y0) / (y1 - y0) * (bottom - top);
+        for y in ticks(y0, y1, 5) {
+            let _ = write!(
+                out,
+                "<path d=\"M{left:.1} {0:.1}H{right:.1}\" class=\"grid\" stroke=\"#d0d7de\"/>{1}",
+                py(y),
+                self.text(left - 6.0, py(y) + 4.0, "end", "soft", &short(y))
+            );
+        }
+        let marks: Vec<f64> = if self.log_x {
+            self.series.first().map(|s| s.points.iter().map(|p| p.0).collect()).unwrap_or_default()
+        } else {
+            ticks(x0, x1, if width < 400.0 { 5 } else { 8 })
+        };
+        for x in marks {
+            out += &self.text(px(x), bottom + 16.0, "middle", "soft", &short(x));
+        }
+        out += &self.text((left + right) / 2.0, height - 4.0, "middle", "soft", self.x);
+        for (index, series) in self.series.iter().enumerate() {
+            let finite = series.points.iter().filter(|p| p.0.is_finite() && p.1.is_finite());
+            let places: Vec<(f64, f64)> = finite.map(|p| (px(p.0), py(p.1))).collect();
+            let text: Vec<String> = places.iter().map(|(x, y)| format!("{x:.2},{y:.2}")).collect();
+            out += &group(index);
+            out += &line(index, &text.join(" "));
+            // Some marks are enough to tell a curve; those of different series stand at different places.
+            let every = places.len().div_ceil(8).max(1);
+            for (x, y) in places.iter().skip(index * every / 3).step_by(every) {
+                out += &mark(index, *x, *y);
+            }
+            out += "</g>";
+        }
+        out
+    }
+
+    /// As SVG elements for a page: one as wide as a phone, one for wider screens.
+    pub(crate) fn figure(&self) -> String {
+        let names: Vec<&str> = self.series.iter().map(|s| s.name.as_str()).collect();
+        let label = escape(&format!("{}: {}", self.title, names.join(", ")));
+        let svg = |class: &str, width: f64, height: f64| {
+            format!(
+                "<svg class=\"{class}\" viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{label}\" \
+                 font-family=\"system-ui, sans-serif\" font-size=\"12\">{}</svg>",
+                self.inside(width, height)
+            )
+        };
+        format!(
+            "<figure><figcaption>{}</figcaption>{}{}</figure>",
+            escape(&self.title),
+            svg("desk", 560.0, 300.0),
+            svg("phone", 350.0, 270.0)
+        )
+    }
+}
+
+/// Several charts, two beside each other, as one SVG file.
+pub(crate) fn picture(charts: &[Chart]) -> String {
+    const WIDTH: f64 = 560.0;
+    const HEIGHT: f64 = 320.0;
+    let rows = charts.len().div_ceil(2) as f64;
+    let (width, height) = (WIDTH * 2.0 + 60.0, rows * (HEIGHT + 20.0) + 20.0);
+    let mut out = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} {height}\" \
+         font-family=\"Ubuntu, system-ui, sans-serif\" font-size=\"12\" fill=\"#1b1f24\">\
+         <rect width=\"{width}\" height=\"{height}\" fill=\"#ffffff\"/>"
+    );
+    for (index, chart) in charts.iter().enumerate() {
+        let (x, y) =
+            (20.0 + (index % 2) as f64 * (WIDTH + 20.0), 20.0 + (index / 2) as f64 * (HEIGHT + 20.0));
+        let _ = write!(
+            out,
+            "<g transform=\"translate({x} {y})\"><text y=\"12\" font-size=\"14\" font-weight=\"bold\">{}</text>\
+             <g transform=\"translate(0 20)\">{}</g></g>",
+            escape(&chart.title),
+            chart.inside(WIDTH, HEIGHT - 20.0)
+        );
+    }
+    out + "</svg>\n"
+}
+
+/// Shares between 0 and 1 (or any numbers from 0) as bars with the ends of their intervals.
+pub(crate) fn bars(title: &str, items: &[(String, f64, [f64; 2])]) -> String {
+    let most = items.iter().map(|i| i.2[1].max(i.1)).fold(f64::MIN_POSITIVE, f64::max);
+    let svg = |class: &str, width: f64| {
+        let mut out = String::new();
+        for (index, (name, value, [low, high])) in items.iter().enumerate() {
+            let (y, at) = (44.0 * index as f64, |v: f64| v.max(0.0) / most * (width - 70.0));
+            let _ = write!(
+                out,
+                "<text y=\"{0:.1}\">{1}</text>{2}<rect y=\"{3:.1}\" width=\"{4:.1}\" height=\"14\" fill=\"currentColor\" \
+                 fill-opacity=\"0.55\"/><path d=\"M{5:.1} {6:.1}v10m0-5H{7:.1}m0-5v10\" stroke=\"currentColor\" \
+                 stroke-width=\"2\" fill=\"none\"/></g><text x=\"{8:.1}\" y=\"{9:.1}\">{10:.3}</text>",
+                y + 14.0,
+                escape(name),
+                group(index),
+                y + 20.0,
+                at(*value),
+                at(*low),
+                y + 22.0,
+                at(*high),
+                at(value.max(*high)) + 8.0,
+                y + 31.0,
+                value
+            );
+        }
+        let height = 44.0 * items.len() as f64;
+        format!(
+            "<svg class=\"{class}\" viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{}\" font-size=\"12\">{out}</svg>",
+            escape(title)
+        )
+    };
+    format!(
+        "<figure><figcaption>{}</figcaption>{}{}</figure>",
+        escape(title),
+        svg("desk", 560.0),
+        svg("phone", 350.0)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn axes_have_round_numbers() {
+        assert_eq!(ticks(0.0, 50.0, 5), [0.0, 10.0, 20.0, 30.0, 40.0, 50.0]);
+        assert_eq!(ticks(0.13, 0.92, 4).len(), 4);
+        assert_eq!([0.0, 0.25, 1500.0, 2e-4, 12.5].map(short), ["0", "0.25", "1500", "2e-4", "12.5"]);
+    }
+
+    #[test]
+    fn a_curve_goes_through_its_points_and_what_is_no_number_is_left_out() {
+        let series =
+            |name: &str, points: &[(f64, f64)]| Series { name: name.into(), points: points.to_vec() };
+        let chart = Chart {
+            title: "a < b".into(),
+            series: vec![
+                series("one", &[(0.0, 1.0), (5.0, f64::NAN), (10.0, 3.0)]),
+                series("two", &[(0.0, 2.0), (10.0, 2.0)]),
+            ],
+            ..Chart::default()
+        };
+        let text = chart.inside(560.0, 300.0);
+        // y falls as values rise: 1 at the bottom (264), 3 at the top (28), 2 between them.
+        assert!(text.contains("points=\"52.00,264.00 550.00,28.00\""), "{text}");
+        assert!(text.contains("points=\"52.00,146.00 550.00,146.00\""), "{text}");
+        assert!(text.contains("stroke-dasharray=\"7 4\"") && chart.figure().contains("a &lt; b"));
+        let empty = Chart { series: vec![Series::default()], ..Chart::default() };
+        assert!(empty.inside(560.0, 300.0).contains("no values"));
+    }
+}

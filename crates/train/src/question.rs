@@ -1,0 +1,68 @@
+//! Rows as questions: what a model is asked, and the answer that the row gives to it.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::data::{DataConfig, Encoder, Row, RowResult, messages, text};
+use crate::{Error, Result};
+
+/// A row without its last answer.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Question {
+    /// Line in its file, from 1.
+    pub line: usize,
+    /// What comes before the answer, as the chat template writes it, with the tokens that open the answer.
+    pub prompt: Vec<u32>,
+    /// The message that is answered, for people.
+    pub asked: String,
+    /// The row's own answer.
+    pub answer: String,
+}
+
+impl Question {
+    /// The questions of rows that were read from `file`.
+    ///
+    /// # Errors
+    /// [`Error::Row`] of the first row that has no question and answer.
+    pub fn from_rows(
+        file: &Path,
+        rows: &[Row],
+        encoder: &dyn Encoder,
+        config: &DataConfig,
+    ) -> Result<Vec<Self>> {
+        let fail = |line, problem| Error::Row { file: file.to_path_buf(), line, problem };
+        rows.iter().map(|row| question(row, encoder, config).map_err(|why| fail(row.line, why))).collect()
+    }
+}
+
+fn question(row: &Row, encoder: &dyn Encoder, config: &DataConfig) -> RowResult<Question> {
+    let has = |key: &String| row.value.contains_key(key);
+    let user = |text: &str| vec![json!({"role": "user", "content": text})];
+    let (before, answer) = if has(&config.prompt_feature) && has(&config.completion_feature) {
+        (user(text(row, &config.prompt_feature)?), text(row, &config.completion_feature)?)
+    } else if has(&config.chat_feature) {
+        let Some((last, before)) = messages(row, &config.chat_feature)?.split_last() else {
+            return Err("the list of messages is empty".into());
+        };
+        if last.get("role").and_then(Value::as_str) != Some("assistant") {
+            return Err("the last message must be the assistant's: it is the answer to compare with".into());
+        }
+        let content = last.get("content").and_then(Value::as_str);
+        let content = content.ok_or("the last message has no text as \"content\" to compare with")?;
+        (before.to_vec(), content)
+    } else {
+        return Err(format!(
+            "expected {:?} and {:?}, or {:?}: another row has no question, and only its loss can be measured",
+            config.prompt_feature, config.completion_feature, config.chat_feature
+        ));
+    };
+    let Some(last) = before.last() else {
+        return Err("there is no message before the answer".into());
+    };
+    let asked = last.get("content").and_then(Value::as_str).unwrap_or_default().to_owned();
+    let tools = row.value.get("tools").filter(|v| !v.is_null());
+    // The template writes the special tokens itself.
+    let prompt = encoder.encode(&encoder.render(&before, tools, true)?, false)?;
+    Ok(Question { line: row.line, prompt, asked, answer: answer.to_owned() })
+}
