@@ -55,6 +55,7 @@ fn run(arguments: Vec<String>) -> Result<()> {
     for note in notes {
         ui::note(&format!("note: {note}"));
     }
+    graft_ops::set_allocator();
     choose_form(cli.threads)?;
     graft_ops::set_precision(match &cli.command {
         _ if cli.exact => Precision::F32,

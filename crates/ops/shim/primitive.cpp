@@ -9,6 +9,10 @@
 #include <string>
 #include <vector>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #include "mlx/allocator.h"
 #include "mlx/array.h"
 #include "mlx/backend/cpu/encoder.h"
@@ -226,4 +230,15 @@ extern "C" int graft_apply(
     std::strncpy(message, error.what(), capacity - 1);
     return 1;
   }
+}
+
+// MLX takes the memory of its arrays from malloc. Left to itself, glibc raises the size from which memory goes back to the
+// system at once up to 32 MB, keeps several heaps, and gives none of their holes back: a training step then holds half as much
+// again as its arrays. Small arrays stay in one heap, large ones go back.
+extern "C" void graft_set_allocator() {
+#if defined(__GLIBC__)
+  mallopt(M_ARENA_MAX, 1);
+  mallopt(M_MMAP_THRESHOLD, 8 << 20);
+  mallopt(M_TRIM_THRESHOLD, 256 << 20);
+#endif
 }

@@ -82,3 +82,10 @@ pub fn with_precision<T>(precision: Precision, build: impl FnOnce() -> T) -> T {
 pub(crate) fn on_cpu(arrays: &[&crate::Array]) -> bool {
     form() == Form::Cpu && arrays.iter().all(|array| array.dtype() == crate::Dtype::Float32)
 }
+
+/// Settles how the process takes memory for arrays on a CPU: once, before there are any. Small ones share one heap, those of
+/// 8 MB and more go back to the system when they are freed. Nothing where our CPU operations are not compiled in.
+pub fn set_allocator() {
+    #[cfg(graft_cpu)]
+    crate::cpu::primitive::set_allocator();
+}

@@ -100,7 +100,6 @@ fn train(model: &Rc<Model>, rows: &[Vec<u32>], dora: bool) -> Result<Vec<Evaluat
         file: "rows".into(),
         examples: rows.iter().enumerate().map(example).collect(),
         skipped: vec![],
-        truncated: 0,
         warnings: vec![],
         found: true,
     };

@@ -55,7 +55,6 @@ fn steps_leave_nothing_behind() {
             file: "train.jsonl".into(),
             examples: examples.collect(),
             skipped: vec![],
-            truncated: 0,
             warnings: vec![],
             found: true,
         };

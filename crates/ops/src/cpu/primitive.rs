@@ -260,6 +260,11 @@ struct Hooks {
     ) -> c_int,
 }
 
+/// Lets the system's allocator give large arrays back.
+pub(crate) fn set_allocator() {
+    graft_set_allocator();
+}
+
 static HOOKS: Hooks = Hooks {
     name: name_hook,
     drop: drop_hook,
@@ -270,6 +275,7 @@ static HOOKS: Hooks = Hooks {
 };
 
 unsafe extern "C" {
+    safe fn graft_set_allocator();
     fn graft_apply(
         op: *mut c_void,
         hooks: *const Hooks,

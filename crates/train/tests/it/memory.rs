@@ -3,9 +3,9 @@
 
 use std::rc::Rc;
 
-use graft_adapters::row_norms;
 use graft_model::Model;
 use graft_ops::ffi::{Mode, eval, memory, quantize, value_and_grad};
+use graft_ops::row_norms;
 use graft_ops::{Array, WeightRef, cross_entropy, form, linear_cross_entropy, matmul};
 use graft_quant::{Packed, Weight};
 use graft_testkit::{Family, Tiny};
@@ -114,7 +114,7 @@ fn a_norm_makes_no_dense_product() {
         let [codes, scales, biases] = parts.try_into().unwrap();
         let packed = Packed { codes, scales, biases, grid: graft_quant::Grid { bits: 4, group_size: 32 } };
         for weight in [Weight::Packed(packed), Weight::Dense(dense.clone())] {
-            let held = needs(|| eval([&row_norms(&a, &b, 2.0, &weight, &n0).unwrap()]).unwrap());
+            let held = needs(|| eval([&row_norms(&a, &b, 2.0, weight.as_ref(), &n0).unwrap()]).unwrap());
             // P, G B, their sum, its product with B, each (R, out), and one being made; A^T; some (out,).
             let allowed = 5 * (rank * out * 4) + 2 * inputs * rank * 4 + 8 * out * 4;
             assert!(held <= allowed as usize, "{held}, allowed {allowed}");
