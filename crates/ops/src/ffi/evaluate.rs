@@ -39,8 +39,17 @@ thread_local! {
     static RECORDING: RefCell<Option<Recording>> = const { RefCell::new(None) };
 }
 
-/// What `f` gives, and every evaluation that it started on this thread, in order. One that found nothing left to compute is none.
+/// What `f` gives, and every evaluation that it started on this thread, in order. One that found nothing left to compute is
+/// none. Not to be nested.
 pub fn record<T>(f: impl FnOnce() -> T) -> (T, Vec<Evaluation>) {
+    struct End;
+    impl Drop for End {
+        fn drop(&mut self) {
+            RECORDING.set(None);
+        }
+    }
+    // Also when `f` panics: every later evaluation would write its graph.
+    let _end = End;
     RECORDING.set(Some(Recording { evaluations: Vec::new(), since: Instant::now() }));
     let result = f();
     (result, RECORDING.take().map_or_else(Vec::new, |recording| recording.evaluations))
