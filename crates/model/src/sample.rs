@@ -162,20 +162,7 @@ impl Sampler {
         self.logits.clear();
         self.logits.extend_from_slice(logits);
         self.penalise(history)?;
-        let (mut best, mut largest) = (0, f32::NEG_INFINITY);
-        for (id, l) in self.logits.iter().enumerate() {
-            if l.is_nan() || *l == f32::INFINITY {
-                let message =
-                    format!("the logit of token {id} is {l}: the weights or the adapter are broken");
-                return Err(Error::Request(message));
-            }
-            if *l > largest {
-                (best, largest) = (id, *l);
-            }
-        }
-        if largest == f32::NEG_INFINITY {
-            return Err(Error::Request("no token is possible: every logit is minus infinity".into()));
-        }
+        let (best, largest) = largest(&self.logits)?;
         let sum: f64 = self.logits.iter().map(|l| f64::from(l - largest).exp()).sum();
         let normaliser = f64::from(largest) + sum.ln();
         for l in &mut self.logits {
@@ -188,6 +175,15 @@ impl Sampler {
             self.alternatives.extend(ids.iter().map(|id| (*id, self.logits[*id as usize])));
         }
         Ok((id as u32, self.logits[id]))
+    }
+
+    /// The most probable id, all that [`Sampling::is_plain_greedy`] asks for: probabilities cost more than a small model's
+    /// products.
+    ///
+    /// # Errors
+    /// As [`Sampler::sample`].
+    pub fn best(logits: &[f32]) -> Result<u32> {
+        Ok(largest(logits)?.0 as u32)
     }
 
     /// The most probable tokens of the last choice with their log-probabilities, best first: as many as
@@ -284,6 +280,31 @@ impl Sampler {
             ids.sort_unstable();
         }
         ids
+    }
+}
+
+/// The largest logit, the first among equals, and its id.
+fn largest(logits: &[f32]) -> Result<(usize, f32)> {
+    // Sixteen side by side and no way out of the loop, so that the compiler takes them together.
+    let (mut most, mut broken) = ([f32::NEG_INFINITY; 16], [false; 16]);
+    for logits in logits.chunks(16) {
+        for ((l, most), broken) in logits.iter().zip(&mut most).zip(&mut broken) {
+            *most = if *l > *most { *l } else { *most };
+            *broken |= l.is_nan() || *l == f32::INFINITY;
+        }
+    }
+    let largest = most.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    let wrong = |l: &f32| l.is_nan() || *l == f32::INFINITY;
+    if broken.contains(&true)
+        && let Some(id) = logits.iter().position(wrong)
+    {
+        let l = logits[id];
+        let message = format!("the logit of token {id} is {l}: the weights or the adapter are broken");
+        return Err(Error::Request(message));
+    }
+    match logits.iter().position(|l| *l == largest) {
+        Some(best) if largest > f32::NEG_INFINITY => Ok((best, largest)),
+        _ => Err(Error::Request("no token is possible: every logit is minus infinity".into())),
     }
 }
 

@@ -322,10 +322,13 @@ fn odd_logits_and_settings_are_answered() {
     let none = f32::NEG_INFINITY;
     assert_eq!(sample(&hot, &[none, 0.5, none]).unwrap(), (1, 0.0));
     assert_eq!(sample(&greedy, &[1.0, 3.0, 3.0]).unwrap().0, 1);
+    let long: Vec<f32> = (0..100).map(|i| if i % 50 == 37 { 9.0 } else { i as f32 / 100.0 }).collect();
+    assert_eq!(Sampler::best(&long).unwrap(), sample(&greedy, &long).unwrap().0);
     let forbid = Sampling { logit_bias: vec![(1, none)], repetition_penalty: 2.0, ..hot.clone() };
     assert_eq!(sample(&forbid, &[none, 0.5, 0.1]).unwrap().0, 2);
     for bad in [&[0.0, f32::NAN][..], &[f32::INFINITY, 0.0], &[none, none], &[]] {
         assert!(sample(&hot, bad).is_err() && sample(&greedy, bad).is_err(), "{bad:?}");
+        assert!(Sampler::best(bad).is_err(), "{bad:?}");
     }
     let outside = Sampling { logit_bias: vec![(3, 1.0)], ..greedy.clone() };
     assert!(

@@ -99,7 +99,11 @@ impl Sequence {
 
     /// Chooses the next token from its logits (V,).
     pub(crate) fn choose(&mut self, logits: &[f32], info: &Info) -> Result<(), String> {
-        let (id, logprob) = self.sampler.sample(logits, &self.history).map_err(|e| e.to_string())?;
+        let (id, logprob) = if self.job.params.sampling.is_plain_greedy() {
+            (Sampler::best(logits).map_err(|e| e.to_string())?, 0.0)
+        } else {
+            self.sampler.sample(logits, &self.history).map_err(|e| e.to_string())?
+        };
         self.history.push(id);
         if info.tokenizer.eos_ids().contains(&id) {
             return self.finish(String::new(), Finish::Stop);
