@@ -31,24 +31,33 @@ pub(crate) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
-/// Steps of 1, 2 or 5 times a power of ten within `low..high`, about `count` of them.
-fn ticks(low: f64, high: f64, count: usize) -> Vec<f64> {
+/// Steps of 1, 2 or 5 times a power of ten within `low..high`, about `count` of them, and how the axis shows each.
+fn ticks(low: f64, high: f64, count: usize) -> Vec<(f64, String)> {
     let rough = (high - low) / count as f64;
     let power = 10_f64.powf(rough.log10().floor());
     let step = [1.0, 2.0, 5.0, 10.0].map(|m| m * power).into_iter().find(|s| *s >= rough).unwrap_or(rough);
     let first = (low / step).ceil() as i64;
-    (first..).map(|i| i as f64 * step).take_while(|t| *t <= high + step * 1e-9).collect()
+    let all = (first..).map(|i| i as f64 * step).take_while(|t| *t <= high + step * 1e-9);
+    all.map(|t| (t, short(t, step))).collect()
 }
 
-/// A number as an axis shows it.
-fn short(value: f64) -> String {
+/// A number as an axis shows it, with the digits that tell it from one that is `step` away.
+fn short(value: f64, step: f64) -> String {
+    // A power of ten that came out a little low is that power all the same.
+    let power = |v: f64| (v.abs().log10() + 1e-9).floor() as i32;
+    let trimmed = |text: &str| match text.contains('.') {
+        true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
+        false => text.to_owned(),
+    };
     match value.abs() {
         0.0 => "0".into(),
-        a if !(1e-3..1e5).contains(&a) => format!("{value:.0e}"),
-        a if a >= 100.0 => format!("{value:.0}"),
+        a if (1e-3..1e5).contains(&a) => {
+            trimmed(&format!("{value:.*}", (-power(step)).clamp(0, 17) as usize))
+        }
         _ => {
-            let text = format!("{value:.4}");
-            text.trim_end_matches('0').trim_end_matches('.').to_owned()
+            let text = format!("{value:.*e}", (power(value) - power(step)).clamp(0, 17) as usize);
+            let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+            format!("{}e{exponent}", trimmed(digits))
         }
     }
 }
@@ -132,21 +141,23 @@ impl Chart {
         let (left, right, top, bottom) = (52.0, width - 10.0, legend + 14.0, height - 36.0);
         let px = |x: f64| left + (along(x) - x0) / (x1 - x0) * (right - left);
         let py = |y: f64| bottom - (y - y0) / (y1 - y0) * (bottom - top);
-        for y in ticks(y0, y1, 5) {
+        for (y, label) in ticks(y0, y1, 5) {
             let _ = write!(
                 out,
                 "<path d=\"M{left:.1} {0:.1}H{right:.1}\" class=\"grid\" stroke=\"#d0d7de\"/>{1}",
                 py(y),
-                self.text(left - 6.0, py(y) + 4.0, "end", "soft", &short(y))
+                self.text(left - 6.0, py(y) + 4.0, "end", "soft", &label)
             );
         }
-        let marks: Vec<f64> = if self.log_x {
-            self.series.first().map(|s| s.points.iter().map(|p| p.0).collect()).unwrap_or_default()
+        let marks: Vec<(f64, String)> = if self.log_x {
+            // To three digits: these are the values that were tried.
+            let label = |p: &(f64, f64)| (p.0, short(p.0, p.0 / 100.0));
+            self.series.first().map(|s| s.points.iter().map(label).collect()).unwrap_or_default()
         } else {
             ticks(x0, x1, if width < 400.0 { 5 } else { 8 })
         };
-        for x in marks {
-            out += &self.text(px(x), bottom + 16.0, "middle", "soft", &short(x));
+        for (x, label) in marks {
+            out += &self.text(px(x), bottom + 16.0, "middle", "soft", &label);
         }
         out += &self.text((left + right) / 2.0, height - 4.0, "middle", "soft", self.x);
         for (index, series) in self.series.iter().enumerate() {
@@ -255,9 +266,21 @@ mod tests {
 
     #[test]
     fn axes_have_round_numbers() {
-        assert_eq!(ticks(0.0, 50.0, 5), [0.0, 10.0, 20.0, 30.0, 40.0, 50.0]);
+        let labels = |low, high| ticks(low, high, 5).into_iter().map(|t| t.1).collect::<Vec<_>>();
+        assert_eq!(labels(0.0, 50.0), ["0", "10", "20", "30", "40", "50"]);
+        assert_eq!(labels(0.0, 2e-4), ["0", "5e-5", "1e-4", "1.5e-4", "2e-4"]);
         assert_eq!(ticks(0.13, 0.92, 4).len(), 4);
-        assert_eq!([0.0, 0.25, 1500.0, 2e-4, 12.5].map(short), ["0", "0.25", "1500", "2e-4", "12.5"]);
+        let rates = [2.5e-4, 1.25e-4, 3e-4 / 7.0, 0.0025, 12.5].map(|v| short(v, v / 100.0));
+        assert_eq!(rates, ["2.5e-4", "1.25e-4", "4.29e-5", "0.0025", "12.5"]);
+    }
+
+    #[test]
+    fn no_two_ticks_have_the_same_label() {
+        for (low, high) in [(5e-5, 2e-4), (9.5e-6, 1.05e-5), (1e5, 1.6e5), (2.30001, 2.30004), (-3.0, 4e5)] {
+            let labels: Vec<String> = ticks(low, high, 5).into_iter().map(|t| t.1).collect();
+            let distinct: std::collections::BTreeSet<&String> = labels.iter().collect();
+            assert!(labels.len() > 2 && distinct.len() == labels.len(), "{low} to {high}: {labels:?}");
+        }
     }
 
     #[test]
