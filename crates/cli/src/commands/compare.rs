@@ -9,8 +9,8 @@ use crate::report::{self, As};
 use crate::{host, ui};
 use anyhow::{Context, Result, bail};
 use graft_quant::Checkpoint;
-use graft_train::{bootstrap, quantile, student};
-use serde_json::{Value, json};
+use graft_train::{DataConfig, Metric, Question, bootstrap, quantile, read_rows, student};
+use serde_json::{Map, Value, json};
 use std::path::Path;
 
 /// Losses at the end of a run whose mean is its training loss: single batches are noisy.
@@ -28,13 +28,10 @@ pub(crate) fn compare(args: &CompareArgs, threads: Option<usize>, exact: bool) -
     if args.seeds == 0 {
         bail!(Usage("--seeds must be at least 1".into()));
     }
-    let scored = args.metric.metric.is_some() || args.metric.pattern.is_some();
+    let metric = eval::metric(&args.metric)?;
+    let scored = args.metric.metric.is_some();
     if scored {
-        eval::metric(&args.metric)?;
-        let Some(data) = common.get("data").and_then(Value::as_str) else {
-            bail!(Usage("--metric needs --data with test.jsonl".into()));
-        };
-        eval::data_file(data)?;
+        legs.iter().try_for_each(|leg| check_scoring(&common, leg, metric.as_ref()))?;
     }
     if out.exists() {
         bail!(Usage(format!("--output {} exists already; remove it or name another directory", args.output)));
@@ -59,28 +56,84 @@ pub(crate) fn compare(args: &CompareArgs, threads: Option<usize>, exact: bool) -
         sweeps.push(sweep);
     }
     let mut runs: Vec<Vec<Run>> = legs.iter().map(|_| Vec::new()).collect();
-    // Legs in turn within a seed, so that a slow minute of the machine is not one leg's alone.
-    for seed in (first..).take(args.seeds as usize) {
-        for (leg, runs) in legs.iter().zip(&mut runs) {
-            runs.push(bench.train(leg, seed, leg.rate, &format!("seed-{seed}"))?);
-        }
-    }
+    let trained = train_all(&bench, &legs, (first..).take(args.seeds as usize), &mut runs);
     let mut scores: Vec<Vec<Value>> = legs.iter().map(|_| Vec::new()).collect();
+    // What is measured is written before the next thing can fail; the legs that ran come first.
+    let done = runs.iter().take_while(|runs| !runs.is_empty()).count();
+    let save = |scores: &[Vec<Value>]| -> Result<Value> {
+        let report = build(args, &bench, &legs[..done], &runs, &sweeps, scores)?;
+        let file = |name: &str| out.join(name).display().to_string();
+        report::write_json(&file("compare.json"), &report)?;
+        report::write(&file("compare.html"), &report::compare(&report))?;
+        Ok(report)
+    };
+    let saved = if done > 0 { save(&scores) } else { Ok(Value::Null) };
+    trained?;
+    let mut report = saved?;
     if scored {
-        for (index, leg) in legs.iter().enumerate() {
-            for run in &runs[index] {
-                scores[index].push(score(args, &bench, leg, run)?);
-            }
-        }
+        let marked = score_all(args, &bench, &legs, &runs, &mut scores);
+        let saved = save(&scores);
+        marked?;
+        report = saved?;
     }
-    let report = build(args, &bench, &legs, &runs, &sweeps, &scores)?;
-    let file = |name: &str| out.join(name).display().to_string();
-    report::write_json(&file("compare.json"), &report)?;
-    report::write(&file("compare.html"), &report::compare(&report))?;
     if args.json {
         ui::out(&format!("{report:#}"));
     } else {
         say(&report);
+    }
+    Ok(())
+}
+
+/// Trains the legs in turn within a seed, so that a slow minute of the machine is not one leg's alone.
+fn train_all(
+    bench: &Bench,
+    legs: &[Leg],
+    seeds: impl Iterator<Item = i64>,
+    runs: &mut [Vec<Run>],
+) -> Result<()> {
+    for seed in seeds {
+        for (leg, runs) in legs.iter().zip(&mut *runs) {
+            runs.push(bench.train(leg, seed, leg.rate, &format!("seed-{seed}"))?);
+        }
+    }
+    Ok(())
+}
+
+/// Scores every run.
+fn score_all(
+    args: &CompareArgs,
+    bench: &Bench,
+    legs: &[Leg],
+    runs: &[Vec<Run>],
+    scores: &mut [Vec<Value>],
+) -> Result<()> {
+    for ((leg, runs), scores) in legs.iter().zip(runs).zip(scores) {
+        for run in runs {
+            scores.push(score(args, bench, leg, run)?);
+        }
+    }
+    Ok(())
+}
+
+/// Refuses before the training what would keep a leg from being scored after it.
+fn check_scoring(common: &Map<String, Value>, leg: &Leg, metric: Option<&Metric>) -> Result<()> {
+    let setting = |key: &str| leg.own.get(key).or_else(|| common.get(key)).and_then(Value::as_str);
+    let form = DataConfig::new(false, usize::MAX);
+    for (key, name) in [
+        ("prompt_feature", &form.prompt_feature),
+        ("completion_feature", &form.completion_feature),
+        ("chat_feature", &form.chat_feature),
+    ] {
+        if setting(key).is_some_and(|given| given != name) {
+            bail!(Usage(format!("{key}: --metric reads test.jsonl with {name:?}; leave one of them out")));
+        }
+    }
+    let Some(data) = setting("data") else {
+        bail!(Usage("--metric needs --data with test.jsonl".into()));
+    };
+    let file = eval::data_file(data)?;
+    if let Some(metric) = metric {
+        Question::check(&file, &read_rows(&file)?, &form, metric)?;
     }
     Ok(())
 }
@@ -152,12 +205,13 @@ fn score(args: &CompareArgs, bench: &Bench, leg: &Leg, run: &Run) -> Result<Valu
     let mut words: Vec<String> = ["eval", "--show", "0", "--model", &text("model"), "--data", &text("data")]
         .map(str::to_owned)
         .to_vec();
-    let metric = args.metric.metric.clone().unwrap_or_else(|| "regex".into());
     for (flag, value) in [
         ("--adapter-path", run.dir.display().to_string()),
         ("--output", output.display().to_string()),
-        ("--metric", metric),
+        ("--metric", args.metric.metric.clone().unwrap_or_default()),
         ("--max-tokens", args.metric.max_tokens.to_string()),
+        ("--max-seq-length", settings.int("max_seq_length").to_string()),
+        ("--seed", (run.seed as u64).to_string()),
     ] {
         words.extend([flag.to_owned(), value]);
     }
@@ -230,7 +284,7 @@ fn build(
     Ok(json!({
         "schema": 1, "kind": "compare", "version": env!("CARGO_PKG_VERSION"),
         "settings": bench.common, "seeds": args.seeds, "bases": {"dense": base(&bench.dense), "packed": base(&bench.packed)},
-        "metric": args.metric.metric.clone().or(args.metric.pattern.as_ref().map(|_| "regex".into())),
+        "metric": args.metric.metric,
         "same_batches": runs.iter().all(|own| same(own, &runs[0])), "sentences": sentences, "legs": values,
     }))
 }
@@ -293,7 +347,9 @@ fn against(
         };
         (0..evals.first().map_or(0, examples)).filter_map(row).collect()
     };
-    let (a, b) = (rows(&scores[other]), rows(&scores[own]));
+    // As many seeds of each, should the scoring have been interrupted.
+    let seeds = scores[other].len().min(scores[own].len());
+    let (a, b) = (rows(&scores[other][..seeds]), rows(&scores[own][..seeds]));
     if !a.is_empty() && a.len() == b.len() {
         let rows: Vec<(f64, f64)> = a.iter().zip(&b).map(|(a, b)| (b.0 - a.0, b.1)).collect();
         let found = bootstrap(&rows, RESAMPLES, args.run.seed.unwrap_or_default() as u64);

@@ -60,6 +60,9 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
     if rows.is_empty() {
         bail!("{}: the file has no rows to measure", file.display());
     }
+    if let Some(metric) = &metric {
+        Question::check(&file, &rows, &DataConfig::new(false, usize::MAX), metric)?;
+    }
     for fused in &args.fused {
         load::config(fused)?;
     }
@@ -166,9 +169,6 @@ impl Task<'_> {
         let mut prompts = Vec::new();
         for question in &questions {
             let at = format!("{}:{}", self.file.display(), question.line);
-            if let Err(why) = metric.check(&question.answer) {
-                bail!("{at}: {why}");
-            }
             let Some(room) = context.checked_sub(question.prompt.len()).filter(|room| *room > 0) else {
                 bail!("{at}: its prompt has {} tokens, the model takes {context}", question.prompt.len());
             };
