@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use graft_quant::Checkpoint;
 use graft_train::{DataConfig, Metric, Question, bootstrap, quantile, read_rows, student};
 use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Losses at the end of a run whose mean is its training loss: single batches are noisy.
@@ -173,23 +174,24 @@ fn try_rate(bench: &Bench, leg: &Leg, seed: i64, rate: f64) -> Result<(f64, Opti
     match bench.train(leg, seed, Some(rate), &place) {
         Ok(run) => {
             let _spare = std::fs::remove_dir_all(&run.dir);
-            Ok((rate, valid(&run).or_else(|| train_loss(&run))))
+            let validated = !run.metrics.valid("loss").is_empty();
+            Ok((rate, if validated { valid(&run) } else { train_loss(&run) }))
         }
         Err(error) if format!("{error:#}").contains("is not finite") => Ok((rate, None)),
         Err(error) => Err(error),
     }
 }
 
-/// The last validation loss.
+/// The last validation loss; none where it is not finite.
 fn valid(run: &Run) -> Option<f64> {
-    run.metrics.valid("loss").last().map(|point| point.1)
+    run.metrics.valid("loss").last().map(|point| point.1).filter(|loss| loss.is_finite())
 }
 
-/// The mean of the last training losses.
+/// The mean of the last training losses; none where one is not finite.
 fn train_loss(run: &Run) -> Option<f64> {
     let losses = run.metrics.train("loss");
     let last = &losses[losses.len().saturating_sub(LAST)..];
-    mean(last.iter().map(|point| point.1))
+    mean(last.iter().map(|point| point.1)).filter(|loss| loss.is_finite())
 }
 
 fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
@@ -294,14 +296,15 @@ fn step_seconds(run: &Run) -> Vec<f64> {
     run.metrics.train("step_seconds").into_iter().skip(1).map(|point| point.1).collect()
 }
 
-/// The mean over seeds of a quantity, by iteration.
+/// The mean over seeds of a quantity, by iteration; what is not finite is left out.
 fn curve(runs: &[Run], of: fn(&Run) -> Vec<(f64, f64)>) -> Value {
-    let all: Vec<Vec<(f64, f64)>> = runs.iter().map(of).collect();
-    let first = all.first().cloned().unwrap_or_default();
-    let value = |i: usize| mean(all.iter().filter_map(|points| points.get(i)).map(|p| p.1));
+    let mut all: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
+    for (iter, value) in runs.iter().flat_map(of).filter(|point| point.1.is_finite()) {
+        all.entry(iter as u64).or_default().push(value);
+    }
     json!({
-        "iter": first.iter().map(|p| p.0 as u64).collect::<Vec<_>>(),
-        "value": (0..first.len()).map(value).collect::<Vec<_>>(),
+        "iter": all.keys().collect::<Vec<_>>(),
+        "value": all.values().map(|values| mean(values.iter().copied())).collect::<Vec<_>>(),
     })
 }
 

@@ -3,6 +3,7 @@
 use super::chart::{Chart, Series, bars, escape};
 use super::{As, Doc, page, table};
 use serde_json::Value;
+use std::collections::BTreeMap;
 
 /// Changed answers that a page shows; the JSON has all.
 const SHOWN: usize = 100;
@@ -155,10 +156,19 @@ pub(crate) fn compare(report: &Value) -> String {
 fn curve_table(doc: &Doc, names: &[String]) -> String {
     let mut rows =
         vec![std::iter::once("step".to_owned()).chain(names.iter().map(|n| escape(n))).collect::<Vec<_>>()];
-    for step in 0..doc.list("/legs/0/curve/iter").len() {
-        let mut row = vec![doc.span(&format!("/legs/0/curve/iter/{step}"), As::Plain)];
-        let cell = |leg| doc.span(&format!("/legs/{leg}/curve/value/{step}"), As::Decimal);
-        row.extend((0..names.len()).map(cell));
+    // A leg lacks the steps whose loss was not finite.
+    let mut steps: BTreeMap<u64, BTreeMap<usize, usize>> = BTreeMap::new();
+    for leg in 0..names.len() {
+        for (place, step) in doc.list(&format!("/legs/{leg}/curve/iter")).iter().enumerate() {
+            steps.entry(step.as_u64().unwrap_or_default()).or_default().insert(leg, place);
+        }
+    }
+    for (step, places) in steps {
+        let mut row = vec![step.to_string()];
+        row.extend((0..names.len()).map(|leg| match places.get(&leg) {
+            Some(place) => doc.span(&format!("/legs/{leg}/curve/value/{place}"), As::Decimal),
+            None => As::Decimal.show(&Value::Null),
+        }));
         rows.push(row);
     }
     format!("<details><summary>Training loss of every step</summary>{}</details>", table(&rows))
