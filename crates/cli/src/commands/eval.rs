@@ -53,8 +53,8 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
     }
     let metric = metric(&args.metric)?;
     sampling(args, &[]).check()?;
-    report::check("--output", &args.output)?;
-    args.html.iter().try_for_each(|file| report::check("--html", file))?;
+    let html = args.html.iter().map(|file| ("--html", file));
+    report::check(&std::iter::once(("--output", &args.output)).chain(html).collect::<Vec<_>>())?;
     let file = data_file(&args.data)?;
     let rows = read_rows(&file)?;
     if rows.is_empty() {
@@ -91,14 +91,15 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
         of_base.extend(of_fused);
     }
     let report = task.report(&of_base, &questions);
-    report::write_json(&args.output, &report)?;
-    if let Some(file) = &args.html {
-        report::write(file, &report::eval(&report))?;
-    }
+    // Printed first: should a file not be written after all, the answers are still there.
     if args.json {
         ui::out(&format!("{report:#}"));
     } else {
         say(&report, args.show);
+    }
+    report::write_json(&args.output, &report)?;
+    if let Some(file) = &args.html {
+        report::write(file, &report::eval(&report))?;
     }
     Ok(())
 }

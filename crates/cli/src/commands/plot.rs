@@ -74,7 +74,7 @@ pub(crate) fn plot(args: &PlotArgs) -> Result<()> {
     {
         bail!(Usage(format!("--output {file}: its name must end in .html, .svg or .png")));
     }
-    args.output.iter().try_for_each(|file| report::check("--output", file))?;
+    report::check(&args.output.iter().map(|file| ("--output", file)).collect::<Vec<_>>())?;
     let mut runs = Vec::new();
     for run in &args.runs {
         runs.push((run.clone(), Metrics::read(Path::new(run))?));

@@ -112,6 +112,10 @@ fn what_cannot_be_judged_is_named_by_file_and_line() {
     folder.fails(2, &format!("{flags} --temp -1"), &["temperature"]);
     folder.fails(2, &format!("{flags} --max-tokens 0"), &["--max-tokens must be at least 1"]);
     folder.fails(2, &format!("{flags} --html gone/a.html"), &["--html gone/a.html", "directory that exists"]);
+    folder.fails(2, &format!("{flags} --output a --html ./a"), &["--html ./a: another file is written there"]);
+    // Run as root, it would take the device's place.
+    folder.fails(2, &format!("{flags} --output /dev/null"), &["--output /dev/null", "no regular file"]);
+    folder.fails(2, &format!("{flags} --output /proc/a"), &["--output /proc/a"]);
     folder.fails(1, &format!("{flags} --fused gone"), &["there is no model directory `gone`"]);
     folder.fails(
         1,
