@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::setting::{Folder, row};
+use crate::setting::{Folder, row, truncate};
 
 /// The report of a command, without what the clock decides.
 fn report(folder: &Folder, flags: &str) -> Value {
@@ -129,4 +129,20 @@ fn what_cannot_be_judged_is_named_by_file_and_line() {
     folder.fails(1, flags, &["data/test.jsonl:1: its prompt has", "the model takes"]);
     folder.write("data/test.jsonl", "\n");
     folder.fails(1, flags, &["data/test.jsonl: the file has no rows to measure"]);
+}
+
+#[test]
+fn what_is_finished_is_reported_though_a_later_model_fails() {
+    let folder = Folder::with_model();
+    folder.copy("model", "broken");
+    truncate(&folder.path("broken/model.safetensors"), 100);
+    for metric in ["exact --max-tokens 2", "loss"] {
+        let flags = "eval --model model --adapter-path adapter --fused broken --data data --metric";
+        let run = folder.run(&format!("{flags} {metric}"));
+        assert!(run.status == Some(1) && run.err.contains("error: ") && run.out.contains("adapter"), "{run:?}");
+        let report = folder.json("eval.json");
+        assert_eq!(report["models"].as_array().unwrap().len(), 2, "{report}");
+        assert_eq!(report["examples"][7]["results"].as_array().unwrap().len(), 2);
+        std::fs::remove_file(folder.path("eval.json")).unwrap();
+    }
 }
