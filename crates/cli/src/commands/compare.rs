@@ -323,14 +323,12 @@ fn against(
     let ratios: Vec<f64> = pairs()
         .flat_map(|(a, b)| step_seconds(a).iter().zip(&step_seconds(b)).map(ratio).collect::<Vec<_>>())
         .collect();
-    // The ends of the median's 95 % interval are these order statistics, whatever the distribution.
-    let half = 0.98 / (ratios.len().max(1) as f64).sqrt();
     let differences: Vec<f64> = pairs().filter_map(|(a, b)| Some(valid(b)? - valid(a)?)).collect();
     let times = |key: &str| Some(here[key].as_f64()? / there[key].as_f64()?);
     let mut value = json!({
         "leg": legs[other].name,
         "step_ratio": quantile(&ratios, 0.5),
-        "step_ratio_interval": [quantile(&ratios, 0.5 - half), quantile(&ratios, 0.5 + half)],
+        "step_ratio_interval": median_interval(&ratios),
         "peak_memory_ratio": times("peak_memory_bytes"),
         "valid_loss": mean(differences.iter().copied()),
         "valid_loss_interval": student(&differences).map(|e| e.interval),
@@ -361,6 +359,16 @@ fn against(
     value
 }
 
+/// The 95 % interval of the median of the values; none for fewer than 6, which allow none.
+fn median_interval(values: &[f64]) -> Option<[f64; 2]> {
+    // Its ends are the k-th least and the k-th greatest of n, k = (n + 1) / 2 - 0.98 sqrt(n), whatever the distribution.
+    let count = values.len() as f64;
+    let below = (((count + 1.0) / 2.0 - 0.98 * count.sqrt()).floor() as usize).checked_sub(1)?;
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    Some([*sorted.get(below)?, *sorted.iter().nth_back(below)?])
+}
+
 /// What a leg bought and cost beside the one before it, in one sentence; none for a leg without one.
 fn sentence(legs: &[Value], leg: &Value, args: &CompareArgs) -> Option<String> {
     // The score may be a loss, too.
@@ -385,8 +393,13 @@ fn sentence(legs: &[Value], leg: &Value, args: &CompareArgs) -> Option<String> {
         |interval: &Value, form: As| format!("{} to {}", form.show(&interval[0]), form.show(&interval[1]));
     if let Some(ratio) = against["step_ratio"].as_f64() {
         let interval = &against["step_ratio_interval"];
-        let text = format!("{ratio:.2} times the time per step (95 %: {})", range(interval, As::Times));
-        if zero(interval, 1.0) == Some(true) { same.push(text) } else { put(ratio < 1.0, text) }
+        let chance = match interval.is_null() {
+            true => "too few steps for an interval".to_owned(),
+            false => format!("95 %: {}", range(interval, As::Times)),
+        };
+        let text = format!("{ratio:.2} times the time per step ({chance})");
+        let equal = ratio == 1.0 || zero(interval, 1.0) == Some(true);
+        if equal { same.push(text) } else { put(ratio < 1.0, text) }
     }
     let mut chance = "";
     for (key, what, lower) in [("valid_loss", "validation loss", true), ("score", "score", loss)] {
@@ -400,9 +413,10 @@ fn sentence(legs: &[Value], leg: &Value, args: &CompareArgs) -> Option<String> {
             text += &format!(", 95 %: {}", range(interval, As::Signed));
         }
         text.push(')');
-        match zero(interval, 0.0) {
-            Some(true) => same.push(text),
-            _ => put((difference < 0.0) == lower, text),
+        if difference == 0.0 || zero(interval, 0.0) == Some(true) {
+            same.push(text);
+        } else {
+            put((difference < 0.0) == lower, text);
         }
     }
     let list =
@@ -440,5 +454,20 @@ fn say(report: &Value) {
         ui::note(
             "note: the legs did not see the same batches in the same order, so steps are not comparable one by one",
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_pairs_have_no_interval() {
+        assert_eq!(median_interval(&[1.0, 2.0, 3.0, 4.0, 5.0]), None);
+        // The least and the greatest of six hold the median in 97 % of cases, the second of each in 78 %.
+        assert_eq!(median_interval(&[6.0, 2.0, 3.0, 4.0, 5.0, 1.0]), Some([1.0, 6.0]));
+        // 1 - 2 (1 + 9) / 2^9 = 96 %.
+        let nine: Vec<f64> = (1..10).map(f64::from).collect();
+        assert_eq!(median_interval(&nine), Some([2.0, 8.0]));
     }
 }

@@ -99,7 +99,9 @@ pub(crate) fn compare(report: &Value) -> String {
     if rows.len() > 1 {
         body += &format!(
             "<h2>Beside each other</h2>{}<p class=\"note\">Paired: step by step, seed by seed, row by row. In brackets \
-             95&nbsp;% intervals, where there is more than one value.</p>",
+             95&nbsp;% intervals: of time per step, over pairs of steps (from 6 on); of the validation loss, Student's over \
+             seeds, which knows the chance of a seed but not of the rows; of the score, the bootstrap over rows, which \
+             knows the chance of the rows but not of a seed.</p>",
             table(&rows)
         );
     }

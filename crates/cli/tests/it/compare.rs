@@ -182,6 +182,9 @@ fn a_packed_model_is_dequantized_rates_are_found_and_legs_may_be_files() {
         (&json!(6), &json!("dora"))
     );
     assert_eq!(legs[1]["against"]["leg"], "small");
+    // There are two pairs of steps.
+    assert!(legs[1]["against"]["step_ratio_interval"].is_null());
+    assert!(report["sentences"][0].as_str().unwrap().contains("too few steps for an interval"));
     assert!(report["bases"]["dense"].is_null() && !folder.names("b").contains(&"bases".to_owned()));
 }
 
