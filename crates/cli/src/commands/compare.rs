@@ -252,10 +252,11 @@ fn build(
             _ => json!(student(&marks).map(|e| e.interval)),
         };
         let quantile = |q| quantile(&times, q);
+        let scheduled = [&bench.common, &leg.own].iter().any(|all| all.contains_key("lr_schedule"));
         let mut value = json!({
             "name": leg.name, "model": model, "fine_tune_type": leg.kind(&settings),
             "base": match leg.base { Base::Dense => "dense", Base::Packed => "packed", Base::Own => "own" },
-            "own_settings": leg.own, "learning_rate": settings.float("learning_rate"),
+            "own_settings": leg.own, "learning_rate": (!scheduled).then(|| settings.float("learning_rate")),
             "lora_parameters": settings.map("lora_parameters"),
             "seeds": own.iter().map(|run| run.seed).collect::<Vec<_>>(),
             "adapters": own.iter().map(|run| run.dir.display().to_string()).collect::<Vec<_>>(),

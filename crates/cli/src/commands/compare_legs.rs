@@ -123,6 +123,9 @@ pub(super) fn common(args: &CompareArgs, legs: &[Leg]) -> Result<Map<String, Val
             bail!(Usage(format!("--{}: {why}; leave it out", key.replace('_', "-"))));
         }
     }
+    if legs.iter().any(|leg| leg.own.contains_key("seed")) {
+        bail!(Usage("seed: all legs have the same, so that they see the same batches; give --seed, not a leg's".into()));
+    }
     if all.contains_key("fine_tune_type") && legs.iter().any(|leg| leg.base != Base::Own) {
         bail!(Usage("--fine-tune-type: --legs decides that; leave it out".into()));
     }
@@ -158,6 +161,14 @@ impl Bench<'_> {
     /// Finds or makes the bases that the legs need.
     pub(super) fn make_bases(&mut self, args: &CompareArgs, legs: &[Leg]) -> Result<()> {
         let needs = |base| legs.iter().any(|leg| leg.base == base);
+        let flags = args.q_bits.is_some() || args.q_group_size.is_some() || args.quant_predicate.is_some();
+        if flags && !needs(Base::Packed) {
+            bail!(Usage(
+                "--q-bits, --q-group-size and --quant-predicate are for the base of qlora and qdora, and no such leg is \
+                 compared: leave them out"
+                    .into()
+            ));
+        }
         let Some(model) = self.common.get("model").and_then(Value::as_str).map(str::to_owned) else {
             return Ok(());
         };
@@ -166,7 +177,6 @@ impl Bench<'_> {
         }
         let dir = hub::resolve(&model, What::Model)?;
         let packed = Checkpoint::open(&dir)?.names().any(|name| name.ends_with(".scales"));
-        let flags = args.q_bits.is_some() || args.q_group_size.is_some() || args.quant_predicate.is_some();
         if packed && flags {
             bail!(Usage(format!(
                 "--q-bits, --q-group-size and --quant-predicate pack a dense model, and {model} is packed already: \

@@ -158,7 +158,8 @@ fn all_legs_start_with_the_same_a_whatever_their_base() {
 fn a_packed_model_is_dequantized_rates_are_found_and_legs_may_be_files() {
     let folder = Folder::with_model();
     folder.write("small.yaml", "lora_parameters: {rank: 2}\n");
-    folder.write("big.yaml", "lora_parameters: {rank: 6}\nfine_tune_type: dora\n");
+    let schedule = "lr_schedule: {name: step_decay, arguments: [0.001, 0.5, 2]}";
+    folder.write("big.yaml", &format!("lora_parameters: {{rank: 6}}\nfine_tune_type: dora\n{schedule}\n"));
     let flags = "compare --model model --data data --iters 3 --batch-size 2";
     folder.ok(&format!(
         "{flags} --legs lora,qlora --find-lr 1e-3,1e-2,1e30 --optimizer sgd --max-grad-norm 0 --output a"
@@ -181,6 +182,7 @@ fn a_packed_model_is_dequantized_rates_are_found_and_legs_may_be_files() {
         (&legs[1]["lora_parameters"]["rank"], &legs[1]["fine_tune_type"]),
         (&json!(6), &json!("dora"))
     );
+    assert!(legs[0]["learning_rate"].is_number() && legs[1]["learning_rate"].is_null());
     assert_eq!(legs[1]["against"]["leg"], "small");
     // There are two pairs of steps.
     assert!(legs[1]["against"]["step_ratio_interval"].is_null());
@@ -211,6 +213,9 @@ fn a_comparison_that_cannot_be_made_is_refused_before_anything_is_written() {
     folder.fails(2, &format!("{flags} --legs qlora --leg qlora.yaml"), &["two legs are called qlora"]);
     folder.write("odd.yaml", "adapter_path: x\n");
     folder.fails(2, &format!("{flags} --leg odd.yaml"), &["--adapter-path", "--output"]);
+    folder.write("odd.yaml", "seed: 5\n");
+    folder.fails(2, &format!("{flags} --leg odd.yaml"), &["seed: all legs have the same"]);
+    folder.fails(2, &format!("{flags} --legs lora,dora --q-bits 4"), &["no such leg is compared"]);
     folder.write("odd.yaml", "iters: soon\n");
     folder.fails(2, &format!("{flags} --leg odd.yaml"), &["leg odd: `iters` must be a whole number"]);
 }
