@@ -75,15 +75,14 @@ fn range(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
     }
 }
 
-/// A mark of series `index` at a place.
+/// A mark of series `index` at a place. There are five, one less than dashes, so that both repeat together only after 30.
 fn mark(index: usize, x: f64, y: f64) -> String {
-    let path = match index % 6 {
+    let path = match index % 5 {
         0 => return format!("<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.5\" fill=\"currentColor\"/>"),
         1 => "m-3.5-3.5h7v7h-7z",
         2 => "m0-4.5 4.5 8h-9z",
         3 => "m0-5 5 5-5 5-5-5z",
-        4 => "m-1-5h2v4h4v2h-4v4h-2v-4h-4v-2h4z",
-        _ => "m0 4.5 4.5-8h-9z",
+        _ => "m-1-5h2v4h4v2h-4v4h-2v-4h-4v-2h4z",
     };
     format!("<path d=\"M{x:.1} {y:.1}{path}\" fill=\"currentColor\"/>")
 }
@@ -111,26 +110,49 @@ impl Chart {
         )
     }
 
+    /// The legend, in as many lines as it takes: where each series' entry starts, its base line, and the name, of which
+    /// the end is kept where it is longer than a line, since paths differ there.
+    fn legend(&self, width: f64) -> Vec<(f64, f64, String)> {
+        // A letter is about 7 wide.
+        const SAMPLE: f64 = 46.0;
+        let most = ((width - SAMPLE) / 7.0) as usize;
+        let (mut x, mut y) = (0.0, 14.0);
+        let entry = |series: &Series| {
+            let count = series.name.chars().count();
+            let name = match count > most {
+                true => std::iter::once('…').chain(series.name.chars().skip(count + 1 - most)).collect(),
+                false => series.name.clone(),
+            };
+            let wide = SAMPLE + 7.0 * count.min(most) as f64;
+            if x > 0.0 && x + wide > width {
+                (x, y) = (0.0, y + 18.0);
+            }
+            let place = (x, y, name);
+            x += wide;
+            place
+        };
+        self.series.iter().map(entry).collect()
+    }
+
+    /// What the legend needs beyond its first line, so that the curves keep their height.
+    fn extra(&self, width: f64) -> f64 {
+        self.legend(width).last().map_or(0.0, |entry| entry.1 - 14.0)
+    }
+
     /// What stands inside the SVG element; `width` and `height` are its units.
     pub(crate) fn inside(&self, width: f64, height: f64) -> String {
         let mut out = String::new();
-        // The legend, in as many lines as it takes; a letter is about 7 wide.
-        let (mut x, mut legend) = (0.0, 14.0);
-        for (index, series) in self.series.iter().enumerate() {
-            let wide = 46.0 + 7.0 * series.name.chars().count() as f64;
-            if x > 0.0 && x + wide > width {
-                (x, legend) = (0.0, legend + 18.0);
-            }
-            let sample = format!("{x:.1},{0:.1} {1:.1},{0:.1}", legend - 4.0, x + 28.0);
+        let legend = self.extra(width) + 14.0;
+        for (index, (x, y, name)) in self.legend(width).into_iter().enumerate() {
+            let sample = format!("{x:.1},{0:.1} {1:.1},{0:.1}", y - 4.0, x + 28.0);
             let _ = write!(
                 out,
                 "{}{}{}</g>{}",
                 group(index),
                 line(index, &sample),
-                mark(index, x + 14.0, legend - 4.0),
-                self.text(x + 34.0, legend, "start", "", &series.name)
+                mark(index, x + 14.0, y - 4.0),
+                self.text(x + 34.0, y, "start", "", &name)
             );
-            x += wide;
         }
         let along = |x: f64| if self.log_x { x.max(f64::MIN_POSITIVE).log10() } else { x };
         let all = || self.series.iter().flat_map(|s| &s.points);
@@ -168,7 +190,7 @@ impl Chart {
             out += &line(index, &text.join(" "));
             // Some marks are enough to tell a curve; those of different series stand at different places.
             let every = places.len().div_ceil(8).max(1);
-            for (x, y) in places.iter().skip(index * every / 3).step_by(every) {
+            for (x, y) in places.iter().skip(index * every / 3 % every).step_by(every) {
                 out += &mark(index, *x, *y);
             }
             out += "</g>";
@@ -181,6 +203,7 @@ impl Chart {
         let names: Vec<&str> = self.series.iter().map(|s| s.name.as_str()).collect();
         let label = escape(&format!("{}: {}", self.title, names.join(", ")));
         let svg = |class: &str, width: f64, height: f64| {
+            let height = height + self.extra(width);
             format!(
                 "<svg class=\"{class}\" viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{label}\" \
                  font-family=\"system-ui, sans-serif\" font-size=\"12\">{}</svg>",
@@ -199,9 +222,9 @@ impl Chart {
 /// Several charts, two beside each other, as one SVG file.
 pub(crate) fn picture(charts: &[Chart]) -> String {
     const WIDTH: f64 = 560.0;
-    const HEIGHT: f64 = 320.0;
+    let each = 320.0 + charts.iter().map(|chart| chart.extra(WIDTH)).fold(0.0, f64::max);
     let rows = charts.len().div_ceil(2) as f64;
-    let (width, height) = (WIDTH * 2.0 + 60.0, rows * (HEIGHT + 20.0) + 20.0);
+    let (width, height) = (WIDTH * 2.0 + 60.0, rows * (each + 20.0) + 20.0);
     let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} {height}\" \
          font-family=\"Ubuntu, system-ui, sans-serif\" font-size=\"12\" fill=\"#1b1f24\">\
@@ -209,13 +232,13 @@ pub(crate) fn picture(charts: &[Chart]) -> String {
     );
     for (index, chart) in charts.iter().enumerate() {
         let (x, y) =
-            (20.0 + (index % 2) as f64 * (WIDTH + 20.0), 20.0 + (index / 2) as f64 * (HEIGHT + 20.0));
+            (20.0 + (index % 2) as f64 * (WIDTH + 20.0), 20.0 + (index / 2) as f64 * (each + 20.0));
         let _ = write!(
             out,
             "<g transform=\"translate({x} {y})\"><text y=\"12\" font-size=\"14\" font-weight=\"bold\">{}</text>\
              <g transform=\"translate(0 20)\">{}</g></g>",
             escape(&chart.title),
-            chart.inside(WIDTH, HEIGHT - 20.0)
+            chart.inside(WIDTH, each - 20.0)
         );
     }
     out + "</svg>\n"
@@ -302,5 +325,23 @@ mod tests {
         assert!(text.contains("stroke-dasharray=\"7 4\"") && chart.figure().contains("a &lt; b"));
         let empty = Chart { series: vec![Series::default()], ..Chart::default() };
         assert!(empty.inside(560.0, 300.0).contains("no values"));
+    }
+
+    #[test]
+    fn every_series_of_many_is_seen_and_told_from_the_others() {
+        let one = |i: usize| Series { name: format!("run{i}"), points: vec![(1.0, i as f64)] };
+        let chart = Chart { series: (0..12).map(one).collect(), ..Chart::default() };
+        let text = chart.inside(560.0, 300.0);
+        // Each has a mark in the legend and one at its point.
+        assert_eq!(text.matches("fill=\"currentColor\"").count(), 24, "{text}");
+        let look = |i: usize| (line(i, ""), mark(i, 0.0, 0.0));
+        assert!((0..30).all(|a| (0..a).all(|b| look(a) != look(b))));
+        // Names of 4 and 5 letters are 74 and 81 wide.
+        assert!(chart.extra(560.0) == 18.0 && chart.extra(350.0) == 36.0);
+        assert!(chart.figure().contains("0 0 560 318"), "the legend takes the curves' room");
+        let name = format!("{}/the-run", "long/".repeat(40));
+        let chart = Chart { series: vec![Series { name, points: vec![] }], ..Chart::default() };
+        let (_, _, name) = &chart.legend(350.0)[0];
+        assert!(name.starts_with('…') && name.ends_with("/the-run") && name.chars().count() == 43, "{name}");
     }
 }
