@@ -223,7 +223,7 @@ fn changed(doc: &Doc, models: &[Value]) -> String {
     let all: Vec<(usize, &Value)> = doc.list("/examples").iter().enumerate().filter(differs).collect();
     let mut out = format!("<h2>Changed answers: {}</h2>", all.len());
     if all.len() > SHOWN {
-        out += &format!("<p class=\"note\">The first {SHOWN}; eval.json has all.</p>");
+        out += &format!("<p class=\"note\">The first {SHOWN}; the report as JSON has all.</p>");
     }
     for (_, example) in all.into_iter().take(SHOWN) {
         let text = |value: &Value| escape(value.as_str().unwrap_or_default());

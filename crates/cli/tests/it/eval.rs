@@ -56,6 +56,7 @@ fn the_planted_truth_is_found_and_neither_order_nor_company_matters() {
     let nothing = json!({"difference": 0.0, "interval": [0.0, 0.0], "changed": 0, "fixed": 0, "broken": 0});
     assert_eq!(same, &nothing);
     let page = String::from_utf8(folder.read("eval.html")).unwrap();
+    assert!(page.contains("@media print { details:not([open])"), "changed answers are not printed");
     assert!(page.contains("data-at=\"/models/1/score\">0.4000<") && !page.contains("http://"), "{page}");
 
     for size in [1, 7, 32] {
