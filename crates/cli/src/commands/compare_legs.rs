@@ -140,7 +140,10 @@ pub(super) fn common(args: &CompareArgs, legs: &[Leg]) -> Result<Map<String, Val
         }
     }
     if legs.iter().any(|leg| leg.own.contains_key("seed")) {
-        bail!(Usage("seed: all legs have the same, so that they see the same batches; give --seed, not a leg's".into()));
+        bail!(Usage(
+            "seed: all legs have the same, so that they see the same batches; give --seed, not a leg's"
+                .into()
+        ));
     }
     if all.contains_key("fine_tune_type") && legs.iter().any(|leg| leg.base != Base::Own) {
         bail!(Usage("--fine-tune-type: --legs decides that; leave it out".into()));
@@ -333,7 +336,8 @@ impl Bench<'_> {
             match lines.recv_timeout(POLL) {
                 Ok(line) => {
                     let line = line.context("cannot read what the leg says")?;
-                    writeln!(log_file, "{line}").with_context(|| format!("cannot write {}", log.display()))?;
+                    writeln!(log_file, "{line}")
+                        .with_context(|| format!("cannot write {}", log.display()))?;
                     error = line.strip_prefix("error: ").map(str::to_owned).or(error);
                     on_line(&line);
                     continue;

@@ -9,7 +9,9 @@ use crate::{host, report, ui};
 use anyhow::{Result, bail};
 use graft_adapters::Route;
 use graft_model::{GenerateOptions, MAX_TOGETHER, Sampling, generate_all};
-use graft_train::{DataConfig, Estimate, Example, Metric, Question, Row, Split, bootstrap, evaluate, mix, read_rows};
+use graft_train::{
+    DataConfig, Estimate, Example, Metric, Question, Row, Split, bootstrap, evaluate, mix, read_rows,
+};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -156,7 +158,8 @@ impl Task<'_> {
         }
         let Some(metric) = &self.metric else {
             let split = self.split(&loaded)?;
-            let whole = |e: &Example| Question { line: e.line, prompt: e.tokens.clone(), ..Question::default() };
+            let whole =
+                |e: &Example| Question { line: e.line, prompt: e.tokens.clone(), ..Question::default() };
             let questions: Vec<Question> = split.examples.iter().map(whole).collect();
             if !asked.is_empty() && *asked != questions {
                 bail!(
@@ -324,7 +327,7 @@ fn against(
 }
 
 fn stopped() -> Interrupted {
-    Interrupted("Interrupted before all rows were done; models that had done them are in the report.".into())
+    Interrupted("Interrupted before the model had done all rows.".into())
 }
 
 /// The table, and some of the answers that changed.

@@ -31,7 +31,9 @@ pub(crate) fn check(files: &[(&str, &String)]) -> Result<()> {
         check_writable(path).map_err(|error| Usage(format!("{flag} {error}")))?;
         let place = parent.canonicalize()?.join(path.file_name().unwrap_or_default());
         if places.contains(&place) {
-            bail!(Usage(format!("{flag} {file}: another file is written there: give each a place of its own")));
+            bail!(Usage(format!(
+                "{flag} {file}: another file is written there: give each a place of its own"
+            )));
         }
         places.push(place);
     }

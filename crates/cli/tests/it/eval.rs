@@ -113,7 +113,11 @@ fn what_cannot_be_judged_is_named_by_file_and_line() {
     folder.fails(2, &format!("{flags} --temp -1"), &["temperature"]);
     folder.fails(2, &format!("{flags} --max-tokens 0"), &["--max-tokens must be at least 1"]);
     folder.fails(2, &format!("{flags} --html gone/a.html"), &["--html gone/a.html", "directory that exists"]);
-    folder.fails(2, &format!("{flags} --output a --html ./a"), &["--html ./a: another file is written there"]);
+    folder.fails(
+        2,
+        &format!("{flags} --output a --html ./a"),
+        &["--html ./a: another file is written there"],
+    );
     // Run as root, it would take the device's place.
     folder.fails(2, &format!("{flags} --output /dev/null"), &["--output /dev/null", "no regular file"]);
     folder.fails(2, &format!("{flags} --output /proc/a"), &["--output /proc/a"]);
@@ -140,7 +144,10 @@ fn what_is_finished_is_reported_though_a_later_model_fails() {
     for metric in ["exact --max-tokens 2", "loss"] {
         let flags = "eval --model model --adapter-path adapter --fused broken --data data --metric";
         let run = folder.run(&format!("{flags} {metric}"));
-        assert!(run.status == Some(1) && run.err.contains("error: ") && run.out.contains("adapter"), "{run:?}");
+        assert!(
+            run.status == Some(1) && run.err.contains("error: ") && run.out.contains("adapter"),
+            "{run:?}"
+        );
         let report = folder.json("eval.json");
         assert_eq!(report["models"].as_array().unwrap().len(), 2, "{report}");
         assert_eq!(report["examples"][7]["results"].as_array().unwrap().len(), 2);
