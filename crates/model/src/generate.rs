@@ -222,7 +222,7 @@ pub struct Completion {
 }
 
 /// Answers every prompt, up to `together` (1 to [`MAX_TOGETHER`]) side by side; none if `go_on`, which is given the number
-/// of finished answers before each token, said to stop.
+/// of finished answers before each token and each chunk of a prompt, said to stop.
 ///
 /// Each prompt is read alone, in chunks with fixed borders, and on a CPU all numbers of rows that may be decoded together
 /// take one path: so neither `together` nor the order of the prompts changes an answer.
@@ -246,6 +246,9 @@ pub fn generate_all(
         {
             let mut generator = Generator::new(model, prompt, options.clone(), *route)?;
             while !generator.finished && generator.read < generator.prompt {
+                if !go_on(finished) {
+                    return Ok(None);
+                }
                 generator.prefill()?;
             }
             active.push((index, generator));

@@ -208,6 +208,15 @@ fn neither_company_nor_order_changes_an_answer() {
             }
             let stopped = generate_all(&model, &prompts, 4, &route, &mut |done| done < 3).unwrap();
             assert_eq!(stopped, None);
+            // With one token for each, the second question whether to go on comes while the prompts are read.
+            let options = GenerateOptions { max_tokens: 1, ..prompts[0].1.clone() };
+            let short = [(vec![1, 2], options.clone()), (vec![3], options)];
+            let mut asked = 0;
+            let mut once = |_| {
+                asked += 1;
+                asked < 2
+            };
+            assert_eq!(generate_all(&model, &short, 2, &route, &mut once).unwrap(), None);
         }
     });
 }

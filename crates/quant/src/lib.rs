@@ -27,4 +27,4 @@ pub use round::round;
 pub use safetensors::Dtype as StoredDtype;
 pub use tensor::{Tensor, TensorFile, read_safetensors, safetensors_bytes};
 pub use weight::{Packed, Weight};
-pub use writer::{DirWriter, pretty, write_atomic};
+pub use writer::{DirWriter, check_writable, pretty, write_atomic};

@@ -25,6 +25,19 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     sync_dir(dir)
 }
 
+/// Whether [`write_atomic`] could write `path`, found out before the work that it is to hold. What is no regular file, such
+/// as /dev/null, must not be replaced.
+///
+/// # Errors
+/// When something else than a regular file is there, or no file can be made beside it.
+pub fn check_writable(path: &Path) -> Result<()> {
+    if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+        let why = "it is there already and no regular file, so it is not replaced";
+        return Err(Error::Io { path: path.to_path_buf(), source: std::io::Error::other(why) });
+    }
+    tempfile::NamedTempFile::new_in(parent(path)).map(drop).map_err(Error::io(path))
+}
+
 /// The directory in which `path` stands.
 fn parent(path: &Path) -> &Path {
     match path.parent() {

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::data::{DataConfig, Encoder, Row, RowResult, messages, text};
-use crate::{Error, Result};
+use crate::{Error, Metric, Result};
 
 /// A row without its last answer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -34,12 +34,25 @@ impl Question {
         let fail = |line, problem| Error::Row { file: file.to_path_buf(), line, problem };
         rows.iter().map(|row| question(row, encoder, config).map_err(|why| fail(row.line, why))).collect()
     }
+
+    /// Refuses rows that have no question and answer, and answers with which `metric` can compare nothing; no model is
+    /// needed for that.
+    ///
+    /// # Errors
+    /// [`Error::Row`] of the first such row.
+    pub fn check(file: &Path, rows: &[Row], config: &DataConfig, metric: &Metric) -> Result<()> {
+        rows.iter().try_for_each(|row| {
+            let checked = parts(row, config).and_then(|(_, answer)| metric.check(answer));
+            checked.map_err(|problem| Error::Row { file: file.to_path_buf(), line: row.line, problem })
+        })
+    }
 }
 
-fn question(row: &Row, encoder: &dyn Encoder, config: &DataConfig) -> RowResult<Question> {
+/// What comes before a row's last answer, and that answer.
+fn parts<'a>(row: &'a Row, config: &DataConfig) -> RowResult<(Vec<Value>, &'a str)> {
     let has = |key: &String| row.value.contains_key(key);
     let user = |text: &str| vec![json!({"role": "user", "content": text})];
-    let (before, answer) = if has(&config.prompt_feature) && has(&config.completion_feature) {
+    Ok(if has(&config.prompt_feature) && has(&config.completion_feature) {
         (user(text(row, &config.prompt_feature)?), text(row, &config.completion_feature)?)
     } else if has(&config.chat_feature) {
         let Some((last, before)) = messages(row, &config.chat_feature)?.split_last() else {
@@ -56,7 +69,11 @@ fn question(row: &Row, encoder: &dyn Encoder, config: &DataConfig) -> RowResult<
             "expected {:?} and {:?}, or {:?}: another row has no question, and only its loss can be measured",
             config.prompt_feature, config.completion_feature, config.chat_feature
         ));
-    };
+    })
+}
+
+fn question(row: &Row, encoder: &dyn Encoder, config: &DataConfig) -> RowResult<Question> {
+    let (before, answer) = parts(row, config)?;
     let Some(last) = before.last() else {
         return Err("there is no message before the answer".into());
     };

@@ -9,8 +9,9 @@ use crate::report::{self, As};
 use crate::{host, ui};
 use anyhow::{Context, Result, bail};
 use graft_quant::Checkpoint;
-use graft_train::{bootstrap, quantile, student};
-use serde_json::{Value, json};
+use graft_train::{DataConfig, Metric, Question, bootstrap, quantile, read_rows, student};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Losses at the end of a run whose mean is its training loss: single batches are noisy.
@@ -28,13 +29,10 @@ pub(crate) fn compare(args: &CompareArgs, threads: Option<usize>, exact: bool) -
     if args.seeds == 0 {
         bail!(Usage("--seeds must be at least 1".into()));
     }
-    let scored = args.metric.metric.is_some() || args.metric.pattern.is_some();
+    let metric = eval::metric(&args.metric)?;
+    let scored = args.metric.metric.is_some();
     if scored {
-        eval::metric(&args.metric)?;
-        let Some(data) = common.get("data").and_then(Value::as_str) else {
-            bail!(Usage("--metric needs --data with test.jsonl".into()));
-        };
-        eval::data_file(data)?;
+        legs.iter().try_for_each(|leg| check_scoring(&common, leg, metric.as_ref()))?;
     }
     if out.exists() {
         bail!(Usage(format!("--output {} exists already; remove it or name another directory", args.output)));
@@ -59,28 +57,84 @@ pub(crate) fn compare(args: &CompareArgs, threads: Option<usize>, exact: bool) -
         sweeps.push(sweep);
     }
     let mut runs: Vec<Vec<Run>> = legs.iter().map(|_| Vec::new()).collect();
-    // Legs in turn within a seed, so that a slow minute of the machine is not one leg's alone.
-    for seed in (first..).take(args.seeds as usize) {
-        for (leg, runs) in legs.iter().zip(&mut runs) {
-            runs.push(bench.train(leg, seed, leg.rate, &format!("seed-{seed}"))?);
-        }
-    }
+    let trained = train_all(&bench, &legs, (first..).take(args.seeds as usize), &mut runs);
     let mut scores: Vec<Vec<Value>> = legs.iter().map(|_| Vec::new()).collect();
+    // What is measured is written before the next thing can fail; the legs that ran come first.
+    let done = runs.iter().take_while(|runs| !runs.is_empty()).count();
+    let save = |scores: &[Vec<Value>]| -> Result<Value> {
+        let report = build(args, &bench, &legs[..done], &runs, &sweeps, scores)?;
+        let file = |name: &str| out.join(name).display().to_string();
+        report::write_json(&file("compare.json"), &report)?;
+        report::write(&file("compare.html"), &report::compare(&report))?;
+        Ok(report)
+    };
+    let saved = if done > 0 { save(&scores) } else { Ok(Value::Null) };
+    trained?;
+    let mut report = saved?;
     if scored {
-        for (index, leg) in legs.iter().enumerate() {
-            for run in &runs[index] {
-                scores[index].push(score(args, &bench, leg, run)?);
-            }
-        }
+        let marked = score_all(args, &bench, &legs, &runs, &mut scores);
+        let saved = save(&scores);
+        marked?;
+        report = saved?;
     }
-    let report = build(args, &bench, &legs, &runs, &sweeps, &scores)?;
-    let file = |name: &str| out.join(name).display().to_string();
-    report::write_json(&file("compare.json"), &report)?;
-    report::write(&file("compare.html"), &report::compare(&report))?;
     if args.json {
         ui::out(&format!("{report:#}"));
     } else {
         say(&report);
+    }
+    Ok(())
+}
+
+/// Trains the legs in turn within a seed, so that a slow minute of the machine is not one leg's alone.
+fn train_all(
+    bench: &Bench,
+    legs: &[Leg],
+    seeds: impl Iterator<Item = i64>,
+    runs: &mut [Vec<Run>],
+) -> Result<()> {
+    for seed in seeds {
+        for (leg, runs) in legs.iter().zip(&mut *runs) {
+            runs.push(bench.train(leg, seed, leg.rate, &format!("seed-{seed}"))?);
+        }
+    }
+    Ok(())
+}
+
+/// Scores every run.
+fn score_all(
+    args: &CompareArgs,
+    bench: &Bench,
+    legs: &[Leg],
+    runs: &[Vec<Run>],
+    scores: &mut [Vec<Value>],
+) -> Result<()> {
+    for ((leg, runs), scores) in legs.iter().zip(runs).zip(scores) {
+        for run in runs {
+            scores.push(score(args, bench, leg, run)?);
+        }
+    }
+    Ok(())
+}
+
+/// Refuses before the training what would keep a leg from being scored after it.
+fn check_scoring(common: &Map<String, Value>, leg: &Leg, metric: Option<&Metric>) -> Result<()> {
+    let setting = |key: &str| leg.own.get(key).or_else(|| common.get(key)).and_then(Value::as_str);
+    let form = DataConfig::new(false, usize::MAX);
+    for (key, name) in [
+        ("prompt_feature", &form.prompt_feature),
+        ("completion_feature", &form.completion_feature),
+        ("chat_feature", &form.chat_feature),
+    ] {
+        if setting(key).is_some_and(|given| given != name) {
+            bail!(Usage(format!("{key}: --metric reads test.jsonl with {name:?}; leave one of them out")));
+        }
+    }
+    let Some(data) = setting("data") else {
+        bail!(Usage("--metric needs --data with test.jsonl".into()));
+    };
+    let file = eval::data_file(data)?;
+    if let Some(metric) = metric {
+        Question::check(&file, &read_rows(&file)?, &form, metric)?;
     }
     Ok(())
 }
@@ -120,23 +174,24 @@ fn try_rate(bench: &Bench, leg: &Leg, seed: i64, rate: f64) -> Result<(f64, Opti
     match bench.train(leg, seed, Some(rate), &place) {
         Ok(run) => {
             let _spare = std::fs::remove_dir_all(&run.dir);
-            Ok((rate, valid(&run).or_else(|| train_loss(&run))))
+            let validated = !run.metrics.valid("loss").is_empty();
+            Ok((rate, if validated { valid(&run) } else { train_loss(&run) }))
         }
         Err(error) if format!("{error:#}").contains("is not finite") => Ok((rate, None)),
         Err(error) => Err(error),
     }
 }
 
-/// The last validation loss.
+/// The last validation loss; none where it is not finite.
 fn valid(run: &Run) -> Option<f64> {
-    run.metrics.valid("loss").last().map(|point| point.1)
+    run.metrics.valid("loss").last().map(|point| point.1).filter(|loss| loss.is_finite())
 }
 
-/// The mean of the last training losses.
+/// The mean of the last training losses; none where one is not finite.
 fn train_loss(run: &Run) -> Option<f64> {
     let losses = run.metrics.train("loss");
     let last = &losses[losses.len().saturating_sub(LAST)..];
-    mean(last.iter().map(|point| point.1))
+    mean(last.iter().map(|point| point.1)).filter(|loss| loss.is_finite())
 }
 
 fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
@@ -152,12 +207,13 @@ fn score(args: &CompareArgs, bench: &Bench, leg: &Leg, run: &Run) -> Result<Valu
     let mut words: Vec<String> = ["eval", "--show", "0", "--model", &text("model"), "--data", &text("data")]
         .map(str::to_owned)
         .to_vec();
-    let metric = args.metric.metric.clone().unwrap_or_else(|| "regex".into());
     for (flag, value) in [
         ("--adapter-path", run.dir.display().to_string()),
         ("--output", output.display().to_string()),
-        ("--metric", metric),
+        ("--metric", args.metric.metric.clone().unwrap_or_default()),
         ("--max-tokens", args.metric.max_tokens.to_string()),
+        ("--max-seq-length", settings.int("max_seq_length").to_string()),
+        ("--seed", (run.seed as u64).to_string()),
     ] {
         words.extend([flag.to_owned(), value]);
     }
@@ -196,10 +252,11 @@ fn build(
             _ => json!(student(&marks).map(|e| e.interval)),
         };
         let quantile = |q| quantile(&times, q);
+        let scheduled = [&bench.common, &leg.own].iter().any(|all| all.contains_key("lr_schedule"));
         let mut value = json!({
             "name": leg.name, "model": model, "fine_tune_type": leg.kind(&settings),
             "base": match leg.base { Base::Dense => "dense", Base::Packed => "packed", Base::Own => "own" },
-            "own_settings": leg.own, "learning_rate": settings.float("learning_rate"),
+            "own_settings": leg.own, "learning_rate": (!scheduled).then(|| settings.float("learning_rate")),
             "lora_parameters": settings.map("lora_parameters"),
             "seeds": own.iter().map(|run| run.seed).collect::<Vec<_>>(),
             "adapters": own.iter().map(|run| run.dir.display().to_string()).collect::<Vec<_>>(),
@@ -230,7 +287,7 @@ fn build(
     Ok(json!({
         "schema": 1, "kind": "compare", "version": env!("CARGO_PKG_VERSION"),
         "settings": bench.common, "seeds": args.seeds, "bases": {"dense": base(&bench.dense), "packed": base(&bench.packed)},
-        "metric": args.metric.metric.clone().or(args.metric.pattern.as_ref().map(|_| "regex".into())),
+        "metric": args.metric.metric,
         "same_batches": runs.iter().all(|own| same(own, &runs[0])), "sentences": sentences, "legs": values,
     }))
 }
@@ -240,14 +297,15 @@ fn step_seconds(run: &Run) -> Vec<f64> {
     run.metrics.train("step_seconds").into_iter().skip(1).map(|point| point.1).collect()
 }
 
-/// The mean over seeds of a quantity, by iteration.
+/// The mean over seeds of a quantity, by iteration; what is not finite is left out.
 fn curve(runs: &[Run], of: fn(&Run) -> Vec<(f64, f64)>) -> Value {
-    let all: Vec<Vec<(f64, f64)>> = runs.iter().map(of).collect();
-    let first = all.first().cloned().unwrap_or_default();
-    let value = |i: usize| mean(all.iter().filter_map(|points| points.get(i)).map(|p| p.1));
+    let mut all: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
+    for (iter, value) in runs.iter().flat_map(of).filter(|point| point.1.is_finite()) {
+        all.entry(iter as u64).or_default().push(value);
+    }
     json!({
-        "iter": first.iter().map(|p| p.0 as u64).collect::<Vec<_>>(),
-        "value": (0..first.len()).map(value).collect::<Vec<_>>(),
+        "iter": all.keys().collect::<Vec<_>>(),
+        "value": all.values().map(|values| mean(values.iter().copied())).collect::<Vec<_>>(),
     })
 }
 
@@ -266,14 +324,12 @@ fn against(
     let ratios: Vec<f64> = pairs()
         .flat_map(|(a, b)| step_seconds(a).iter().zip(&step_seconds(b)).map(ratio).collect::<Vec<_>>())
         .collect();
-    // The ends of the median's 95 % interval are these order statistics, whatever the distribution.
-    let half = 0.98 / (ratios.len().max(1) as f64).sqrt();
     let differences: Vec<f64> = pairs().filter_map(|(a, b)| Some(valid(b)? - valid(a)?)).collect();
     let times = |key: &str| Some(here[key].as_f64()? / there[key].as_f64()?);
     let mut value = json!({
         "leg": legs[other].name,
         "step_ratio": quantile(&ratios, 0.5),
-        "step_ratio_interval": [quantile(&ratios, 0.5 - half), quantile(&ratios, 0.5 + half)],
+        "step_ratio_interval": median_interval(&ratios),
         "peak_memory_ratio": times("peak_memory_bytes"),
         "valid_loss": mean(differences.iter().copied()),
         "valid_loss_interval": student(&differences).map(|e| e.interval),
@@ -293,13 +349,25 @@ fn against(
         };
         (0..evals.first().map_or(0, examples)).filter_map(row).collect()
     };
-    let (a, b) = (rows(&scores[other]), rows(&scores[own]));
+    // As many seeds of each, should the scoring have been interrupted.
+    let seeds = scores[other].len().min(scores[own].len());
+    let (a, b) = (rows(&scores[other][..seeds]), rows(&scores[own][..seeds]));
     if !a.is_empty() && a.len() == b.len() {
         let rows: Vec<(f64, f64)> = a.iter().zip(&b).map(|(a, b)| (b.0 - a.0, b.1)).collect();
         let found = bootstrap(&rows, RESAMPLES, args.run.seed.unwrap_or_default() as u64);
         (value["score"], value["score_interval"]) = (found.value.into(), json!(found.interval));
     }
     value
+}
+
+/// The 95 % interval of the median of the values; none for fewer than 6, which allow none.
+fn median_interval(values: &[f64]) -> Option<[f64; 2]> {
+    // Its ends are the k-th least and the k-th greatest of n, k = (n + 1) / 2 - 0.98 sqrt(n), whatever the distribution.
+    let count = values.len() as f64;
+    let below = (((count + 1.0) / 2.0 - 0.98 * count.sqrt()).floor() as usize).checked_sub(1)?;
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    Some([*sorted.get(below)?, *sorted.iter().nth_back(below)?])
 }
 
 /// What a leg bought and cost beside the one before it, in one sentence; none for a leg without one.
@@ -326,8 +394,13 @@ fn sentence(legs: &[Value], leg: &Value, args: &CompareArgs) -> Option<String> {
         |interval: &Value, form: As| format!("{} to {}", form.show(&interval[0]), form.show(&interval[1]));
     if let Some(ratio) = against["step_ratio"].as_f64() {
         let interval = &against["step_ratio_interval"];
-        let text = format!("{ratio:.2} times the time per step (95 %: {})", range(interval, As::Times));
-        if zero(interval, 1.0) == Some(true) { same.push(text) } else { put(ratio < 1.0, text) }
+        let chance = match interval.is_null() {
+            true => "too few steps for an interval".to_owned(),
+            false => format!("95 %: {}", range(interval, As::Times)),
+        };
+        let text = format!("{ratio:.2} times the time per step ({chance})");
+        let equal = ratio == 1.0 || zero(interval, 1.0) == Some(true);
+        if equal { same.push(text) } else { put(ratio < 1.0, text) }
     }
     let mut chance = "";
     for (key, what, lower) in [("valid_loss", "validation loss", true), ("score", "score", loss)] {
@@ -341,9 +414,10 @@ fn sentence(legs: &[Value], leg: &Value, args: &CompareArgs) -> Option<String> {
             text += &format!(", 95 %: {}", range(interval, As::Signed));
         }
         text.push(')');
-        match zero(interval, 0.0) {
-            Some(true) => same.push(text),
-            _ => put((difference < 0.0) == lower, text),
+        if difference == 0.0 || zero(interval, 0.0) == Some(true) {
+            same.push(text);
+        } else {
+            put((difference < 0.0) == lower, text);
         }
     }
     let list =
@@ -381,5 +455,20 @@ fn say(report: &Value) {
         ui::note(
             "note: the legs did not see the same batches in the same order, so steps are not comparable one by one",
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_pairs_have_no_interval() {
+        assert_eq!(median_interval(&[1.0, 2.0, 3.0, 4.0, 5.0]), None);
+        // The least and the greatest of six hold the median in 97 % of cases, the second of each in 78 %.
+        assert_eq!(median_interval(&[6.0, 2.0, 3.0, 4.0, 5.0, 1.0]), Some([1.0, 6.0]));
+        // 1 - 2 (1 + 9) / 2^9 = 96 %.
+        let nine: Vec<f64> = (1..10).map(f64::from).collect();
+        assert_eq!(median_interval(&nine), Some([2.0, 8.0]));
     }
 }

@@ -13,11 +13,27 @@ use graft_quant::convert::{ConvertOptions, Packing, convert};
 use serde_json::{Map, Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
 /// Iterations of a run where none are given, as in the lesson's exercise.
 const ITERS: i64 = 50;
+
+/// How often a leg's process is looked at.
+const POLL: Duration = Duration::from_millis(100);
+
+/// A process that ends with this value, however that ends. A run saves nothing that is half done, so it may end at any
+/// time.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ended = self.0.kill();
+        let _reaped = self.0.wait();
+    }
+}
 
 /// What a leg stands on.
 #[derive(Clone, Copy, PartialEq)]
@@ -123,6 +139,12 @@ pub(super) fn common(args: &CompareArgs, legs: &[Leg]) -> Result<Map<String, Val
             bail!(Usage(format!("--{}: {why}; leave it out", key.replace('_', "-"))));
         }
     }
+    if legs.iter().any(|leg| leg.own.contains_key("seed")) {
+        bail!(Usage(
+            "seed: all legs have the same, so that they see the same batches; give --seed, not a leg's"
+                .into()
+        ));
+    }
     if all.contains_key("fine_tune_type") && legs.iter().any(|leg| leg.base != Base::Own) {
         bail!(Usage("--fine-tune-type: --legs decides that; leave it out".into()));
     }
@@ -158,6 +180,14 @@ impl Bench<'_> {
     /// Finds or makes the bases that the legs need.
     pub(super) fn make_bases(&mut self, args: &CompareArgs, legs: &[Leg]) -> Result<()> {
         let needs = |base| legs.iter().any(|leg| leg.base == base);
+        let flags = args.q_bits.is_some() || args.q_group_size.is_some() || args.quant_predicate.is_some();
+        if flags && !needs(Base::Packed) {
+            bail!(Usage(
+                "--q-bits, --q-group-size and --quant-predicate are for the base of qlora and qdora, and no such leg is \
+                 compared: leave them out"
+                    .into()
+            ));
+        }
         let Some(model) = self.common.get("model").and_then(Value::as_str).map(str::to_owned) else {
             return Ok(());
         };
@@ -166,7 +196,6 @@ impl Bench<'_> {
         }
         let dir = hub::resolve(&model, What::Model)?;
         let packed = Checkpoint::open(&dir)?.names().any(|name| name.ends_with(".scales"));
-        let flags = args.q_bits.is_some() || args.q_group_size.is_some() || args.quant_predicate.is_some();
         if packed && flags {
             bail!(Usage(format!(
                 "--q-bits, --q-group-size and --quant-predicate pack a dense model, and {model} is packed already: \
@@ -291,22 +320,37 @@ impl Bench<'_> {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
-        let mut child = command.spawn().context("cannot start a process for the leg")?;
-        let mut error = None;
-        if let Some(pipe) = child.stderr.take() {
-            for line in BufReader::new(pipe).lines() {
-                let line = line.context("cannot read what the leg says")?;
-                writeln!(log_file, "{line}").with_context(|| format!("cannot write {}", log.display()))?;
-                if self.stop.load(Ordering::Relaxed) {
-                    // It saves nothing that is half done, so it may end at any time.
-                    let _ended = child.kill();
-                }
-                error = line.strip_prefix("error: ").map(str::to_owned).or(error);
-                on_line(&line);
-            }
+        let mut child = Process(command.spawn().context("cannot start a process for the leg")?);
+        let (said, lines) = mpsc::channel();
+        if let Some(pipe) = child.0.stderr.take() {
+            std::thread::spawn(move || {
+                BufReader::new(pipe).lines().try_for_each(|line| said.send(line).map_err(drop))
+            });
         }
-        let status = child.wait().context("cannot wait for the leg's process")?;
-        if self.stop.load(Ordering::Relaxed) || status.code() == Some(130) {
+        let mut error = None;
+        let status = loop {
+            // A leg may say nothing for minutes, and is to end soon all the same.
+            if self.stop.load(Ordering::Relaxed) {
+                bail!(self.interrupted());
+            }
+            match lines.recv_timeout(POLL) {
+                Ok(line) => {
+                    let line = line.context("cannot read what the leg says")?;
+                    writeln!(log_file, "{line}")
+                        .with_context(|| format!("cannot write {}", log.display()))?;
+                    error = line.strip_prefix("error: ").map(str::to_owned).or(error);
+                    on_line(&line);
+                    continue;
+                }
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => {}
+            }
+            match child.0.try_wait().context("cannot wait for the leg's process")? {
+                Some(status) => break status,
+                None => std::thread::sleep(POLL),
+            }
+        };
+        if status.code() == Some(130) {
             bail!(self.interrupted());
         }
         if !status.success() {

@@ -9,7 +9,9 @@ use crate::{host, report, ui};
 use anyhow::{Result, bail};
 use graft_adapters::Route;
 use graft_model::{GenerateOptions, MAX_TOGETHER, Sampling, generate_all};
-use graft_train::{DataConfig, Estimate, Metric, Question, Row, Split, bootstrap, evaluate, mix, read_rows};
+use graft_train::{
+    DataConfig, Estimate, Example, Metric, Question, Row, Split, bootstrap, evaluate, mix, read_rows,
+};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -53,12 +55,15 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
     }
     let metric = metric(&args.metric)?;
     sampling(args, &[]).check()?;
-    report::check("--output", &args.output)?;
-    args.html.iter().try_for_each(|file| report::check("--html", file))?;
+    let html = args.html.iter().map(|file| ("--html", file));
+    report::check(&std::iter::once(("--output", &args.output)).chain(html).collect::<Vec<_>>())?;
     let file = data_file(&args.data)?;
     let rows = read_rows(&file)?;
     if rows.is_empty() {
         bail!("{}: the file has no rows to measure", file.display());
+    }
+    if let Some(metric) = &metric {
+        Question::check(&file, &rows, &DataConfig::new(false, usize::MAX), metric)?;
     }
     for fused in &args.fused {
         load::config(fused)?;
@@ -74,30 +79,29 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
     };
     let mut of_base = vec![subject("base", &args.model, None)];
     of_base.extend(args.adapter_path.iter().map(|a| subject(a, &args.model, Some(a))));
-    let questions = task.run(&args.model, &mut of_base)?;
-    for fused in &args.fused {
-        let mut of_fused = [subject(fused, fused, None)];
-        task.run(fused, &mut of_fused)?;
-        let weights = |subject: &Subject| subject.outcomes.iter().map(|o| o.weight).collect::<Vec<_>>();
-        if weights(&of_fused[0]) != weights(&of_base[0]) {
-            bail!(
-                "{fused} reads the rows as other tokens than {}: their losses cannot be compared",
-                args.model
-            );
-        }
-        of_base.extend(of_fused);
+    let mut subjects = vec![of_base];
+    subjects.extend(args.fused.iter().map(|fused| vec![subject(fused, fused, None)]));
+    let mut questions = Vec::new();
+    let measured =
+        subjects.iter_mut().try_for_each(|own| task.run(&own[0].model.clone(), own, &mut questions));
+    // What was finished before a failure is hours of work: it is reported all the same.
+    let finished = |subject: &Subject| !questions.is_empty() && subject.outcomes.len() == questions.len();
+    let finished: Vec<Subject> = subjects.into_iter().flatten().filter(finished).collect();
+    if finished.is_empty() {
+        return measured;
     }
-    let report = task.report(&of_base, &questions);
-    report::write_json(&args.output, &report)?;
-    if let Some(file) = &args.html {
-        report::write(file, &report::eval(&report))?;
-    }
+    let report = task.report(&finished, &questions);
+    // Printed first: should a file not be written after all, the answers are still there.
     if args.json {
         ui::out(&format!("{report:#}"));
     } else {
         say(&report, args.show);
     }
-    Ok(())
+    report::write_json(&args.output, &report)?;
+    if let Some(file) = &args.html {
+        report::write(file, &report::eval(&report))?;
+    }
+    measured
 }
 
 /// The metric of the flags; none is the loss.
@@ -143,8 +147,9 @@ fn sampling(args: &EvalArgs, prompt: &[u32]) -> Sampling {
 }
 
 impl Task<'_> {
-    /// Loads a model and lets all of its subjects do the rows. The questions as this model reads them come back.
-    fn run(&self, model: &str, subjects: &mut [Subject]) -> Result<Vec<Question>> {
+    /// Loads a model and lets all of its subjects do the rows. The first model leaves the questions as it reads them; with
+    /// the loss their prompts are whole rows, and a later model must read the same tokens.
+    fn run(&self, model: &str, subjects: &mut [Subject], asked: &mut Vec<Question>) -> Result<()> {
         ui::note(&format!("Loading {model}"));
         let loaded = Loaded::open(model)?;
         let mut routes = Vec::new();
@@ -153,11 +158,20 @@ impl Task<'_> {
         }
         let Some(metric) = &self.metric else {
             let split = self.split(&loaded)?;
+            let whole =
+                |e: &Example| Question { line: e.line, prompt: e.tokens.clone(), ..Question::default() };
+            let questions: Vec<Question> = split.examples.iter().map(whole).collect();
+            if !asked.is_empty() && *asked != questions {
+                bail!(
+                    "{model} reads the rows as other tokens than {}: their losses cannot be compared",
+                    self.args.model
+                );
+            }
+            *asked = questions;
             for (subject, route) in subjects.iter_mut().zip(&routes) {
                 self.losses(&loaded, &split, &route.route(), subject)?;
             }
-            let lines = split.examples.iter().map(|e| Question { line: e.line, ..Question::default() });
-            return Ok(lines.collect());
+            return Ok(());
         };
         let form = DataConfig::new(false, usize::MAX);
         let questions = Question::from_rows(&self.file, &self.rows, &loaded.encoder(), &form)?;
@@ -166,9 +180,6 @@ impl Task<'_> {
         let mut prompts = Vec::new();
         for question in &questions {
             let at = format!("{}:{}", self.file.display(), question.line);
-            if let Err(why) = metric.check(&question.answer) {
-                bail!("{at}: {why}");
-            }
             let Some(room) = context.checked_sub(question.prompt.len()).filter(|room| *room > 0) else {
                 bail!("{at}: its prompt has {} tokens, the model takes {context}", question.prompt.len());
             };
@@ -179,10 +190,13 @@ impl Task<'_> {
             };
             prompts.push((question.prompt.clone(), options));
         }
+        if asked.is_empty() {
+            asked.clone_from(&questions);
+        }
         for (subject, route) in subjects.iter_mut().zip(&routes) {
             self.answers(&loaded, metric, (&questions, &prompts), &route.route(), subject)?;
         }
-        Ok(questions)
+        Ok(())
     }
 
     fn answers(
@@ -313,7 +327,7 @@ fn against(
 }
 
 fn stopped() -> Interrupted {
-    Interrupted("Interrupted before all rows were done; nothing was written.".into())
+    Interrupted("Interrupted before the model had done all rows.".into())
 }
 
 /// The table, and some of the answers that changed.

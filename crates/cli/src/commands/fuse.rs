@@ -16,7 +16,7 @@ pub(crate) fn fuse(args: &FuseArgs) -> Result<()> {
     if args.dequantize && named.is_some_and(|policy| policy != Policy::Dense) {
         bail!(Usage("--dequantize makes the whole model dense: leave out --policy".into()));
     }
-    args.html.iter().try_for_each(|file| report::check("--html", file))?;
+    report::check(&args.html.iter().map(|file| ("--html", file)).collect::<Vec<_>>())?;
     let model = hub::resolve(&args.model, What::Model)?;
     let adapter = AdapterSet::load(&hub::resolve(&args.adapter_path, What::Adapter)?)?;
     let options = FuseOptions {

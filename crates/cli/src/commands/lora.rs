@@ -79,7 +79,7 @@ fn train(settings: &Settings, loaded: &Loaded, data: &Data, stop: &AtomicBool) -
 fn sample_prompts(settings: &Settings, loaded: &Loaded) -> Result<Vec<Question>> {
     let Some(name) = settings.text("sample_prompts") else { return Ok(Vec::new()) };
     let file = Path::new(name);
-    let (rows, form) = if file.extension().is_some_and(|e| e == "jsonl") {
+    let (mut rows, form) = if file.extension().is_some_and(|e| e == "jsonl") {
         (read_rows(file)?, data::features(settings, &Map::new()))
     } else {
         let text = std::fs::read_to_string(file)
@@ -92,12 +92,25 @@ fn sample_prompts(settings: &Settings, loaded: &Loaded) -> Result<Vec<Question>>
     if rows.is_empty() {
         bail!("{}: there are no prompts: write one a line", file.display());
     }
+    rows.iter_mut().for_each(|row| answerable(row, &form));
     let questions = Question::from_rows(file, &rows, &loaded.encoder(), &form)?;
     let context = loaded.model.config().max_positions as usize;
     if let Some(long) = questions.iter().find(|q| q.prompt.len() + SAMPLE_TOKENS > context) {
         bail!("{}:{}: the prompt is too long for the model's {context} tokens", file.display(), long.line);
     }
     Ok(questions)
+}
+
+/// Adds an empty answer to a row that has none: here nothing is compared with it.
+fn answerable(row: &mut Row, form: &DataConfig) {
+    let has = |key: &String| row.value.contains_key(key);
+    if has(&form.prompt_feature) && !has(&form.completion_feature) && !has(&form.chat_feature) {
+        row.value.insert(form.completion_feature.clone(), "".into());
+    } else if let Some(Value::Array(messages)) = row.value.get_mut(&form.chat_feature)
+        && messages.last().is_some_and(|last| last["role"] == "user")
+    {
+        messages.push(json!({"role": "assistant", "content": ""}));
+    }
 }
 
 fn sample_options(loaded: &Loaded) -> GenerateOptions {

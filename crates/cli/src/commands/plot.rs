@@ -58,8 +58,11 @@ impl Metrics {
     }
 }
 
+/// JSON has no number for what is not finite and says `null`: that stays a point, or an earlier one would pass for the
+/// last.
 fn points(lines: &[Value], key: &str) -> Vec<(f64, f64)> {
-    lines.iter().filter_map(|line| Some((line["iter"].as_f64()?, line[key].as_f64()?))).collect()
+    let value = |line: &Value| line.get(key).map(|v| v.as_f64().unwrap_or(f64::NAN));
+    lines.iter().filter_map(|line| Some((line["iter"].as_f64()?, value(line)?))).collect()
 }
 
 /// Draws all runs into each of the files.
@@ -71,7 +74,7 @@ pub(crate) fn plot(args: &PlotArgs) -> Result<()> {
     {
         bail!(Usage(format!("--output {file}: its name must end in .html, .svg or .png")));
     }
-    args.output.iter().try_for_each(|file| report::check("--output", file))?;
+    report::check(&args.output.iter().map(|file| ("--output", file)).collect::<Vec<_>>())?;
     let mut runs = Vec::new();
     for run in &args.runs {
         runs.push((run.clone(), Metrics::read(Path::new(run))?));
@@ -83,7 +86,8 @@ pub(crate) fn plot(args: &PlotArgs) -> Result<()> {
         let shown = |point: Option<(f64, f64)>| point.map_or_else(|| "–".into(), |p| format!("{:.4}", p.1));
         let (loss, valid) = (last(metrics.train("loss")), last(metrics.valid("loss")));
         let done = loss.into_iter().chain(valid).map(|p| p.0).fold(0.0, f64::max);
-        let speeds: Vec<f64> = metrics.train("tokens_per_second").into_iter().map(|p| p.1).collect();
+        let speeds = metrics.train("tokens_per_second").into_iter().map(|p| p.1);
+        let speeds: Vec<f64> = speeds.filter(|speed| speed.is_finite()).collect();
         let speed = graft_train::quantile(&speeds, 0.5).map_or_else(|| "–".into(), |s| format!("{s:.1}"));
         rows.push(vec![name.clone(), format!("{done}"), shown(loss), shown(valid), speed]);
     }
@@ -103,7 +107,7 @@ fn charts(runs: &[(String, Metrics)]) -> Vec<Chart> {
     let of = |suffix: &str, points: &dyn Fn(&Metrics) -> Vec<(f64, f64)>| {
         let series =
             runs.iter().map(|(name, m)| Series { name: format!("{name}{suffix}"), points: points(m) });
-        series.filter(|s| !s.points.is_empty()).collect::<Vec<_>>()
+        series.filter(|s| s.points.iter().any(|p| p.1.is_finite())).collect::<Vec<_>>()
     };
     let chart = |title: &str, series| Chart { title: title.into(), x: "iteration", series, log_x: false };
     let mut loss = of("", &|m| m.train("loss"));
@@ -128,4 +132,19 @@ fn png(svg: &str) -> Result<Vec<u8>> {
         .ok_or_else(|| anyhow!("there is no memory for a picture of {}x{}", size.width(), size.height()))?;
     resvg::render(&tree, tiny_skia::Transform::from_scale(SCALE, SCALE), &mut pixels.as_mut());
     pixels.encode_png().context("the picture could not be written as PNG")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_last_value_that_is_not_finite_is_not_replaced_by_an_earlier_one() {
+        let lines =
+            ["{\"iter\": 1, \"loss\": 2.5}", "{\"iter\": 2, \"loss\": null}", "{\"iter\": 3, \"tokens\": 1}"];
+        let lines: Vec<Value> = lines.iter().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let found = points(&lines, "loss");
+        assert_eq!((found.len(), found[0]), (2, (1.0, 2.5)));
+        assert!(found[1].0 == 2.0 && found[1].1.is_nan());
+    }
 }

@@ -31,24 +31,33 @@ pub(crate) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
-/// Steps of 1, 2 or 5 times a power of ten within `low..high`, about `count` of them.
-fn ticks(low: f64, high: f64, count: usize) -> Vec<f64> {
+/// Steps of 1, 2 or 5 times a power of ten within `low..high`, about `count` of them, and how the axis shows each.
+fn ticks(low: f64, high: f64, count: usize) -> Vec<(f64, String)> {
     let rough = (high - low) / count as f64;
     let power = 10_f64.powf(rough.log10().floor());
     let step = [1.0, 2.0, 5.0, 10.0].map(|m| m * power).into_iter().find(|s| *s >= rough).unwrap_or(rough);
     let first = (low / step).ceil() as i64;
-    (first..).map(|i| i as f64 * step).take_while(|t| *t <= high + step * 1e-9).collect()
+    let all = (first..).map(|i| i as f64 * step).take_while(|t| *t <= high + step * 1e-9);
+    all.map(|t| (t, short(t, step))).collect()
 }
 
-/// A number as an axis shows it.
-fn short(value: f64) -> String {
+/// A number as an axis shows it, with the digits that tell it from one that is `step` away.
+fn short(value: f64, step: f64) -> String {
+    // A power of ten that came out a little low is that power all the same.
+    let power = |v: f64| (v.abs().log10() + 1e-9).floor() as i32;
+    let trimmed = |text: &str| match text.contains('.') {
+        true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
+        false => text.to_owned(),
+    };
     match value.abs() {
         0.0 => "0".into(),
-        a if !(1e-3..1e5).contains(&a) => format!("{value:.0e}"),
-        a if a >= 100.0 => format!("{value:.0}"),
+        a if (1e-3..1e5).contains(&a) => {
+            trimmed(&format!("{value:.*}", (-power(step)).clamp(0, 17) as usize))
+        }
         _ => {
-            let text = format!("{value:.4}");
-            text.trim_end_matches('0').trim_end_matches('.').to_owned()
+            let text = format!("{value:.*e}", (power(value) - power(step)).clamp(0, 17) as usize);
+            let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+            format!("{}e{exponent}", trimmed(digits))
         }
     }
 }
@@ -66,15 +75,14 @@ fn range(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
     }
 }
 
-/// A mark of series `index` at a place.
+/// A mark of series `index` at a place. There are five, one less than dashes, so that both repeat together only after 30.
 fn mark(index: usize, x: f64, y: f64) -> String {
-    let path = match index % 6 {
+    let path = match index % 5 {
         0 => return format!("<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.5\" fill=\"currentColor\"/>"),
         1 => "m-3.5-3.5h7v7h-7z",
         2 => "m0-4.5 4.5 8h-9z",
         3 => "m0-5 5 5-5 5-5-5z",
-        4 => "m-1-5h2v4h4v2h-4v4h-2v-4h-4v-2h4z",
-        _ => "m0 4.5 4.5-8h-9z",
+        _ => "m-1-5h2v4h4v2h-4v4h-2v-4h-4v-2h4z",
     };
     format!("<path d=\"M{x:.1} {y:.1}{path}\" fill=\"currentColor\"/>")
 }
@@ -102,26 +110,49 @@ impl Chart {
         )
     }
 
+    /// The legend, in as many lines as it takes: where each series' entry starts, its base line, and the name, of which
+    /// the end is kept where it is longer than a line, since paths differ there.
+    fn legend(&self, width: f64) -> Vec<(f64, f64, String)> {
+        // A letter is about 7 wide.
+        const SAMPLE: f64 = 46.0;
+        let most = ((width - SAMPLE) / 7.0) as usize;
+        let (mut x, mut y) = (0.0, 14.0);
+        let entry = |series: &Series| {
+            let count = series.name.chars().count();
+            let name: String = match count > most {
+                true => std::iter::once('…').chain(series.name.chars().skip(count + 1 - most)).collect(),
+                false => series.name.clone(),
+            };
+            let wide = SAMPLE + 7.0 * count.min(most) as f64;
+            if x > 0.0 && x + wide > width {
+                (x, y) = (0.0, y + 18.0);
+            }
+            let place = (x, y, name);
+            x += wide;
+            place
+        };
+        self.series.iter().map(entry).collect()
+    }
+
+    /// What the legend needs beyond its first line, so that the curves keep their height.
+    fn extra(&self, width: f64) -> f64 {
+        self.legend(width).last().map_or(0.0, |entry| entry.1 - 14.0)
+    }
+
     /// What stands inside the SVG element; `width` and `height` are its units.
     pub(crate) fn inside(&self, width: f64, height: f64) -> String {
         let mut out = String::new();
-        // The legend, in as many lines as it takes; a letter is about 7 wide.
-        let (mut x, mut legend) = (0.0, 14.0);
-        for (index, series) in self.series.iter().enumerate() {
-            let wide = 46.0 + 7.0 * series.name.chars().count() as f64;
-            if x > 0.0 && x + wide > width {
-                (x, legend) = (0.0, legend + 18.0);
-            }
-            let sample = format!("{x:.1},{0:.1} {1:.1},{0:.1}", legend - 4.0, x + 28.0);
+        let legend = self.extra(width) + 14.0;
+        for (index, (x, y, name)) in self.legend(width).into_iter().enumerate() {
+            let sample = format!("{x:.1},{0:.1} {1:.1},{0:.1}", y - 4.0, x + 28.0);
             let _ = write!(
                 out,
                 "{}{}{}</g>{}",
                 group(index),
                 line(index, &sample),
-                mark(index, x + 14.0, legend - 4.0),
-                self.text(x + 34.0, legend, "start", "", &series.name)
+                mark(index, x + 14.0, y - 4.0),
+                self.text(x + 34.0, y, "start", "", &name)
             );
-            x += wide;
         }
         let along = |x: f64| if self.log_x { x.max(f64::MIN_POSITIVE).log10() } else { x };
         let all = || self.series.iter().flat_map(|s| &s.points);
@@ -132,21 +163,23 @@ impl Chart {
         let (left, right, top, bottom) = (52.0, width - 10.0, legend + 14.0, height - 36.0);
         let px = |x: f64| left + (along(x) - x0) / (x1 - x0) * (right - left);
         let py = |y: f64| bottom - (y - y0) / (y1 - y0) * (bottom - top);
-        for y in ticks(y0, y1, 5) {
+        for (y, label) in ticks(y0, y1, 5) {
             let _ = write!(
                 out,
                 "<path d=\"M{left:.1} {0:.1}H{right:.1}\" class=\"grid\" stroke=\"#d0d7de\"/>{1}",
                 py(y),
-                self.text(left - 6.0, py(y) + 4.0, "end", "soft", &short(y))
+                self.text(left - 6.0, py(y) + 4.0, "end", "soft", &label)
             );
         }
-        let marks: Vec<f64> = if self.log_x {
-            self.series.first().map(|s| s.points.iter().map(|p| p.0).collect()).unwrap_or_default()
+        let marks: Vec<(f64, String)> = if self.log_x {
+            // To three digits: these are the values that were tried.
+            let label = |p: &(f64, f64)| (p.0, short(p.0, p.0 / 100.0));
+            self.series.first().map(|s| s.points.iter().map(label).collect()).unwrap_or_default()
         } else {
             ticks(x0, x1, if width < 400.0 { 5 } else { 8 })
         };
-        for x in marks {
-            out += &self.text(px(x), bottom + 16.0, "middle", "soft", &short(x));
+        for (x, label) in marks {
+            out += &self.text(px(x), bottom + 16.0, "middle", "soft", &label);
         }
         out += &self.text((left + right) / 2.0, height - 4.0, "middle", "soft", self.x);
         for (index, series) in self.series.iter().enumerate() {
@@ -157,7 +190,7 @@ impl Chart {
             out += &line(index, &text.join(" "));
             // Some marks are enough to tell a curve; those of different series stand at different places.
             let every = places.len().div_ceil(8).max(1);
-            for (x, y) in places.iter().skip(index * every / 3).step_by(every) {
+            for (x, y) in places.iter().skip(index * every / 3 % every).step_by(every) {
                 out += &mark(index, *x, *y);
             }
             out += "</g>";
@@ -170,6 +203,7 @@ impl Chart {
         let names: Vec<&str> = self.series.iter().map(|s| s.name.as_str()).collect();
         let label = escape(&format!("{}: {}", self.title, names.join(", ")));
         let svg = |class: &str, width: f64, height: f64| {
+            let height = height + self.extra(width);
             format!(
                 "<svg class=\"{class}\" viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{label}\" \
                  font-family=\"system-ui, sans-serif\" font-size=\"12\">{}</svg>",
@@ -188,23 +222,22 @@ impl Chart {
 /// Several charts, two beside each other, as one SVG file.
 pub(crate) fn picture(charts: &[Chart]) -> String {
     const WIDTH: f64 = 560.0;
-    const HEIGHT: f64 = 320.0;
+    let each = 320.0 + charts.iter().map(|chart| chart.extra(WIDTH)).fold(0.0, f64::max);
     let rows = charts.len().div_ceil(2) as f64;
-    let (width, height) = (WIDTH * 2.0 + 60.0, rows * (HEIGHT + 20.0) + 20.0);
+    let (width, height) = (WIDTH * 2.0 + 60.0, rows * (each + 20.0) + 20.0);
     let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} {height}\" \
          font-family=\"Ubuntu, system-ui, sans-serif\" font-size=\"12\" fill=\"#1b1f24\">\
          <rect width=\"{width}\" height=\"{height}\" fill=\"#ffffff\"/>"
     );
     for (index, chart) in charts.iter().enumerate() {
-        let (x, y) =
-            (20.0 + (index % 2) as f64 * (WIDTH + 20.0), 20.0 + (index / 2) as f64 * (HEIGHT + 20.0));
+        let (x, y) = (20.0 + (index % 2) as f64 * (WIDTH + 20.0), 20.0 + (index / 2) as f64 * (each + 20.0));
         let _ = write!(
             out,
             "<g transform=\"translate({x} {y})\"><text y=\"12\" font-size=\"14\" font-weight=\"bold\">{}</text>\
              <g transform=\"translate(0 20)\">{}</g></g>",
             escape(&chart.title),
-            chart.inside(WIDTH, HEIGHT - 20.0)
+            chart.inside(WIDTH, each - 20.0)
         );
     }
     out + "</svg>\n"
@@ -255,9 +288,21 @@ mod tests {
 
     #[test]
     fn axes_have_round_numbers() {
-        assert_eq!(ticks(0.0, 50.0, 5), [0.0, 10.0, 20.0, 30.0, 40.0, 50.0]);
+        let labels = |low, high| ticks(low, high, 5).into_iter().map(|t| t.1).collect::<Vec<_>>();
+        assert_eq!(labels(0.0, 50.0), ["0", "10", "20", "30", "40", "50"]);
+        assert_eq!(labels(0.0, 2e-4), ["0", "5e-5", "1e-4", "1.5e-4", "2e-4"]);
         assert_eq!(ticks(0.13, 0.92, 4).len(), 4);
-        assert_eq!([0.0, 0.25, 1500.0, 2e-4, 12.5].map(short), ["0", "0.25", "1500", "2e-4", "12.5"]);
+        let rates = [2.5e-4, 1.25e-4, 3e-4 / 7.0, 0.0025, 12.5].map(|v| short(v, v / 100.0));
+        assert_eq!(rates, ["2.5e-4", "1.25e-4", "4.29e-5", "0.0025", "12.5"]);
+    }
+
+    #[test]
+    fn no_two_ticks_have_the_same_label() {
+        for (low, high) in [(5e-5, 2e-4), (9.5e-6, 1.05e-5), (1e5, 1.6e5), (2.30001, 2.30004), (-3.0, 4e5)] {
+            let labels: Vec<String> = ticks(low, high, 5).into_iter().map(|t| t.1).collect();
+            let distinct: std::collections::BTreeSet<&String> = labels.iter().collect();
+            assert!(labels.len() > 1 && distinct.len() == labels.len(), "{low} to {high}: {labels:?}");
+        }
     }
 
     #[test]
@@ -279,5 +324,23 @@ mod tests {
         assert!(text.contains("stroke-dasharray=\"7 4\"") && chart.figure().contains("a &lt; b"));
         let empty = Chart { series: vec![Series::default()], ..Chart::default() };
         assert!(empty.inside(560.0, 300.0).contains("no values"));
+    }
+
+    #[test]
+    fn every_series_of_many_is_seen_and_told_from_the_others() {
+        let one = |i: usize| Series { name: format!("run{i}"), points: vec![(1.0, i as f64)] };
+        let chart = Chart { series: (0..12).map(one).collect(), ..Chart::default() };
+        let text = chart.inside(560.0, 300.0);
+        // Each has a mark in the legend and one at its point.
+        assert_eq!(text.matches("fill=\"currentColor\"").count(), 24, "{text}");
+        let look = |i: usize| (line(i, ""), mark(i, 0.0, 0.0));
+        assert!((0..30).all(|a| (0..a).all(|b| look(a) != look(b))));
+        // Names of 4 and 5 letters are 74 and 81 wide.
+        assert!(chart.extra(560.0) == 18.0 && chart.extra(350.0) == 36.0);
+        assert!(chart.figure().contains("0 0 560 318"), "the legend takes the curves' room");
+        let name = format!("{}/the-run", "long/".repeat(40));
+        let chart = Chart { series: vec![Series { name, points: vec![] }], ..Chart::default() };
+        let (_, _, name) = &chart.legend(350.0)[0];
+        assert!(name.starts_with('…') && name.ends_with("/the-run") && name.chars().count() == 43, "{name}");
     }
 }

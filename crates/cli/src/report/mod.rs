@@ -14,15 +14,28 @@ pub(crate) use pages::{COMPARED, compare, eval, fuse, runs};
 use crate::errors::Usage;
 use crate::ui;
 use anyhow::{Context, Result, bail};
-use graft_quant::write_atomic;
+use graft_quant::{check_writable, write_atomic};
 use serde_json::Value;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-/// Refuses a file whose directory is not there, before the work that it is to hold.
-pub(crate) fn check(flag: &str, file: &str) -> Result<()> {
-    let parent = Path::new(file).parent().filter(|dir| !dir.as_os_str().is_empty());
-    if Path::new(file).is_dir() || parent.is_some_and(|dir| !dir.is_dir()) {
-        bail!(Usage(format!("{flag} {file}: expected a file in a directory that exists")));
+/// Refuses files that could not be written, or of which one would replace the other, before the work that they are to
+/// hold. Each comes with its flag.
+pub(crate) fn check(files: &[(&str, &String)]) -> Result<()> {
+    let mut places: Vec<PathBuf> = Vec::new();
+    for (flag, file) in files {
+        let path = Path::new(file.as_str());
+        let parent = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        if path.is_dir() || path.file_name().is_none() || !parent.is_dir() {
+            bail!(Usage(format!("{flag} {file}: expected a file in a directory that exists")));
+        }
+        check_writable(path).map_err(|error| Usage(format!("{flag} {error}")))?;
+        let place = parent.canonicalize()?.join(path.file_name().unwrap_or_default());
+        if places.contains(&place) {
+            bail!(Usage(format!(
+                "{flag} {file}: another file is written there: give each a place of its own"
+            )));
+        }
+        places.push(place);
     }
     Ok(())
 }

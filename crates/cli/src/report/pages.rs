@@ -3,6 +3,7 @@
 use super::chart::{Chart, Series, bars, escape};
 use super::{As, Doc, page, table};
 use serde_json::Value;
+use std::collections::BTreeMap;
 
 /// Changed answers that a page shows; the JSON has all.
 const SHOWN: usize = 100;
@@ -98,7 +99,9 @@ pub(crate) fn compare(report: &Value) -> String {
     if rows.len() > 1 {
         body += &format!(
             "<h2>Beside each other</h2>{}<p class=\"note\">Paired: step by step, seed by seed, row by row. In brackets \
-             95&nbsp;% intervals, where there is more than one value.</p>",
+             95&nbsp;% intervals: of time per step, over pairs of steps (from 6 on); of the validation loss, Student's over \
+             seeds, which knows the chance of a seed but not of the rows; of the score, the bootstrap over rows, which \
+             knows the chance of the rows but not of a seed.</p>",
             table(&rows)
         );
     }
@@ -155,10 +158,19 @@ pub(crate) fn compare(report: &Value) -> String {
 fn curve_table(doc: &Doc, names: &[String]) -> String {
     let mut rows =
         vec![std::iter::once("step".to_owned()).chain(names.iter().map(|n| escape(n))).collect::<Vec<_>>()];
-    for step in 0..doc.list("/legs/0/curve/iter").len() {
-        let mut row = vec![doc.span(&format!("/legs/0/curve/iter/{step}"), As::Plain)];
-        let cell = |leg| doc.span(&format!("/legs/{leg}/curve/value/{step}"), As::Decimal);
-        row.extend((0..names.len()).map(cell));
+    // A leg lacks the steps whose loss was not finite.
+    let mut steps: BTreeMap<u64, BTreeMap<usize, usize>> = BTreeMap::new();
+    for leg in 0..names.len() {
+        for (place, step) in doc.list(&format!("/legs/{leg}/curve/iter")).iter().enumerate() {
+            steps.entry(step.as_u64().unwrap_or_default()).or_default().insert(leg, place);
+        }
+    }
+    for (step, places) in steps {
+        let mut row = vec![step.to_string()];
+        row.extend((0..names.len()).map(|leg| match places.get(&leg) {
+            Some(place) => doc.span(&format!("/legs/{leg}/curve/value/{place}"), As::Decimal),
+            None => As::Decimal.show(&Value::Null),
+        }));
         rows.push(row);
     }
     format!("<details><summary>Training loss of every step</summary>{}</details>", table(&rows))
@@ -211,7 +223,7 @@ fn changed(doc: &Doc, models: &[Value]) -> String {
     let all: Vec<(usize, &Value)> = doc.list("/examples").iter().enumerate().filter(differs).collect();
     let mut out = format!("<h2>Changed answers: {}</h2>", all.len());
     if all.len() > SHOWN {
-        out += &format!("<p class=\"note\">The first {SHOWN}; eval.json has all.</p>");
+        out += &format!("<p class=\"note\">The first {SHOWN}; the report as JSON has all.</p>");
     }
     for (_, example) in all.into_iter().take(SHOWN) {
         let text = |value: &Value| escape(value.as_str().unwrap_or_default());

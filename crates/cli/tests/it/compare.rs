@@ -158,7 +158,8 @@ fn all_legs_start_with_the_same_a_whatever_their_base() {
 fn a_packed_model_is_dequantized_rates_are_found_and_legs_may_be_files() {
     let folder = Folder::with_model();
     folder.write("small.yaml", "lora_parameters: {rank: 2}\n");
-    folder.write("big.yaml", "lora_parameters: {rank: 6}\nfine_tune_type: dora\n");
+    let schedule = "lr_schedule: {name: step_decay, arguments: [0.001, 0.5, 2]}";
+    folder.write("big.yaml", &format!("lora_parameters: {{rank: 6}}\nfine_tune_type: dora\n{schedule}\n"));
     let flags = "compare --model model --data data --iters 3 --batch-size 2";
     folder.ok(&format!(
         "{flags} --legs lora,qlora --find-lr 1e-3,1e-2,1e30 --optimizer sgd --max-grad-norm 0 --output a"
@@ -181,7 +182,11 @@ fn a_packed_model_is_dequantized_rates_are_found_and_legs_may_be_files() {
         (&legs[1]["lora_parameters"]["rank"], &legs[1]["fine_tune_type"]),
         (&json!(6), &json!("dora"))
     );
+    assert!(legs[0]["learning_rate"].is_number() && legs[1]["learning_rate"].is_null());
     assert_eq!(legs[1]["against"]["leg"], "small");
+    // There are two pairs of steps.
+    assert!(legs[1]["against"]["step_ratio_interval"].is_null());
+    assert!(report["sentences"][0].as_str().unwrap().contains("too few steps for an interval"));
     assert!(report["bases"]["dense"].is_null() && !folder.names("b").contains(&"bases".to_owned()));
 }
 
@@ -197,6 +202,10 @@ fn a_comparison_that_cannot_be_made_is_refused_before_anything_is_written() {
     folder.fails(2, &format!("{flags} --rank 0"), &["lora_parameters.rank must be at least 1"]);
     folder.fails(2, &format!("{flags} --find-lr -1"), &["must be above 0"]);
     folder.fails(2, "compare --model model", &["--data is required"]);
+    folder.fails(2, &format!("{flags} --pattern a"), &["--pattern belongs to --metric regex"]);
+    folder.fails(1, &format!("{flags} --metric json"), &["data/test.jsonl:1: the answer", "is not JSON"]);
+    folder.write("named.yaml", "prompt_feature: q\n");
+    folder.fails(2, &format!("{flags} -c named.yaml --metric exact"), &["prompt_feature: --metric reads"]);
     folder.fails(1, "compare --model model --data gone", &["there is no data directory `gone`"]);
     folder.fails(1, "compare --model gone --data data", &["there is no model directory `gone`"]);
     folder.fails(1, &format!("{flags} --leg gone.yaml"), &["cannot read the settings file gone.yaml"]);
@@ -204,6 +213,28 @@ fn a_comparison_that_cannot_be_made_is_refused_before_anything_is_written() {
     folder.fails(2, &format!("{flags} --legs qlora --leg qlora.yaml"), &["two legs are called qlora"]);
     folder.write("odd.yaml", "adapter_path: x\n");
     folder.fails(2, &format!("{flags} --leg odd.yaml"), &["--adapter-path", "--output"]);
+    folder.write("odd.yaml", "seed: 5\n");
+    folder.fails(2, &format!("{flags} --leg odd.yaml"), &["seed: all legs have the same"]);
+    folder.fails(2, &format!("{flags} --legs lora,dora --q-bits 4"), &["no such leg is compared"]);
     folder.write("odd.yaml", "iters: soon\n");
     folder.fails(2, &format!("{flags} --leg odd.yaml"), &["leg odd: `iters` must be a whole number"]);
+}
+
+#[test]
+fn what_is_measured_survives_a_leg_and_a_scoring_that_fail() {
+    let folder = Folder::with_model();
+    let flags = "compare --model model --data data --iters 2 --batch-size 2";
+    folder.write("good.yaml", "{}\n");
+    folder.write("bad.yaml", "lora_parameters: {keys: [no.such.weight]}\n");
+    let run = folder.run(&format!("{flags} --leg good.yaml --leg bad.yaml"));
+    assert!(run.status == Some(1) && run.err.contains("leg bad"), "{run:?}");
+    let report = folder.json("compare/compare.json");
+    assert_eq!((report["legs"].as_array().unwrap().len(), &report["legs"][0]["name"]), (1, &json!("good")));
+
+    // Nothing but the scoring reads test.jsonl with room for an answer.
+    folder.rows("data/test.jsonl", &[row(&"hello ".repeat(3000), "a")]);
+    let run = folder.run(&format!("{flags} --leg good.yaml --metric exact --output b"));
+    assert!(run.status == Some(1) && run.err.contains("scoring leg good"), "{run:?}");
+    let report = folder.json("b/compare.json");
+    assert!(report["legs"][0]["train_loss"].is_number() && report["legs"][0]["score"].is_null());
 }

@@ -56,6 +56,7 @@ fn the_planted_truth_is_found_and_neither_order_nor_company_matters() {
     let nothing = json!({"difference": 0.0, "interval": [0.0, 0.0], "changed": 0, "fixed": 0, "broken": 0});
     assert_eq!(same, &nothing);
     let page = String::from_utf8(folder.read("eval.html")).unwrap();
+    assert!(page.contains("@media print { details:not([open])"), "changed answers are not printed");
     assert!(page.contains("data-at=\"/models/1/score\">0.4000<") && !page.contains("http://"), "{page}");
 
     for size in [1, 7, 32] {
@@ -112,6 +113,14 @@ fn what_cannot_be_judged_is_named_by_file_and_line() {
     folder.fails(2, &format!("{flags} --temp -1"), &["temperature"]);
     folder.fails(2, &format!("{flags} --max-tokens 0"), &["--max-tokens must be at least 1"]);
     folder.fails(2, &format!("{flags} --html gone/a.html"), &["--html gone/a.html", "directory that exists"]);
+    folder.fails(
+        2,
+        &format!("{flags} --output a --html ./a"),
+        &["--html ./a: another file is written there"],
+    );
+    // Run as root, it would take the device's place.
+    folder.fails(2, &format!("{flags} --output /dev/null"), &["--output /dev/null", "no regular file"]);
+    folder.fails(2, &format!("{flags} --output /proc/a"), &["--output /proc/a"]);
     folder.fails(1, &format!("{flags} --fused gone"), &["there is no model directory `gone`"]);
     folder.fails(
         1,
@@ -125,4 +134,24 @@ fn what_cannot_be_judged_is_named_by_file_and_line() {
     folder.fails(1, flags, &["data/test.jsonl:1: its prompt has", "the model takes"]);
     folder.write("data/test.jsonl", "\n");
     folder.fails(1, flags, &["data/test.jsonl: the file has no rows to measure"]);
+}
+
+#[test]
+fn what_is_finished_is_reported_though_a_later_model_fails() {
+    let folder = Folder::with_model();
+    folder.copy("model", "broken");
+    // Seen only when it is its turn.
+    std::fs::remove_file(folder.path("broken/tokenizer.json")).unwrap();
+    for metric in ["exact --max-tokens 2", "loss"] {
+        let flags = "eval --model model --adapter-path adapter --fused broken --data data --metric";
+        let run = folder.run(&format!("{flags} {metric}"));
+        assert!(
+            run.status == Some(1) && run.err.contains("error: ") && run.out.contains("adapter"),
+            "{run:?}"
+        );
+        let report = folder.json("eval.json");
+        assert_eq!(report["models"].as_array().unwrap().len(), 2, "{report}");
+        assert_eq!(report["examples"][7]["results"].as_array().unwrap().len(), 2);
+        std::fs::remove_file(folder.path("eval.json")).unwrap();
+    }
 }

@@ -37,6 +37,23 @@ fn policies_say_what_they_do_and_replace_what_they_did() {
 }
 
 #[test]
+fn the_page_shows_what_the_report_says() {
+    let folder = Folder::with_model();
+    folder.ok(&format!("{FUSE} --html fuse.html"));
+    let (report, page) = (folder.json("fused/fuse_report.json"), folder.read("fuse.html"));
+    let page = String::from_utf8(page).unwrap();
+    let layers = report["layers"].as_array().unwrap();
+    for (index, layer) in layers.iter().enumerate() {
+        let error = 100.0 * layer["relative_error"].as_f64().unwrap();
+        assert!(page.contains(layer["path"].as_str().unwrap()));
+        let cell = format!("data-at=\"/layers/{index}/relative_error\">{error:.1} %<");
+        assert!(page.contains(&cell), "{cell} is not in {page}");
+    }
+    assert!(layers.len() >= 14 && page.contains("data-at=\"/totals/changed\">14<"), "{page}");
+    folder.fails(2, &format!("{FUSE} --html gone/a.html"), &["--html gone/a.html", "directory that exists"]);
+}
+
+#[test]
 fn what_is_no_model_is_not_replaced() {
     let folder = Folder::with_model();
     folder.fails(

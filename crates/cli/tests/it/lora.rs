@@ -93,6 +93,15 @@ fn sample_prompts_are_answered_at_each_validation() {
         }
     }
     folder.ok(&format!("{flags} data/test.jsonl"));
+    // Nothing is compared with an answer, so none is needed.
+    let asked = json!({"messages": [{"role": "user", "content": "the user"}]});
+    folder.rows("prompts.jsonl", &[json!({"prompt": "hello"}), asked]);
+    let open = folder.ok(&format!("{flags} prompts.jsonl"));
+    let answers = |run: &Run| {
+        let lines = run.err.lines().filter(|line| line.contains("-> \""));
+        lines.map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!((answers(&open).len(), answers(&open)), (6, answers(&run)));
     folder.fails(1, &format!("{flags} gone.txt"), &["cannot read the sample prompts gone.txt"]);
     folder.write("prompts.txt", "\n");
     folder.fails(1, &format!("{flags} prompts.txt"), &["prompts.txt: there are no prompts"]);
