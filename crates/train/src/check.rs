@@ -4,7 +4,7 @@
 //! of that is visible in the loss. A row's own faults are looked for in its encoding; where that leaves a doubt the
 //! template is asked again with a marked word in the place in question.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
 use graft_model::THINKING;
@@ -250,8 +250,8 @@ pub(crate) struct Checks<'a> {
     forms: BTreeMap<Form, Vec<usize>>,
     /// Lines of rows with tools; none as soon as a tool was called.
     uncalled: Option<Vec<usize>>,
-    /// Roles, and parts of a row, that the template has been asked about.
-    asked: HashSet<String>,
+    /// Whether the template dropped a role, or a part of a row, when it was asked last.
+    dropped: HashMap<String, bool>,
     rows: usize,
     longest: usize,
 }
@@ -274,7 +274,7 @@ impl<'a> Checks<'a> {
             found: BTreeMap::new(),
             forms: BTreeMap::new(),
             uncalled: Some(Vec::new()),
-            asked: HashSet::new(),
+            dropped: HashMap::new(),
             rows: 0,
             longest: 0,
         }
@@ -368,8 +368,8 @@ impl<'a> Checks<'a> {
                     let token = token.clone();
                     self.add(Fault::SpecialInContent, line, &token);
                 }
-                let ask = self.asked.insert(format!("role {role}")) || !holds(&row.text, text);
-                if ask && self.drops(row, at, "content", MARKED.into()) {
+                let ask = |checks: &Self| checks.drops(row, at, "content", MARKED.into());
+                if self.is_dropped(&format!("role {role}"), !holds(&row.text, text), ask) {
                     self.add(Fault::RoleDropped, line, role);
                 }
             }
@@ -386,13 +386,30 @@ impl<'a> Checks<'a> {
             }
             _ => {}
         }
+        // The tools would hold the name, too.
+        let bare = if calls.is_empty() { None } else { self.encoder.render(&row.messages, None, false).ok() };
         for name in &calls {
-            let ask = self.asked.insert("call".into()) || !row.text.contains(name.as_str());
-            let marked = json!([{"id": "callcall1", "type": "function", "function": {"name": MARKED, "arguments": {}}}]);
-            if ask && self.drops(row, at, "tool_calls", marked) {
+            let ask = |checks: &Self| {
+                let marked = json!({"name": MARKED, "arguments": {}});
+                let marked = json!([{"id": "callcall1", "type": "function", "function": marked}]);
+                checks.drops(row, at, "tool_calls", marked)
+            };
+            let doubt = !bare.as_ref().is_some_and(|text| text.contains(name.as_str()));
+            if self.is_dropped("call", doubt, ask) {
                 self.add(Fault::CallDropped, line, name);
             }
         }
+    }
+
+    /// Whether the template drops what `ask` asks about; it is asked once, then where there is a doubt, and as long as
+    /// the answer is yes.
+    fn is_dropped(&mut self, what: &str, doubt: bool, ask: impl FnOnce(&Self) -> bool) -> bool {
+        if !doubt && self.dropped.get(what) == Some(&false) {
+            return false;
+        }
+        let dropped = ask(self);
+        self.dropped.insert(what.to_owned(), dropped);
+        dropped
     }
 
     /// The row's text with another value in a message; none where the template refuses it.
@@ -432,10 +449,11 @@ impl<'a> Checks<'a> {
         if let Some(uncalled) = &mut self.uncalled {
             uncalled.push(line);
         }
-        let ask =
-            self.asked.insert("tools".into()) || defined.iter().any(|name| !row.text.contains(name.as_str()));
-        let without = || self.encoder.render(&row.messages, None, false).ok();
-        if ask && without().is_some_and(|text| text == row.text) {
+        let doubt = defined.iter().any(|name| !row.text.contains(name.as_str()));
+        let ask = |checks: &Self| {
+            checks.encoder.render(&row.messages, None, false).is_ok_and(|text| text == row.text)
+        };
+        if self.is_dropped("tools", doubt, ask) {
             self.add(Fault::ToolsDropped, line, "");
         }
     }

@@ -196,6 +196,19 @@ fn faults_of_tools_are_named() {
     none["messages"][1]["content"] = Value::Null;
     let found = faults("smollm2", true, &[none]);
     assert_eq!(found["content-not-text"], [1]);
+    // That words of a row are the tool's name does not hide it, in no row.
+    let worded =
+        |n: usize| json!({"messages": ask("What?", &format!("heat {n}"))["messages"], "tools": tool("heat")});
+    is_only(&faults("smollm2", false, &[worded(1), worded(2), worded(3)]), "tools-dropped", &[1, 2, 3]);
+    // A call that is dropped beside words only; the tools hold its name.
+    let template =
+        style("qwen 2").template.replace("in m.tool_calls or []", "in m.tool_calls or [] if not m.content");
+    assert_ne!(template, style("qwen 2").template);
+    let changed = ChatStyle { template: Box::leak(template.into_boxed_str()), ..*style("qwen 2") };
+    let mut spoken = calling("heat", "heat");
+    spoken["messages"][1]["content"] = "I will.".into();
+    let data = load(&changed, &[&[calling("heat", "heat"), spoken]], &DataConfig::new(true, 600));
+    is_only(&named(&data, 1), "call-dropped", &[2]);
 }
 
 #[test]
