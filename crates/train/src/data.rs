@@ -282,10 +282,26 @@ impl Split {
 
 /// Which of the forms a row has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Form {
+pub enum Form {
+    /// A text by itself.
     Text,
+    /// A prompt and its completion.
     Completion,
+    /// Messages.
     Chat,
+}
+
+/// A row's form by its keys; none where they are those of no form. Of several forms the first counts: prompt and
+/// completion, messages, text.
+pub fn form(row: &Row, config: &DataConfig) -> Option<Form> {
+    let has = |key: &String| row.value.contains_key(key);
+    if has(&config.prompt_feature) && has(&config.completion_feature) {
+        Some(Form::Completion)
+    } else if has(&config.chat_feature) {
+        Some(Form::Chat)
+    } else {
+        has(&config.text_feature).then_some(Form::Text)
+    }
 }
 
 /// A row as an example, with what the checks look at besides.
@@ -305,17 +321,17 @@ pub(crate) struct Encoded<'a> {
 
 /// Tokenizes one row.
 fn encode<'a>(row: &'a Row, encoder: &dyn Encoder, config: &DataConfig) -> RowResult<Encoded<'a>> {
-    let has = |key: &String| row.value.contains_key(key);
     let tools = row.value.get("tools").filter(|v| !v.is_null());
-    let mut encoded = if has(&config.prompt_feature) && has(&config.completion_feature) {
+    let form = form(row, config);
+    let mut encoded = if form == Some(Form::Completion) {
         let messages = vec![
             json!({"role": "user", "content": text(row, &config.prompt_feature)?}),
             json!({"role": "assistant", "content": text(row, &config.completion_feature)?}),
         ];
         Encoded { form: Form::Completion, ..chat(messages.into(), tools, encoder, config.mask_prompt)? }
-    } else if has(&config.chat_feature) {
+    } else if form == Some(Form::Chat) {
         chat(messages(row, &config.chat_feature)?.into(), tools, encoder, config.mask_prompt)?
-    } else if has(&config.text_feature) {
+    } else if form == Some(Form::Text) {
         if config.mask_prompt {
             return Err(
                 "a text row has no prompt to mask: use messages or prompt and completion, or no mask_prompt"

@@ -201,6 +201,22 @@ fn keys_and_data_sets_of_a_settings_file_count() {
 }
 
 #[test]
+fn a_row_with_several_forms_has_the_one_that_it_is_trained_in() {
+    let folder = Folder::with_model();
+    for (both, is_masked) in [
+        (json!({"text": "the user", "prompt": "ask"}), false),
+        (json!({"text": "the user", "prompt": "ask", "completion": "So."}), true),
+    ] {
+        folder.rows("data/train.jsonl", &[both]);
+        folder.rows("data/valid.jsonl", &[]);
+        folder.rows("data/test.jsonl", &[]);
+        let out = folder.ok("data show --as train --model model --data data").out;
+        assert_eq!(out.contains("assistant↵\n⟦So."), is_masked, "{out}");
+        assert_eq!(out.contains("im_start"), is_masked, "{out}");
+    }
+}
+
+#[test]
 fn what_cannot_be_shown_is_named() {
     let folder = Folder::with_model();
     let show = "data show --model model --data data";
