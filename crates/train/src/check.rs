@@ -262,6 +262,8 @@ const MARKED: &str = "qXz7graftqXz7";
 const ROLES: [&str; 7] = ["system", "developer", "user", "assistant", "tool", "function", "ipython"];
 /// After the token that ends an answer templates write a line's end at most.
 const END_WITHIN: usize = 3;
+/// Characters of a name that a message shows.
+const LONGEST_NAME: usize = 60;
 /// How many names a message lists.
 const NAMED: usize = 4;
 
@@ -280,13 +282,15 @@ impl<'a> Checks<'a> {
         }
     }
 
+    /// `name` may be the data's: no more than a line of it is shown, and no control characters.
     fn add(&mut self, fault: Fault, line: usize, name: &str) {
         let found = self.found.entry(fault).or_default();
         if found.lines.last() != Some(&line) {
             found.lines.push(line);
         }
         if !name.is_empty() {
-            found.named.insert(name.to_owned());
+            let name: String = name.chars().take(LONGEST_NAME).collect();
+            found.named.insert(name.escape_debug().to_string());
         }
     }
 
