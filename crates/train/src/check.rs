@@ -350,8 +350,12 @@ impl<'a> Checks<'a> {
                 self.add(Fault::NoEndOfTurn, line, "");
             }
         }
+        // A special token that is written out is among the row's; a vocabulary has thousands.
+        let tokens: BTreeSet<u32> = row.example.tokens.iter().copied().collect();
+        let special = tokens.iter().filter_map(|id| self.marks.special.get(id).cloned());
+        let special: Vec<String> = special.collect();
         for (at, message) in row.messages.iter().enumerate() {
-            self.message(row, at, message, line);
+            self.message(row, at, message, &special);
         }
         if self.config.mask_prompt && before.iter().any(|m| !calls(m).is_empty()) {
             self.add(Fault::CallMasked, line, "");
@@ -359,7 +363,9 @@ impl<'a> Checks<'a> {
         self.tools(row, line);
     }
 
-    fn message(&mut self, row: &Encoded, at: usize, message: &Value, line: usize) {
+    /// `special` are the special tokens of the row.
+    fn message(&mut self, row: &Encoded, at: usize, message: &Value, special: &[String]) {
+        let line = row.example.line;
         let role = message.get("role").and_then(Value::as_str).unwrap_or_default();
         if !ROLES.contains(&role) {
             self.add(Fault::UnknownRole, line, role);
@@ -368,9 +374,8 @@ impl<'a> Checks<'a> {
         let calls = calls(message);
         match content {
             Value::String(text) if !text.trim().is_empty() => {
-                if let Some(token) = self.marks.special.values().find(|token| text.contains(*token)) {
-                    let token = token.clone();
-                    self.add(Fault::SpecialInContent, line, &token);
+                if let Some(token) = special.iter().find(|token| text.contains(*token)) {
+                    self.add(Fault::SpecialInContent, line, token);
                 }
                 let ask = |checks: &Self| checks.drops(row, at, "content", MARKED.into());
                 if self.is_dropped(&format!("role {role}"), !holds(&row.text, text), ask) {
