@@ -497,13 +497,16 @@ impl Data {
     pub fn warnings(&self, batch_size: usize, validates: bool) -> Vec<Warning> {
         let splits = [&self.train, &self.valid, &self.test];
         let mut all: Vec<Warning> = splits.iter().flat_map(|split| split.warnings.clone()).collect();
-        let mut seen: HashMap<&[u32], (usize, usize)> = HashMap::new();
+        // By tokens and length, as what is cut off may differ, each with split, number and line.
+        let mut seen: HashMap<(&[u32], usize), (usize, usize, usize)> = HashMap::new();
         for (at, split) in splits.into_iter().enumerate() {
             // Lines that repeat a row of each split up to this one, and the first row they repeat.
             let mut repeated: [(Vec<usize>, usize); 3] = Default::default();
-            for example in &split.examples {
-                let (other, line) = *seen.entry(&example.tokens).or_insert((at, example.line));
-                if (other, line) != (at, example.line) {
+            // A split of several data sets has a line more than once.
+            for (number, example) in split.examples.iter().enumerate() {
+                let key = (example.tokens.as_slice(), example.full_length);
+                let (other, first, line) = *seen.entry(key).or_insert((at, number, example.line));
+                if (other, first) != (at, number) {
                     let (lines, first) = &mut repeated[other];
                     *first = if lines.is_empty() { line } else { *first };
                     lines.push(example.line);

@@ -201,6 +201,14 @@ fn keys_and_data_sets_of_a_settings_file_count() {
     let out = folder.ok("data show -c run.yaml --count 1").out;
     assert!(out.contains("⟦the user<|im_end|>↵⟧") && out.contains("train     4"), "{out}");
     assert!(out.ends_with("No warnings.\n"), "{out}");
+    // Two data sets with the same row at the same line.
+    let set = "{path: set, prompt_feature: q, completion_feature: a, train_split: 'train[:4]', valid_split: 'train[4:4]'}";
+    folder.write(
+        "run.yaml",
+        &format!("model: model\nmask_prompt: true\nbatch_size: 1\nhf_dataset: [{set}, {set}]\n"),
+    );
+    let out = folder.ok("data show -c run.yaml --count 1").out;
+    assert!(out.contains("duplicate: 4 of 8 rows"), "{out}");
 }
 
 #[test]

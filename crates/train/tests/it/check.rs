@@ -89,6 +89,9 @@ fn faults_of_rows_are_named_with_their_lines() {
     is_only(&faults("qwen 3", true, &[good(), long]), "truncated", &[2]);
     let found = faults("qwen 3", true, &[good(), ask(&"why ".repeat(600), "So.")]);
     assert_eq!((&found["nothing-to-train"], &found["truncated"], found.len()), (&vec![2], &vec![2], 2));
+    // What is cut off may differ.
+    let long = |end: &str| ask("Why?", &format!("{}{end}", "because ".repeat(300)));
+    is_only(&faults("qwen 3", true, &[long("I do"), long("so it is")]), "truncated", &[1, 2]);
     let mixed = [good(), good_text(), ask("Why?", "So.")];
     is_only(&faults("llama 3", false, &mixed), "mixed-forms", &[2]);
 }
