@@ -299,15 +299,11 @@ impl<'a> Checks<'a> {
         self.rows += 1;
         self.longest = self.longest.max(row.example.full_length);
         self.forms.entry(row.form).or_default().push(line);
-        let trained = match &row.prompt {
-            Some(prompt) => row.text.strip_prefix(prompt.as_str()).unwrap_or(&row.text),
-            None => &row.text,
-        };
         for (fault, is) in [
             (Fault::NothingToTrain, row.example.targets() == 0),
             (Fault::Truncated, row.example.is_cut()),
             (Fault::MaskShifted, row.shifted),
-            (Fault::ThinkingTrained, thinks(trained)),
+            (Fault::ThinkingTrained, trains_thoughts(row)),
             (Fault::BrokenCharacters, is_broken(&row.text)),
             (Fault::DoubleBos, self.doubles_bos(&row.example)),
         ] {
@@ -555,14 +551,32 @@ fn holds(rendered: &str, content: &str) -> bool {
     rendered.contains(line) || rendered.contains(Value::from(line).to_string().trim_matches('"'))
 }
 
-/// Whether a text holds a thought that is not empty. Its beginning may stand in the prompt.
-fn thinks(text: &str) -> bool {
-    THINKING.iter().any(|(begin, end)| {
-        let mut parts: Vec<&str> = text.split(end).collect();
-        let rest = parts.pop().filter(|rest| rest.contains(begin));
-        let thought = |part: &str| part.rsplit(begin).next().is_some_and(|t| !t.trim().is_empty());
-        parts.into_iter().chain(rest).any(thought)
+/// Whether thoughts that are not empty are targets. In a conversation only the assistant thinks: others may speak of
+/// the marks.
+fn trains_thoughts(row: &Encoded) -> bool {
+    let answer = row.prompt.as_ref().and_then(|prompt| row.text.strip_prefix(prompt.as_str()));
+    if row.form == Form::Text || answer.is_some() {
+        return !thoughts(answer.unwrap_or(&row.text), answer.is_some()).is_empty();
+    }
+    row.messages.iter().filter(|m| is_from(m, "assistant")).any(|message| {
+        let said = |key: &str| message.get(key).and_then(Value::as_str).unwrap_or_default();
+        let mut all = thoughts(said("content"), false);
+        all.extend(["reasoning_content", "reasoning"].map(said));
+        all.into_iter().any(|thought| !thought.trim().is_empty() && holds(&row.text, thought))
     })
+}
+
+/// The thoughts of a text that are not empty; `opened`: the first may have begun before it.
+fn thoughts(text: &str, opened: bool) -> Vec<&str> {
+    let mut all = Vec::new();
+    for (begin, end) in THINKING {
+        all.extend(text.split(end).enumerate().filter_map(|(at, part)| match part.rsplit_once(begin) {
+            Some((_, thought)) => Some(thought),
+            None => (opened && at == 0 && text.contains(end)).then_some(part),
+        }));
+    }
+    all.retain(|thought| !thought.trim().is_empty());
+    all
 }
 
 /// Whether a text holds U+FFFD, or UTF-8 that was read as Latin-1.

@@ -162,6 +162,23 @@ fn faults_of_the_template_are_named() {
     ]);
     assert_eq!(faults("qwen 3", true, &[good(), earlier.clone()]), Named::new());
     is_only(&faults("qwen 2", false, &[good(), earlier]), "thinking-trained", &[2]);
+    // Words about thoughts are none.
+    let about = [
+        chat(&[("system", "Reason within <think> </think> tags."), ("user", "Why?"), ("assistant", "So.")]),
+        ask("What does </think> mean?", "An end."),
+        ask("What is <think>this</think>?", "A thought."),
+    ];
+    for name in ["qwen 2", "qwen 3"] {
+        for mask in [false, true] {
+            assert_eq!(faults(name, mask, &about), Named::new(), "{name}, masked: {mask}");
+        }
+    }
+    // A thought that the prompt begins.
+    let begun = plain.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif");
+    let begun =
+        begun.replace("m.role ~ '\\n' ~", "m.role ~ '\\n' ~ ('<think>\\n' if m.role == 'assistant' else '') ~");
+    assert!(begun.matches("<think>").count() == 2);
+    is_only(&with_template(&begun, true, &[ask("Why?", "Let me see.</think>So.")]), "thinking-trained", &[1]);
 }
 
 #[test]
