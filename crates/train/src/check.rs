@@ -579,8 +579,34 @@ fn thoughts(text: &str, opened: bool) -> Vec<&str> {
     all
 }
 
-/// Whether a text holds U+FFFD, or UTF-8 that was read as Latin-1.
+/// Whether a text holds U+FFFD, or UTF-8 that was read as Windows-1252 or Latin-1.
 fn is_broken(text: &str) -> bool {
-    let mut after = text.split('Ã').skip(1).filter_map(|rest| rest.chars().next());
-    text.contains('\u{fffd}') || text.contains("â€") || after.any(|c| ('\u{80}'..='\u{bf}').contains(&c))
+    let is_misread = |(at, first): (usize, char)| {
+        // A word in capitals may end with such a letter and be followed by a quotation mark.
+        let capitals = || text[..at].chars().rev().take(2).filter(|c| c.is_uppercase()).count() == 2;
+        ('\u{c2}'..='\u{f4}').contains(&first) && begins_misread(&text[at..]) && !capitals()
+    };
+    text.contains('\u{fffd}') || text.contains("â€") || text.char_indices().any(is_misread)
+}
+
+/// Whether a text begins with characters whose bytes in Windows-1252 are one of UTF-8. Where a letter with the marks
+/// after it may make such a sequence ("ß“", "é\u{a0}»"), a second must follow.
+fn begins_misread(text: &str) -> bool {
+    let bytes: Vec<u8> = text.chars().map_while(misread_byte).take(8).collect();
+    let length = |bytes: &[u8]| {
+        let valid = bytes.utf8_chunks().next().and_then(|chunk| chunk.valid().chars().next());
+        valid.map_or(0, char::len_utf8)
+    };
+    let first = length(&bytes);
+    let is_sure = matches!(bytes[..], [0xc2..=0xc5 | 0xf0, ..] | [0xe2, 0x80 | 0x82 | 0x84, ..]);
+    first > 0 && (is_sure || length(&bytes[first..]) > 0)
+}
+
+/// The byte of a character in Windows-1252, in Latin-1 where that has none; none for ASCII.
+fn misread_byte(c: char) -> Option<u8> {
+    const FROM_80: &str = "€\u{81}‚ƒ„…†‡ˆ‰Š‹Œ\u{8d}Ž\u{8f}\u{90}‘’“”•–—˜™š›œ\u{9d}žŸ";
+    match c {
+        '\u{80}'..='\u{ff}' => u8::try_from(c).ok(),
+        _ => (0x80..).zip(FROM_80.chars()).find(|(_, own)| *own == c).map(|(byte, _)| byte),
+    }
 }

@@ -77,6 +77,16 @@ fn faults_of_rows_are_named_with_their_lines() {
         ("broken-characters", ask("A cafÃ©?", "Yes.")),
         ("broken-characters", ask("It\u{fffd}s?", "Yes.")),
         ("broken-characters", ask("Itâ€™s?", "Yes.")),
+        ("broken-characters", ask("StraÃŸe", "Yes.")),
+        ("broken-characters", ask("Ã‰", "Yes.")),
+        ("broken-characters", ask("20 Â°C", "Yes.")),
+        ("broken-characters", ask("Â£5", "Yes.")),
+        ("broken-characters", ask("â‚¬5", "Yes.")),
+        ("broken-characters", ask("GÃ¼nter", "Yes.")),
+        ("broken-characters", ask("Å¼e", "Yes.")),
+        ("broken-characters", ask("ðŸ˜€", "Yes.")),
+        ("broken-characters", ask("Ð¿Ñ€Ð¸Ð²ÐµÑ‚", "Yes.")),
+        ("broken-characters", ask("í•œêµ\u{ad}ì–´", "Yes.")),
         ("thinking-trained", ask("Why?", "<think>Let me see.</think>So.")),
         ("duplicate", good()),
     ] {
@@ -85,6 +95,15 @@ fn faults_of_rows_are_named_with_their_lines() {
         is_only(&faults("smollm2", false, &[form.clone(), row.clone()]), name, &[2]);
         is_only(&faults("smollm2", true, &[form, row]), name, &[2]);
     }
+    // Accented letters with marks after them are whole.
+    let whole = [
+        "«IRMÃ»",
+        "Déjà vu\u{a0}? «\u{a0}Café\u{a0}»",
+        "„Spaß“…",
+        "¡Olé!…”",
+        "Ærø, Ångström, 3º: 20 °C, £5 ½",
+    ];
+    assert_eq!(faults("smollm2", false, &whole.map(|text| ask(text, "Yes."))), Named::new());
     let long = ask("Why?", &"because ".repeat(300));
     is_only(&faults("qwen 3", true, &[good(), long]), "truncated", &[2]);
     let found = faults("qwen 3", true, &[good(), ask(&"why ".repeat(600), "So.")]);
