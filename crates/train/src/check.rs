@@ -258,6 +258,8 @@ pub(crate) struct Checks<'a> {
 
 /// A word that no template and no row holds.
 const MARKED: &str = "qXz7graftqXz7";
+/// A key that only a template that prints a value whole lets through.
+const PRINTED: &str = "qXz8graftqXz8";
 /// Roles that some template or other knows.
 const ROLES: [&str; 7] = ["system", "developer", "user", "assistant", "tool", "function", "ipython"];
 /// After the token that ends an answer templates write a line's end at most.
@@ -386,9 +388,7 @@ impl<'a> Checks<'a> {
             Value::Null if row.text.contains("None") && self.changes(row, at, "".into()) => {
                 self.add(Fault::ContentNotText, line, "None");
             }
-            Value::Array(_) | Value::Object(_) if row.text.contains("{'") => {
-                self.add(Fault::ContentNotText, line, "a list or an object");
-            }
+            Value::Array(_) | Value::Object(_) => self.parts(row, at, content, role),
             _ => {}
         }
         // The tools would hold the name, too.
@@ -415,6 +415,34 @@ impl<'a> Checks<'a> {
         let dropped = ask(self);
         self.dropped.insert(what.to_owned(), dropped);
         dropped
+    }
+
+    /// Content that is no text: templates join the texts of its parts, print it, or know strings only and drop it.
+    fn parts(&mut self, row: &Encoded, at: usize, content: &Value, role: &str) {
+        let mut content = content.clone();
+        let parts = match &mut content {
+            Value::Array(list) => list.as_mut_slice(),
+            one => std::slice::from_mut(one),
+        };
+        let mut has_text = false;
+        for part in parts {
+            let text = match part {
+                Value::Object(part) => {
+                    part.insert(PRINTED.into(), Value::Null);
+                    part.get_mut("text")
+                }
+                other => Some(other),
+            };
+            if let Some(text) = text.filter(|text| text.is_string()) {
+                (*text, has_text) = (MARKED.into(), true);
+            }
+        }
+        let Some(text) = self.with(row, at, "content", content) else { return };
+        if text.contains(PRINTED) {
+            self.add(Fault::ContentNotText, row.example.line, "a list or an object");
+        } else if has_text && !text.contains(MARKED) {
+            self.add(Fault::RoleDropped, row.example.line, &format!("{role} with a list as content"));
+        }
     }
 
     /// The row's text with another value in a message; none where the template refuses it.

@@ -162,7 +162,14 @@ fn faults_of_the_template_are_named() {
         is_only(&with_template(&first, mask, &[system.clone(), late]), "role-dropped", &[2]);
         let parts = json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]},
                                         {"role": "assistant", "content": "So."}]});
-        is_only(&with_template(plain, mask, &[good(), parts]), "content-not-text", &[2]);
+        is_only(&with_template(plain, mask, &[good(), parts.clone()]), "content-not-text", &[2]);
+        let strings = plain.replace("m.content ~", "(m.content if m.content is string else '') ~");
+        is_only(&with_template(&strings, mask, &[good(), parts.clone()]), "role-dropped", &[2]);
+        // Joined it is a text, and may look like a program's.
+        let joined = strings.replace("else '')", "else m.content | map(attribute='text') | join)");
+        let mut program = parts.clone();
+        program["messages"][0]["content"][0]["text"] = "Why {'a': 1}?".into();
+        assert_eq!(with_template(&joined, mask, &[good(), parts, program]), Named::new());
     }
     // The mask ends where the prompt alone would, which is not where the answer begins.
     let counting = format!("{{{{ messages | length }}}}\n{plain}");
@@ -194,8 +201,8 @@ fn faults_of_the_template_are_named() {
     }
     // A thought that the prompt begins.
     let begun = plain.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif");
-    let begun =
-        begun.replace("m.role ~ '\\n' ~", "m.role ~ '\\n' ~ ('<think>\\n' if m.role == 'assistant' else '') ~");
+    let begun = begun
+        .replace("m.role ~ '\\n' ~", "m.role ~ '\\n' ~ ('<think>\\n' if m.role == 'assistant' else '') ~");
     assert!(begun.matches("<think>").count() == 2);
     is_only(&with_template(&begun, true, &[ask("Why?", "Let me see.</think>So.")]), "thinking-trained", &[1]);
 }
