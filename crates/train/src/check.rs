@@ -10,7 +10,7 @@ use std::path::Path;
 use graft_model::THINKING;
 use serde_json::{Value, json};
 
-use crate::data::{Data, DataConfig, Encoded, Encoder, Example, Form, Marks, Split, is_from};
+use crate::data::{Data, DataConfig, Encoded, Encoder, Example, Form, Marks, Split, is_from, unparsed};
 
 /// A usual fault of training data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -46,6 +46,8 @@ pub enum Fault {
     SpecialInContent,
     /// The template leaves the tools out.
     ToolsDropped,
+    /// Tools or calls that were given as a string.
+    ToolsNotParsed,
     /// Tools that no answer of the file calls.
     ToolsUnused,
     /// A call of a tool that the row does not define.
@@ -149,6 +151,11 @@ impl Fault {
                 "tools-dropped",
                 "define tools that the chat template leaves out",
                 "describe them in the system message, or use a model whose template knows tools",
+            ),
+            Self::ToolsNotParsed => (
+                "tools-not-parsed",
+                "have a string where a list of tools or calls belongs",
+                "parse the string, so that the row has the list itself",
             ),
             Self::ToolsUnused => (
                 "tools-unused",
@@ -381,7 +388,9 @@ impl<'a> Checks<'a> {
                 }
             }
             Value::String(_) | Value::Null if calls.is_empty() => match role {
-                "assistant" => self.add(Fault::EmptyAnswer, line, ""),
+                "assistant" if unparsed(std::slice::from_ref(message), None).is_none() => {
+                    self.add(Fault::EmptyAnswer, line, "");
+                }
                 "user" => self.add(Fault::EmptyText, line, ""),
                 _ => {}
             },
@@ -463,6 +472,9 @@ impl<'a> Checks<'a> {
     }
 
     fn tools(&mut self, row: &Encoded, line: usize) {
+        if let Some(key) = unparsed(&row.messages, row.tools) {
+            return self.add(Fault::ToolsNotParsed, line, key);
+        }
         let defined = row.tools.map(names).unwrap_or_default();
         let called: Vec<String> = row.messages.iter().flat_map(calls).collect();
         for name in called.iter().filter(|name| !defined.contains(name)) {

@@ -412,7 +412,11 @@ fn chat<'a>(
     encoder: &dyn Encoder,
     mask: bool,
 ) -> RowResult<Encoded<'a>> {
-    let text = encoder.render(&messages, tools, false)?;
+    let text =
+        encoder.render(&messages, tools, false).map_err(|problem| match unparsed(&messages, tools) {
+            Some(key) => format!("{key:?}: expected a list, found a string: parse it ({problem})"),
+            None => problem,
+        })?;
     // The template writes the special tokens itself.
     let tokens = encoder.encode(&text, false)?;
     let (mut prompt, mut shifted, mut offset) = (None, false, 0);
@@ -423,6 +427,14 @@ fn chat<'a>(
     }
     let example = Example::whole(tokens, offset);
     Ok(Encoded { form: Form::Chat, messages, tools, text: text.into(), prompt, shifted, example })
+}
+
+/// The key of tools or calls that are JSON in a string, which templates refuse or print letter by letter.
+pub(crate) fn unparsed(messages: &[Value], tools: Option<&Value>) -> Option<&'static str> {
+    if tools.is_some_and(Value::is_string) {
+        return Some("tools");
+    }
+    messages.iter().any(|m| m.get("tool_calls").is_some_and(Value::is_string)).then_some("tool_calls")
 }
 
 /// Whether a message has this role.

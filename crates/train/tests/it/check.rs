@@ -242,6 +242,13 @@ fn faults_of_tools_are_named() {
     none["messages"][1]["content"] = Value::Null;
     let found = faults("smollm2", true, &[none]);
     assert_eq!(found["content-not-text"], [1]);
+    let mut text = calling("heat", "heat");
+    text["tools"] = text["tools"].to_string().into();
+    is_only(&faults("llama 3", true, &[text]), "tools-not-parsed", &[1]);
+    let mut text = calling("heat", "heat");
+    text["messages"][1]["content"] = "".into();
+    text["messages"][1]["tool_calls"] = text["messages"][1]["tool_calls"].to_string().into();
+    is_only(&faults("smollm2", true, &[text]), "tools-not-parsed", &[1]);
     // That words of a row are the tool's name does not hide it, in no row.
     let worded =
         |n: usize| json!({"messages": ask("What?", &format!("heat {n}"))["messages"], "tools": tool("heat")});
