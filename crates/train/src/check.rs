@@ -4,6 +4,7 @@
 //! of that is visible in the loss. A row's own faults are looked for in its encoding; where that leaves a doubt the
 //! template is asked again with a marked word in the place in question.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
@@ -359,17 +360,22 @@ impl<'a> Checks<'a> {
         let tokens: BTreeSet<u32> = row.example.tokens.iter().copied().collect();
         let special = tokens.iter().filter_map(|id| self.marks.special.get(id).cloned());
         let special: Vec<String> = special.collect();
+        // The tools would hold the names of calls, too.
+        let bare = match row.tools {
+            Some(_) => self.encoder.render(&row.messages, None, false).ok().map(Cow::Owned),
+            None => Some(Cow::Borrowed(&*row.text)),
+        };
         for (at, message) in row.messages.iter().enumerate() {
-            self.message(row, at, message, &special);
+            self.message(row, at, message, &special, bare.as_deref());
         }
         if self.config.mask_prompt && before.iter().any(|m| !calls(m).is_empty()) {
             self.add(Fault::CallMasked, line, "");
         }
-        self.tools(row, line);
+        self.tools(row, bare.as_deref());
     }
 
-    /// `special` are the special tokens of the row.
-    fn message(&mut self, row: &Encoded, at: usize, message: &Value, special: &[String]) {
+    /// `special` are the special tokens of the row, `bare` its text without tools.
+    fn message(&mut self, row: &Encoded, at: usize, message: &Value, special: &[String], bare: Option<&str>) {
         let line = row.example.line;
         let role = message.get("role").and_then(Value::as_str).unwrap_or_default();
         if !ROLES.contains(&role) {
@@ -400,15 +406,13 @@ impl<'a> Checks<'a> {
             Value::Array(_) | Value::Object(_) => self.parts(row, at, content, role),
             _ => {}
         }
-        // The tools would hold the name, too.
-        let bare = if calls.is_empty() { None } else { self.encoder.render(&row.messages, None, false).ok() };
         for name in &calls {
             let ask = |checks: &Self| {
                 let marked = json!({"name": MARKED, "arguments": {}});
                 let marked = json!([{"id": "callcall1", "type": "function", "function": marked}]);
                 checks.drops(row, at, "tool_calls", marked)
             };
-            let doubt = !bare.as_ref().is_some_and(|text| text.contains(name.as_str()));
+            let doubt = !bare.is_some_and(|text| text.contains(name.as_str()));
             if self.is_dropped("call", doubt, ask) {
                 self.add(Fault::CallDropped, line, name);
             }
@@ -471,7 +475,8 @@ impl<'a> Checks<'a> {
         self.with(row, at, "content", content).is_some_and(|text| text != row.text)
     }
 
-    fn tools(&mut self, row: &Encoded, line: usize) {
+    fn tools(&mut self, row: &Encoded, bare: Option<&str>) {
+        let line = row.example.line;
         if let Some(key) = unparsed(&row.messages, row.tools) {
             return self.add(Fault::ToolsNotParsed, line, key);
         }
@@ -494,11 +499,7 @@ impl<'a> Checks<'a> {
         if let Some(uncalled) = &mut self.uncalled {
             uncalled.push(line);
         }
-        let doubt = defined.iter().any(|name| !row.text.contains(name.as_str()));
-        let ask = |checks: &Self| {
-            checks.encoder.render(&row.messages, None, false).is_ok_and(|text| text == row.text)
-        };
-        if self.is_dropped("tools", doubt, ask) {
+        if bare == Some(&*row.text) {
             self.add(Fault::ToolsDropped, line, "");
         }
     }
