@@ -4,13 +4,14 @@
 //! of that is visible in the loss. A row's own faults are looked for in its encoding; where that leaves a doubt the
 //! template is asked again with a marked word in the place in question.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
 use graft_model::THINKING;
 use serde_json::{Value, json};
 
-use crate::data::{Data, DataConfig, Encoded, Encoder, Example, Form, Marks, Split, is_from};
+use crate::data::{Data, DataConfig, Encoded, Encoder, Example, Form, Marks, Split, is_from, unparsed};
 
 /// A usual fault of training data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -46,6 +47,8 @@ pub enum Fault {
     SpecialInContent,
     /// The template leaves the tools out.
     ToolsDropped,
+    /// Tools or calls that were given as a string.
+    ToolsNotParsed,
     /// Tools that no answer of the file calls.
     ToolsUnused,
     /// A call of a tool that the row does not define.
@@ -150,6 +153,11 @@ impl Fault {
                 "define tools that the chat template leaves out",
                 "describe them in the system message, or use a model whose template knows tools",
             ),
+            Self::ToolsNotParsed => (
+                "tools-not-parsed",
+                "have a string where a list of tools or calls belongs",
+                "parse the string, so that the row has the list itself",
+            ),
             Self::ToolsUnused => (
                 "tools-unused",
                 "define tools, and no answer of the file calls one",
@@ -250,18 +258,22 @@ pub(crate) struct Checks<'a> {
     forms: BTreeMap<Form, Vec<usize>>,
     /// Lines of rows with tools; none as soon as a tool was called.
     uncalled: Option<Vec<usize>>,
-    /// Roles, and parts of a row, that the template has been asked about.
-    asked: HashSet<String>,
+    /// Whether the template dropped a role, or a part of a row, when it was asked last.
+    dropped: HashMap<String, bool>,
     rows: usize,
     longest: usize,
 }
 
 /// A word that no template and no row holds.
 const MARKED: &str = "qXz7graftqXz7";
+/// A key that only a template that prints a value whole lets through.
+const PRINTED: &str = "qXz8graftqXz8";
 /// Roles that some template or other knows.
 const ROLES: [&str; 7] = ["system", "developer", "user", "assistant", "tool", "function", "ipython"];
 /// After the token that ends an answer templates write a line's end at most.
 const END_WITHIN: usize = 3;
+/// Characters of a name that a message shows.
+const LONGEST_NAME: usize = 60;
 /// How many names a message lists.
 const NAMED: usize = 4;
 
@@ -274,19 +286,21 @@ impl<'a> Checks<'a> {
             found: BTreeMap::new(),
             forms: BTreeMap::new(),
             uncalled: Some(Vec::new()),
-            asked: HashSet::new(),
+            dropped: HashMap::new(),
             rows: 0,
             longest: 0,
         }
     }
 
+    /// `name` may be the data's: no more than a line of it is shown, and no control characters.
     fn add(&mut self, fault: Fault, line: usize, name: &str) {
         let found = self.found.entry(fault).or_default();
         if found.lines.last() != Some(&line) {
             found.lines.push(line);
         }
         if !name.is_empty() {
-            found.named.insert(name.to_owned());
+            let name: String = name.chars().take(LONGEST_NAME).collect();
+            found.named.insert(name.escape_debug().to_string());
         }
     }
 
@@ -295,15 +309,11 @@ impl<'a> Checks<'a> {
         self.rows += 1;
         self.longest = self.longest.max(row.example.full_length);
         self.forms.entry(row.form).or_default().push(line);
-        let trained = match &row.prompt {
-            Some(prompt) => row.text.strip_prefix(prompt.as_str()).unwrap_or(&row.text),
-            None => &row.text,
-        };
         for (fault, is) in [
             (Fault::NothingToTrain, row.example.targets() == 0),
             (Fault::Truncated, row.example.is_cut()),
             (Fault::MaskShifted, row.shifted),
-            (Fault::ThinkingTrained, thinks(trained)),
+            (Fault::ThinkingTrained, trains_thoughts(row)),
             (Fault::BrokenCharacters, is_broken(&row.text)),
             (Fault::DoubleBos, self.doubles_bos(&row.example)),
         ] {
@@ -346,16 +356,27 @@ impl<'a> Checks<'a> {
                 self.add(Fault::NoEndOfTurn, line, "");
             }
         }
+        // A special token that is written out is among the row's; a vocabulary has thousands.
+        let tokens: BTreeSet<u32> = row.example.tokens.iter().copied().collect();
+        let special = tokens.iter().filter_map(|id| self.marks.special.get(id).cloned());
+        let special: Vec<String> = special.collect();
+        // The tools would hold the names of calls, too.
+        let bare = match row.tools {
+            Some(_) => self.encoder.render(&row.messages, None, false).ok().map(Cow::Owned),
+            None => Some(Cow::Borrowed(&*row.text)),
+        };
         for (at, message) in row.messages.iter().enumerate() {
-            self.message(row, at, message, line);
+            self.message(row, at, message, &special, bare.as_deref());
         }
         if self.config.mask_prompt && before.iter().any(|m| !calls(m).is_empty()) {
             self.add(Fault::CallMasked, line, "");
         }
-        self.tools(row, line);
+        self.tools(row, bare.as_deref());
     }
 
-    fn message(&mut self, row: &Encoded, at: usize, message: &Value, line: usize) {
+    /// `special` are the special tokens of the row, `bare` its text without tools.
+    fn message(&mut self, row: &Encoded, at: usize, message: &Value, special: &[String], bare: Option<&str>) {
+        let line = row.example.line;
         let role = message.get("role").and_then(Value::as_str).unwrap_or_default();
         if !ROLES.contains(&role) {
             self.add(Fault::UnknownRole, line, role);
@@ -364,34 +385,76 @@ impl<'a> Checks<'a> {
         let calls = calls(message);
         match content {
             Value::String(text) if !text.trim().is_empty() => {
-                if let Some(token) = self.marks.special.values().find(|token| text.contains(*token)) {
-                    let token = token.clone();
-                    self.add(Fault::SpecialInContent, line, &token);
+                if let Some(token) = special.iter().find(|token| text.contains(*token)) {
+                    self.add(Fault::SpecialInContent, line, token);
                 }
-                let ask = self.asked.insert(format!("role {role}")) || !holds(&row.text, text);
-                if ask && self.drops(row, at, "content", MARKED.into()) {
+                let ask = |checks: &Self| checks.drops(row, at, "content", MARKED.into());
+                if self.is_dropped(&format!("role {role}"), !holds(&row.text, text), ask) {
                     self.add(Fault::RoleDropped, line, role);
                 }
             }
             Value::String(_) | Value::Null if calls.is_empty() => match role {
-                "assistant" => self.add(Fault::EmptyAnswer, line, ""),
+                "assistant" if unparsed(std::slice::from_ref(message), None).is_none() => {
+                    self.add(Fault::EmptyAnswer, line, "");
+                }
                 "user" => self.add(Fault::EmptyText, line, ""),
                 _ => {}
             },
             Value::Null if row.text.contains("None") && self.changes(row, at, "".into()) => {
                 self.add(Fault::ContentNotText, line, "None");
             }
-            Value::Array(_) | Value::Object(_) if row.text.contains("{'") => {
-                self.add(Fault::ContentNotText, line, "a list or an object");
-            }
+            Value::Array(_) | Value::Object(_) => self.parts(row, at, content, role),
             _ => {}
         }
         for name in &calls {
-            let ask = self.asked.insert("call".into()) || !row.text.contains(name.as_str());
-            let marked = json!([{"id": "callcall1", "type": "function", "function": {"name": MARKED, "arguments": {}}}]);
-            if ask && self.drops(row, at, "tool_calls", marked) {
+            let ask = |checks: &Self| {
+                let marked = json!({"name": MARKED, "arguments": {}});
+                let marked = json!([{"id": "callcall1", "type": "function", "function": marked}]);
+                checks.drops(row, at, "tool_calls", marked)
+            };
+            let doubt = !bare.is_some_and(|text| text.contains(name.as_str()));
+            if self.is_dropped("call", doubt, ask) {
                 self.add(Fault::CallDropped, line, name);
             }
+        }
+    }
+
+    /// Whether the template drops what `ask` asks about; it is asked once, then where there is a doubt, and as long as
+    /// the answer is yes.
+    fn is_dropped(&mut self, what: &str, doubt: bool, ask: impl FnOnce(&Self) -> bool) -> bool {
+        if !doubt && self.dropped.get(what) == Some(&false) {
+            return false;
+        }
+        let dropped = ask(self);
+        self.dropped.insert(what.to_owned(), dropped);
+        dropped
+    }
+
+    /// Content that is no text: templates join the texts of its parts, print it, or know strings only and drop it.
+    fn parts(&mut self, row: &Encoded, at: usize, content: &Value, role: &str) {
+        let mut content = content.clone();
+        let parts = match &mut content {
+            Value::Array(list) => list.as_mut_slice(),
+            one => std::slice::from_mut(one),
+        };
+        let mut has_text = false;
+        for part in parts {
+            let text = match part {
+                Value::Object(part) => {
+                    part.insert(PRINTED.into(), Value::Null);
+                    part.get_mut("text")
+                }
+                other => Some(other),
+            };
+            if let Some(text) = text.filter(|text| text.is_string()) {
+                (*text, has_text) = (MARKED.into(), true);
+            }
+        }
+        let Some(text) = self.with(row, at, "content", content) else { return };
+        if text.contains(PRINTED) {
+            self.add(Fault::ContentNotText, row.example.line, "a list or an object");
+        } else if has_text && !text.contains(MARKED) {
+            self.add(Fault::RoleDropped, row.example.line, &format!("{role} with a list as content"));
         }
     }
 
@@ -412,7 +475,11 @@ impl<'a> Checks<'a> {
         self.with(row, at, "content", content).is_some_and(|text| text != row.text)
     }
 
-    fn tools(&mut self, row: &Encoded, line: usize) {
+    fn tools(&mut self, row: &Encoded, bare: Option<&str>) {
+        let line = row.example.line;
+        if let Some(key) = unparsed(&row.messages, row.tools) {
+            return self.add(Fault::ToolsNotParsed, line, key);
+        }
         let defined = row.tools.map(names).unwrap_or_default();
         let called: Vec<String> = row.messages.iter().flat_map(calls).collect();
         for name in called.iter().filter(|name| !defined.contains(name)) {
@@ -432,10 +499,7 @@ impl<'a> Checks<'a> {
         if let Some(uncalled) = &mut self.uncalled {
             uncalled.push(line);
         }
-        let ask =
-            self.asked.insert("tools".into()) || defined.iter().any(|name| !row.text.contains(name.as_str()));
-        let without = || self.encoder.render(&row.messages, None, false).ok();
-        if ask && without().is_some_and(|text| text == row.text) {
+        if bare == Some(&*row.text) {
             self.add(Fault::ToolsDropped, line, "");
         }
     }
@@ -470,13 +534,16 @@ impl Data {
     pub fn warnings(&self, batch_size: usize, validates: bool) -> Vec<Warning> {
         let splits = [&self.train, &self.valid, &self.test];
         let mut all: Vec<Warning> = splits.iter().flat_map(|split| split.warnings.clone()).collect();
-        let mut seen: HashMap<&[u32], (usize, usize)> = HashMap::new();
+        // By tokens and length, as what is cut off may differ, each with split, number and line.
+        let mut seen: HashMap<(&[u32], usize), (usize, usize, usize)> = HashMap::new();
         for (at, split) in splits.into_iter().enumerate() {
             // Lines that repeat a row of each split up to this one, and the first row they repeat.
             let mut repeated: [(Vec<usize>, usize); 3] = Default::default();
-            for example in &split.examples {
-                let (other, line) = *seen.entry(&example.tokens).or_insert((at, example.line));
-                if (other, line) != (at, example.line) {
+            // A split of several data sets has a line more than once.
+            for (number, example) in split.examples.iter().enumerate() {
+                let key = (example.tokens.as_slice(), example.full_length);
+                let (other, first, line) = *seen.entry(key).or_insert((at, number, example.line));
+                if (other, first) != (at, number) {
                     let (lines, first) = &mut repeated[other];
                     *first = if lines.is_empty() { line } else { *first };
                     lines.push(example.line);
@@ -525,18 +592,62 @@ fn holds(rendered: &str, content: &str) -> bool {
     rendered.contains(line) || rendered.contains(Value::from(line).to_string().trim_matches('"'))
 }
 
-/// Whether a text holds a thought that is not empty. Its beginning may stand in the prompt.
-fn thinks(text: &str) -> bool {
-    THINKING.iter().any(|(begin, end)| {
-        let mut parts: Vec<&str> = text.split(end).collect();
-        let rest = parts.pop().filter(|rest| rest.contains(begin));
-        let thought = |part: &str| part.rsplit(begin).next().is_some_and(|t| !t.trim().is_empty());
-        parts.into_iter().chain(rest).any(thought)
+/// Whether thoughts that are not empty are targets. In a conversation only the assistant thinks: others may speak of
+/// the marks.
+fn trains_thoughts(row: &Encoded) -> bool {
+    let answer = row.prompt.as_ref().and_then(|prompt| row.text.strip_prefix(prompt.as_str()));
+    if row.form == Form::Text || answer.is_some() {
+        return !thoughts(answer.unwrap_or(&row.text), answer.is_some()).is_empty();
+    }
+    row.messages.iter().filter(|m| is_from(m, "assistant")).any(|message| {
+        let said = |key: &str| message.get(key).and_then(Value::as_str).unwrap_or_default();
+        let mut all = thoughts(said("content"), false);
+        all.extend(["reasoning_content", "reasoning"].map(said));
+        all.into_iter().any(|thought| !thought.trim().is_empty() && holds(&row.text, thought))
     })
 }
 
-/// Whether a text holds U+FFFD, or UTF-8 that was read as Latin-1.
+/// The thoughts of a text that are not empty; `opened`: the first may have begun before it.
+fn thoughts(text: &str, opened: bool) -> Vec<&str> {
+    let mut all = Vec::new();
+    for (begin, end) in THINKING {
+        all.extend(text.split(end).enumerate().filter_map(|(at, part)| match part.rsplit_once(begin) {
+            Some((_, thought)) => Some(thought),
+            None => (opened && at == 0 && text.contains(end)).then_some(part),
+        }));
+    }
+    all.retain(|thought| !thought.trim().is_empty());
+    all
+}
+
+/// Whether a text holds U+FFFD, or UTF-8 that was read as Windows-1252 or Latin-1.
 fn is_broken(text: &str) -> bool {
-    let mut after = text.split('Ã').skip(1).filter_map(|rest| rest.chars().next());
-    text.contains('\u{fffd}') || text.contains("â€") || after.any(|c| ('\u{80}'..='\u{bf}').contains(&c))
+    let is_misread = |(at, first): (usize, char)| {
+        // A word in capitals may end with such a letter and be followed by a quotation mark.
+        let capitals = || text[..at].chars().rev().take(2).filter(|c| c.is_uppercase()).count() == 2;
+        ('\u{c2}'..='\u{f4}').contains(&first) && begins_misread(&text[at..]) && !capitals()
+    };
+    text.contains('\u{fffd}') || text.contains("â€") || text.char_indices().any(is_misread)
+}
+
+/// Whether a text begins with characters whose bytes in Windows-1252 are one of UTF-8. Where a letter with the marks
+/// after it may make such a sequence ("ß“", "é\u{a0}»"), a second must follow.
+fn begins_misread(text: &str) -> bool {
+    let bytes: Vec<u8> = text.chars().map_while(misread_byte).take(8).collect();
+    let length = |bytes: &[u8]| {
+        let valid = bytes.utf8_chunks().next().and_then(|chunk| chunk.valid().chars().next());
+        valid.map_or(0, char::len_utf8)
+    };
+    let first = length(&bytes);
+    let is_sure = matches!(bytes[..], [0xc2..=0xc5 | 0xf0, ..] | [0xe2, 0x80 | 0x82 | 0x84, ..]);
+    first > 0 && (is_sure || length(&bytes[first..]) > 0)
+}
+
+/// The byte of a character in Windows-1252, in Latin-1 where that has none; none for ASCII.
+fn misread_byte(c: char) -> Option<u8> {
+    const FROM_80: &str = "€\u{81}‚ƒ„…†‡ˆ‰Š‹Œ\u{8d}Ž\u{8f}\u{90}‘’“”•–—˜™š›œ\u{9d}žŸ";
+    match c {
+        '\u{80}'..='\u{ff}' => u8::try_from(c).ok(),
+        _ => (0x80..).zip(FROM_80.chars()).find(|(_, own)| *own == c).map(|(byte, _)| byte),
+    }
 }

@@ -282,10 +282,26 @@ impl Split {
 
 /// Which of the forms a row has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Form {
+pub enum Form {
+    /// A text by itself.
     Text,
+    /// A prompt and its completion.
     Completion,
+    /// Messages.
     Chat,
+}
+
+/// A row's form by its keys; none where they are those of no form. Of several forms the first counts: prompt and
+/// completion, messages, text.
+pub fn form(row: &Row, config: &DataConfig) -> Option<Form> {
+    let has = |key: &String| row.value.contains_key(key);
+    if has(&config.prompt_feature) && has(&config.completion_feature) {
+        Some(Form::Completion)
+    } else if has(&config.chat_feature) {
+        Some(Form::Chat)
+    } else {
+        has(&config.text_feature).then_some(Form::Text)
+    }
 }
 
 /// A row as an example, with what the checks look at besides.
@@ -305,17 +321,17 @@ pub(crate) struct Encoded<'a> {
 
 /// Tokenizes one row.
 fn encode<'a>(row: &'a Row, encoder: &dyn Encoder, config: &DataConfig) -> RowResult<Encoded<'a>> {
-    let has = |key: &String| row.value.contains_key(key);
     let tools = row.value.get("tools").filter(|v| !v.is_null());
-    let mut encoded = if has(&config.prompt_feature) && has(&config.completion_feature) {
+    let form = form(row, config);
+    let mut encoded = if form == Some(Form::Completion) {
         let messages = vec![
             json!({"role": "user", "content": text(row, &config.prompt_feature)?}),
             json!({"role": "assistant", "content": text(row, &config.completion_feature)?}),
         ];
         Encoded { form: Form::Completion, ..chat(messages.into(), tools, encoder, config.mask_prompt)? }
-    } else if has(&config.chat_feature) {
+    } else if form == Some(Form::Chat) {
         chat(messages(row, &config.chat_feature)?.into(), tools, encoder, config.mask_prompt)?
-    } else if has(&config.text_feature) {
+    } else if form == Some(Form::Text) {
         if config.mask_prompt {
             return Err(
                 "a text row has no prompt to mask: use messages or prompt and completion, or no mask_prompt"
@@ -396,7 +412,11 @@ fn chat<'a>(
     encoder: &dyn Encoder,
     mask: bool,
 ) -> RowResult<Encoded<'a>> {
-    let text = encoder.render(&messages, tools, false)?;
+    let text =
+        encoder.render(&messages, tools, false).map_err(|problem| match unparsed(&messages, tools) {
+            Some(key) => format!("{key:?}: expected a list, found a string: parse it ({problem})"),
+            None => problem,
+        })?;
     // The template writes the special tokens itself.
     let tokens = encoder.encode(&text, false)?;
     let (mut prompt, mut shifted, mut offset) = (None, false, 0);
@@ -407,6 +427,14 @@ fn chat<'a>(
     }
     let example = Example::whole(tokens, offset);
     Ok(Encoded { form: Form::Chat, messages, tools, text: text.into(), prompt, shifted, example })
+}
+
+/// The key of tools or calls that are JSON in a string, which templates refuse or print letter by letter.
+pub(crate) fn unparsed(messages: &[Value], tools: Option<&Value>) -> Option<&'static str> {
+    if tools.is_some_and(Value::is_string) {
+        return Some("tools");
+    }
+    messages.iter().any(|m| m.get("tool_calls").is_some_and(Value::is_string)).then_some("tool_calls")
 }
 
 /// Whether a message has this role.

@@ -30,7 +30,7 @@ mod step;
 pub use batch::{Batch, Position, Walk, fixed_groups, groups};
 pub use check::{Fault, Warning};
 pub use config::TrainConfig;
-pub use data::{Data, DataConfig, Encoder, Example, Marks, Row, RowResult, Split, read_rows};
+pub use data::{Data, DataConfig, Encoder, Example, Form, Marks, Row, RowResult, Split, form, read_rows};
 pub use encode::ModelEncoder;
 pub use error::{Error, Result};
 pub use event::{Event, TrainReport};

@@ -162,7 +162,8 @@ pub(crate) struct DataShowArgs {
 
 /// Whether a flag of `lora` changes nothing in what `data show` shows.
 pub(super) fn is_idle(arg: &Arg) -> bool {
-    const READ: [&str; 6] = ["model", "data", "mask_prompt", "max_seq_length", "config", "batch_size"];
+    const READ: [&str; 7] =
+        ["model", "data", "mask_prompt", "max_seq_length", "config", "batch_size", "val_batches"];
     const OWN: [&str; 6] = ["defaults", "split", "row", "count", "json", "html"];
     !READ.iter().chain(&OWN).any(|id| *id == arg.get_id().as_str())
 }

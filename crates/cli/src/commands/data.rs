@@ -4,7 +4,7 @@ use crate::errors::Usage;
 use crate::hub::{self, What};
 use crate::settings::Settings;
 use anyhow::{Result, bail};
-use graft_train::{Data, DataConfig, Encoder, Row, Split, read_rows};
+use graft_train::{Data, DataConfig, Encoder, Form, Row, Split, form, read_rows};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
@@ -40,10 +40,7 @@ pub(crate) fn load(settings: &Settings, encoder: &dyn Encoder) -> Result<Data> {
 
 /// The recipe masks prompts where rows have prompts; rows of plain text have none.
 fn text_rows(rows: &[Row], config: &DataConfig) -> bool {
-    let has = |row: &Row, key: &String| row.value.contains_key(key);
-    rows.first().is_some_and(|row| {
-        has(row, &config.text_feature) && !has(row, &config.chat_feature) && !has(row, &config.prompt_feature)
-    })
+    rows.first().is_some_and(|row| form(row, config) == Some(Form::Text))
 }
 
 /// How rows are read, as a data set's `own` settings say, else those of the run.

@@ -226,9 +226,8 @@ impl Task<'_> {
     /// The rows with their answers as targets; all of a row of plain text.
     fn split(&self, loaded: &Loaded) -> Result<Split> {
         let mut form = DataConfig::new(true, self.args.max_seq_length);
-        form.mask_prompt = !self.rows.iter().all(|row| {
-            row.value.contains_key(&form.text_feature) && !row.value.contains_key(&form.chat_feature)
-        });
+        form.mask_prompt =
+            !self.rows.iter().all(|row| graft_train::form(row, &form) == Some(graft_train::Form::Text));
         let split = Split::from_rows(&self.file, &self.rows, &loaded.encoder(), &form)?;
         split.check_vocabulary(loaded.model.config().vocab as usize)?;
         for warning in &split.warnings {

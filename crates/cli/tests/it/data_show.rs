@@ -121,9 +121,11 @@ fn marked_tokens_are_those_of_the_loss() {
 #[test]
 fn rows_are_shown_as_text_json_and_a_page() {
     let folder = Folder::with_model();
+    let mut strange = row("a", "b");
+    strange["messages"][0]["role"] = format!("\u{1b}[2J{}", "o".repeat(99)).into();
     folder.rows(
         "data/train.jsonl",
-        &[row("hi <b>", "a\u{1b}[31m"), row("hi <b>", ""), row(&"x".repeat(90), "y")],
+        &[row("hi <b>", "a\u{1b}[31m"), row("hi <b>", ""), row(&"x".repeat(90), "y"), strange],
     );
     let flags = "data show --model model --data data --mask-prompt --max-seq-length 80";
     let text = folder.ok(flags).out;
@@ -131,15 +133,16 @@ fn rows_are_shown_as_text_json_and_a_page() {
         "data/train.jsonl:1  ",
         "<|im_start|>user↵\nhi <b><|im_end|>↵\n<|im_start|>assistant↵\n⟦a\\u{1b}[31m<|im_end|>↵",
         "data/train.jsonl:3  80 tokens, 0 trained, cut from",
-        "warning: data/train.jsonl: empty-answer: 1 of 3 rows have an answer without words (line 2): fill",
-        "nothing-to-train: 1 of 3 rows",
+        "warning: data/train.jsonl: empty-answer: 1 of 4 rows have an answer without words (line 2): fill",
+        "nothing-to-train: 2 of 4 rows",
+        &format!("(\\u{{1b}}[2J{}; line 4)", "o".repeat(56)),
     ] {
         assert!(text.contains(part), "{part:?} is not in {text}");
     }
     assert!(!text.contains('\u{1b}'), "{text}");
     let one: Value = serde_json::from_str(&folder.ok(&format!("{flags} --row 3 --json")).out).unwrap();
     assert_eq!((one["rows"].as_array().unwrap().len(), &one["rows"][0]["line"]), (1, &json!(3)));
-    assert_eq!((&one["schema"], &one["splits"][0]["rows"]), (&json!(1), &json!(3)));
+    assert_eq!((&one["schema"], &one["splits"][0]["rows"]), (&json!(1), &json!(4)));
     let run = folder.ok(&format!("{flags} --html page.html"));
     assert!(run.out.is_empty() && run.err.contains("Wrote page.html"), "{run:?}");
     let page = String::from_utf8(folder.read("page.html")).unwrap();
@@ -198,6 +201,30 @@ fn keys_and_data_sets_of_a_settings_file_count() {
     let out = folder.ok("data show -c run.yaml --count 1").out;
     assert!(out.contains("⟦the user<|im_end|>↵⟧") && out.contains("train     4"), "{out}");
     assert!(out.ends_with("No warnings.\n"), "{out}");
+    // Two data sets with the same row at the same line.
+    let set = "{path: set, prompt_feature: q, completion_feature: a, train_split: 'train[:4]', valid_split: 'train[4:4]'}";
+    folder.write(
+        "run.yaml",
+        &format!("model: model\nmask_prompt: true\nbatch_size: 1\nhf_dataset: [{set}, {set}]\n"),
+    );
+    let out = folder.ok("data show -c run.yaml --count 1").out;
+    assert!(out.contains("duplicate: 4 of 8 rows"), "{out}");
+}
+
+#[test]
+fn a_row_with_several_forms_has_the_one_that_it_is_trained_in() {
+    let folder = Folder::with_model();
+    for (both, is_masked) in [
+        (json!({"text": "the user", "prompt": "ask"}), false),
+        (json!({"text": "the user", "prompt": "ask", "completion": "So."}), true),
+    ] {
+        folder.rows("data/train.jsonl", &[both]);
+        folder.rows("data/valid.jsonl", &[]);
+        folder.rows("data/test.jsonl", &[]);
+        let out = folder.ok("data show --as train --model model --data data").out;
+        assert_eq!(out.contains("assistant↵\n⟦So."), is_masked, "{out}");
+        assert_eq!(out.contains("im_start"), is_masked, "{out}");
+    }
 }
 
 #[test]

@@ -77,6 +77,16 @@ fn faults_of_rows_are_named_with_their_lines() {
         ("broken-characters", ask("A cafÃ©?", "Yes.")),
         ("broken-characters", ask("It\u{fffd}s?", "Yes.")),
         ("broken-characters", ask("Itâ€™s?", "Yes.")),
+        ("broken-characters", ask("StraÃŸe", "Yes.")),
+        ("broken-characters", ask("Ã‰", "Yes.")),
+        ("broken-characters", ask("20 Â°C", "Yes.")),
+        ("broken-characters", ask("Â£5", "Yes.")),
+        ("broken-characters", ask("â‚¬5", "Yes.")),
+        ("broken-characters", ask("GÃ¼nter", "Yes.")),
+        ("broken-characters", ask("Å¼e", "Yes.")),
+        ("broken-characters", ask("ðŸ˜€", "Yes.")),
+        ("broken-characters", ask("Ð¿Ñ€Ð¸Ð²ÐµÑ‚", "Yes.")),
+        ("broken-characters", ask("í•œêµ\u{ad}ì–´", "Yes.")),
         ("thinking-trained", ask("Why?", "<think>Let me see.</think>So.")),
         ("duplicate", good()),
     ] {
@@ -85,10 +95,22 @@ fn faults_of_rows_are_named_with_their_lines() {
         is_only(&faults("smollm2", false, &[form.clone(), row.clone()]), name, &[2]);
         is_only(&faults("smollm2", true, &[form, row]), name, &[2]);
     }
+    // Accented letters with marks after them are whole.
+    let whole = [
+        "«IRMÃ»",
+        "Déjà vu\u{a0}? «\u{a0}Café\u{a0}»",
+        "„Spaß“…",
+        "¡Olé!…”",
+        "Ærø, Ångström, 3º: 20 °C, £5 ½",
+    ];
+    assert_eq!(faults("smollm2", false, &whole.map(|text| ask(text, "Yes."))), Named::new());
     let long = ask("Why?", &"because ".repeat(300));
     is_only(&faults("qwen 3", true, &[good(), long]), "truncated", &[2]);
     let found = faults("qwen 3", true, &[good(), ask(&"why ".repeat(600), "So.")]);
     assert_eq!((&found["nothing-to-train"], &found["truncated"], found.len()), (&vec![2], &vec![2], 2));
+    // What is cut off may differ.
+    let long = |end: &str| ask("Why?", &format!("{}{end}", "because ".repeat(300)));
+    is_only(&faults("qwen 3", true, &[long("I do"), long("so it is")]), "truncated", &[1, 2]);
     let mixed = [good(), good_text(), ask("Why?", "So.")];
     is_only(&faults("llama 3", false, &mixed), "mixed-forms", &[2]);
 }
@@ -140,7 +162,14 @@ fn faults_of_the_template_are_named() {
         is_only(&with_template(&first, mask, &[system.clone(), late]), "role-dropped", &[2]);
         let parts = json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]},
                                         {"role": "assistant", "content": "So."}]});
-        is_only(&with_template(plain, mask, &[good(), parts]), "content-not-text", &[2]);
+        is_only(&with_template(plain, mask, &[good(), parts.clone()]), "content-not-text", &[2]);
+        let strings = plain.replace("m.content ~", "(m.content if m.content is string else '') ~");
+        is_only(&with_template(&strings, mask, &[good(), parts.clone()]), "role-dropped", &[2]);
+        // Joined it is a text, and may look like a program's.
+        let joined = strings.replace("else '')", "else m.content | map(attribute='text') | join)");
+        let mut program = parts.clone();
+        program["messages"][0]["content"][0]["text"] = "Why {'a': 1}?".into();
+        assert_eq!(with_template(&joined, mask, &[good(), parts, program]), Named::new());
     }
     // The mask ends where the prompt alone would, which is not where the answer begins.
     let counting = format!("{{{{ messages | length }}}}\n{plain}");
@@ -159,6 +188,23 @@ fn faults_of_the_template_are_named() {
     ]);
     assert_eq!(faults("qwen 3", true, &[good(), earlier.clone()]), Named::new());
     is_only(&faults("qwen 2", false, &[good(), earlier]), "thinking-trained", &[2]);
+    // Words about thoughts are none.
+    let about = [
+        chat(&[("system", "Reason within <think> </think> tags."), ("user", "Why?"), ("assistant", "So.")]),
+        ask("What does </think> mean?", "An end."),
+        ask("What is <think>this</think>?", "A thought."),
+    ];
+    for name in ["qwen 2", "qwen 3"] {
+        for mask in [false, true] {
+            assert_eq!(faults(name, mask, &about), Named::new(), "{name}, masked: {mask}");
+        }
+    }
+    // A thought that the prompt begins.
+    let begun = plain.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif");
+    let begun = begun
+        .replace("m.role ~ '\\n' ~", "m.role ~ '\\n' ~ ('<think>\\n' if m.role == 'assistant' else '') ~");
+    assert!(begun.matches("<think>").count() == 2);
+    is_only(&with_template(&begun, true, &[ask("Why?", "Let me see.</think>So.")]), "thinking-trained", &[1]);
 }
 
 #[test]
@@ -196,6 +242,26 @@ fn faults_of_tools_are_named() {
     none["messages"][1]["content"] = Value::Null;
     let found = faults("smollm2", true, &[none]);
     assert_eq!(found["content-not-text"], [1]);
+    let mut text = calling("heat", "heat");
+    text["tools"] = text["tools"].to_string().into();
+    is_only(&faults("llama 3", true, &[text]), "tools-not-parsed", &[1]);
+    let mut text = calling("heat", "heat");
+    text["messages"][1]["content"] = "".into();
+    text["messages"][1]["tool_calls"] = text["messages"][1]["tool_calls"].to_string().into();
+    is_only(&faults("smollm2", true, &[text]), "tools-not-parsed", &[1]);
+    // That words of a row are the tool's name does not hide it, in no row.
+    let worded =
+        |n: usize| json!({"messages": ask("What?", &format!("heat {n}"))["messages"], "tools": tool("heat")});
+    is_only(&faults("smollm2", false, &[worded(1), worded(2), worded(3)]), "tools-dropped", &[1, 2, 3]);
+    // A call that is dropped beside words only; the tools hold its name.
+    let template =
+        style("qwen 2").template.replace("in m.tool_calls or []", "in m.tool_calls or [] if not m.content");
+    assert_ne!(template, style("qwen 2").template);
+    let changed = ChatStyle { template: Box::leak(template.into_boxed_str()), ..*style("qwen 2") };
+    let mut spoken = calling("heat", "heat");
+    spoken["messages"][1]["content"] = "I will.".into();
+    let data = load(&changed, &[&[calling("heat", "heat"), spoken]], &DataConfig::new(true, 600));
+    is_only(&named(&data, 1), "call-dropped", &[2]);
 }
 
 #[test]

@@ -114,6 +114,8 @@ fn errors_name_file_line_keys_and_forms() {
     assert!(fails("{\"messages\": []}", false).contains("empty"));
     assert!(fails("{\"messages\": [{\"content\": \"x\"}]}", false).contains("\"messages\"[0]"));
     assert!(fails("{\"messages\": [{\"role\": \"user\"}]}", false).contains("a message without content"));
+    let unparsed = fails("{\"messages\": [{\"role\": \"user\"}], \"tools\": \"[]\"}", false);
+    assert!(unparsed.contains("\"tools\": expected a list, found a string: parse it"), "{unparsed}");
     assert!(fails("{\"text\": \"a\"}", true).contains("no prompt to mask"));
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("train.jsonl");
