@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use crate::check::{Checks, Warning, lines};
+use crate::check::Checks;
 use crate::error::io;
+use crate::fault::{Warning, lines};
 use crate::rng::mix;
 use crate::{Error, Result};
 

@@ -13,6 +13,7 @@ mod data;
 mod encode;
 mod error;
 mod event;
+mod fault;
 mod graph;
 mod loss;
 mod metrics;
@@ -28,12 +29,13 @@ mod stats;
 mod step;
 
 pub use batch::{Batch, Position, Walk, fixed_groups, groups};
-pub use check::{Fault, Warning};
+
 pub use config::TrainConfig;
 pub use data::{Data, DataConfig, Encoder, Example, Form, Marks, Row, RowResult, Split, form, read_rows};
 pub use encode::ModelEncoder;
 pub use error::{Error, Result};
 pub use event::{Event, TrainReport};
+pub use fault::{Fault, Warning};
 pub use graph::Graph;
 pub use loss::{Evaluation, batch_loss, evaluate, test};
 pub use optim::{Adafactor, Optimizer, OptimizerState, Slot, clip_factor, global_norm};
