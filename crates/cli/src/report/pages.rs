@@ -101,7 +101,8 @@ pub(crate) fn compare(report: &Value) -> String {
             "<h2>Beside each other</h2>{}<p class=\"note\">Paired: step by step, seed by seed, row by row. In brackets \
              95&nbsp;% intervals: of time per step, over pairs of steps (from 6 on); of the validation loss, Student's over \
              seeds, which knows the chance of a seed but not of the rows; of the score, the bootstrap over rows, which \
-             knows the chance of the rows but not of a seed.</p>",
+             knows the chance of the rows but not of a seed. The legs ran one after another: a machine that was busier \
+             during one of them shows in the time per step, and in no interval.</p>",
             table(&rows)
         );
     }
