@@ -11,7 +11,8 @@ use mlx_rs::ops::indexing::TryIndexMutOp as _;
 use crate::Dtype;
 #[cfg(graft_cpu)]
 use crate::cpu::{
-    attention::{Cached, CachedSequence, Causal, Heads, KEYS, KvBlock},
+    attention::{Causal, Heads, KEYS},
+    cached::{Cached, CachedSequence, KvBlock},
     primitive::apply,
     rope::Angles,
 };

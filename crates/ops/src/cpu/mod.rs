@@ -4,6 +4,7 @@ pub(crate) mod adam;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod answers;
 pub(crate) mod attention;
+pub(crate) mod cached;
 pub(crate) mod dora;
 pub(crate) mod gemm;
 pub(crate) mod level;
