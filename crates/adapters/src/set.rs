@@ -181,7 +181,11 @@ impl AdapterSet {
         for (path, adapter) in &self.adapters {
             let Some(found) = target(path) else { continue };
             let factor = adapter.factor(found.weight)?;
-            let (a, b) = (adapter.a.clone(), adapter.b.clone());
+            let arranged = match found.kind {
+                Kind::Linear => graft_ops::arrange_update(found.weight.as_ref(), &adapter.a, &adapter.b)?,
+                Kind::Embedding => None,
+            };
+            let (a, b) = arranged.unwrap_or_else(|| (adapter.a.clone(), adapter.b.clone()));
             sites.insert(path.clone(), Site { a, b, scale: adapter.scale, factor, dropout: None });
         }
         let table = Table { sites };
