@@ -13,8 +13,8 @@ use graft_ops::{Array, Dtype, Head, Input, RopeTable, Rows};
 use crate::cache::rows_of;
 use crate::{DecoderConfig, Error, KvCache, Result};
 
-/// Tokens per chunk of the head, so that no (N, V) logits are held.
-const HEAD_CHUNK: i32 = 256;
+/// Rows of hidden states of which the head makes logits at a time where the loss needs them, so that no (N, V) logits are held.
+pub const HEAD_CHUNK: i32 = 256;
 
 /// A decoder with its weights. They are frozen; what a pass changes comes with its route.
 #[derive(Debug)]
@@ -244,6 +244,11 @@ impl Model {
         })
     }
 
+    /// Path of the module that is the head: the embedding, where the two are tied.
+    pub fn head_path(&self) -> &str {
+        self.head.as_ref().map_or(&self.embed.path, |head| &head.path)
+    }
+
     /// Loss in nats (M,), f32, of `targets` (M,) given hidden states (M, E): logsumexp of the logits minus the target's.
     ///
     /// No (M, V) logits are held: the plain head goes through one operation with a gradient to h; a head that the route
@@ -252,11 +257,11 @@ impl Model {
     /// # Errors
     /// When an array operation fails.
     pub fn losses(&self, h: &Array, targets: &Array, route: &Route) -> Result<Array> {
-        let (path, weight, bias) = match &self.head {
-            Some(head) => (&head.path, &head.weight, head.bias.as_ref()),
-            None => (&self.embed.path, &self.embed.weight, None),
+        let (weight, bias) = match &self.head {
+            Some(head) => (&head.weight, head.bias.as_ref()),
+            None => (&self.embed.weight, None),
         };
-        if !route.changes(path) && bias.is_none() {
+        if !route.changes(self.head_path()) && bias.is_none() {
             return Ok(graft_ops::linear_cross_entropy(h, weight.as_ref(), targets, HEAD_CHUNK)?);
         }
         let mut parts = Vec::new();

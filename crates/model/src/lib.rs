@@ -26,7 +26,7 @@ mod tokenizer;
 pub use cache::KvCache;
 pub use chat::ChatTemplate;
 pub use config::{DecoderConfig, RopeConfig, RopeScaling};
-pub use decoder::Model;
+pub use decoder::{HEAD_CHUNK, Model};
 pub use error::{Error, Result};
 pub use families::{Family, GgufFamily, config_from_map, family_names};
 pub use generate::{
