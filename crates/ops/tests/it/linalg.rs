@@ -10,7 +10,12 @@ fn noise(shape: &[i32], seed: u64) -> Array {
 }
 
 fn norm(a: &Array) -> f64 {
-    ffi::read::<f32>(&a.contiguous().unwrap()).unwrap().iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt()
+    ffi::read::<f32>(&a.contiguous().unwrap())
+        .unwrap()
+        .iter()
+        .map(|x| f64::from(*x).powi(2))
+        .sum::<f64>()
+        .sqrt()
 }
 
 fn gap(a: &Array, b: &Array) -> f64 {
