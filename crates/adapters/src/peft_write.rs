@@ -13,13 +13,14 @@ use crate::peft::{
     GRAFT_CONFIG, GRAFT_METADATA, PEFT_CONFIG, PEFT_NAMES, PREFIX, Scaling, TENSORS, tensor_name, uses_dora,
     usual_metadata,
 };
-use crate::{AdapterSet, CONFIG_FILE, Error, FineTuneType, Fingerprint, Result};
+use crate::{AdapterSet, CONFIG_FILE, Error, FineTuneType, Fingerprint, Provenance, Result};
 
-/// Writes `set` as PEFT's adapter directory at `target`, whole or not at all; `origin` is what errors call the set.
+/// Writes `set` as PEFT's adapter directory at `target`, whole or not at all; `origin` is what errors call the set, and
+/// `made_of` goes into the metadata of the tensors where they are not PEFT's own ones again.
 ///
 /// # Errors
 /// When PEFT has no form for it, or the target exists.
-pub fn export(set: &AdapterSet, origin: &Path, target: &Path) -> Result<()> {
+pub fn export(set: &AdapterSet, origin: &Path, made_of: &Provenance, target: &Path) -> Result<()> {
     refuse(set, origin)?;
     let kept = kept(set);
     let names = kept.as_ref().map(|kept| kept.names.clone()).unwrap_or_default();
@@ -41,6 +42,7 @@ pub fn export(set: &AdapterSet, origin: &Path, target: &Path) -> Result<()> {
             let mut metadata = usual_metadata();
             metadata.insert(GRAFT_CONFIG.into(), Value::Object(set.config.to_map()).to_string());
             metadata.insert(GRAFT_METADATA.into(), json!(set.file_metadata()).to_string());
+            metadata.insert(format!("graft_{}", Provenance::KEY), json!(made_of).to_string());
             (config(set), metadata)
         }
     };

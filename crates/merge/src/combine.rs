@@ -4,17 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use graft_adapters::{
-    AdapterConfig, AdapterSet, AdapterWriter, FineTuneType, Fingerprint, Kind, Origin, Provenance,
-};
+use graft_adapters::{AdapterSet, AdapterWriter, FineTuneType, Fingerprint, Kind, Origin, Provenance};
 use graft_ops::ffi;
 use graft_quant::Checkpoint;
 use rayon::prelude::*;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::dense::{self, Elements};
 use crate::fuse::{check, kind_of};
 use crate::module::{Module, Outcome, Part, padded};
+use crate::output::{described, last_layers, layer_of, layers_of};
 use crate::{
     Error, Event, MERGE_REPORT_FILE, MergeLayer, MergeReport, MergeTotals, Method, Result, Setting, Size,
     Sparsify,
@@ -133,13 +132,7 @@ fn check_options(sources: &[Source], options: &MergeOptions) -> Result<()> {
     if !options.lambda.is_finite() {
         return refuse("lambda", "a finite number", options.lambda.to_string());
     }
-    match options.size {
-        Size::Rank(rank) if rank < 1 => refuse("rank", "at least 1", rank.to_string()),
-        Size::Energy(share) if !(share > 0.0 && share <= 1.0) => {
-            refuse("energy", "above 0 and at most 1", share.to_string())
-        }
-        _ => Ok(()),
-    }
+    options.size.check()
 }
 
 /// Adapters that belong together, to the base, and to a merge.
@@ -229,9 +222,9 @@ impl<'a> Job<'a> {
                 why: "an adapter directory is LoRA or DoRA as a whole, and embeddings have no DoRA; leave it out".into(),
             });
         }
-        let said = base.and_then(|b| b.checkpoint.config().get("num_hidden_layers")?.as_u64());
+        let said = base.and_then(|b| layers_of(b.checkpoint));
         let named = paths.iter().filter_map(|path| layer_of(path)).max().map_or(0, |last| last + 1);
-        Ok(Self { sources, base, options, dora, paths, layers: said.map_or(named, |n| n as usize) })
+        Ok(Self { sources, base, options, dora, paths, layers: said.unwrap_or(named) })
     }
 
     fn run(&self, out: &Path, stop: &AtomicBool, on_event: &mut dyn FnMut(Event)) -> Result<MergeReport> {
@@ -375,6 +368,7 @@ impl<'a> Job<'a> {
             fine_tune_type: if self.dora { "dora" } else { "lora" }.into(),
             base: self.base.map(|b| b.origin.name.clone()),
             adapters: self.sources.iter().map(|s| s.origin.name.clone()).collect(),
+            left_out: Vec::new(),
             totals: MergeTotals::of(&layers),
             layers,
         }
@@ -400,41 +394,22 @@ impl<'a> Job<'a> {
     /// The set without its tensors: config and metadata of the result.
     fn described(&self, report: &MergeReport, pad: Option<i32>) -> Result<AdapterSet> {
         let rank = pad.or_else(|| report.layers.iter().map(|l| l.rank).max()).unwrap_or(1);
-        let first = self.paths.iter().filter_map(|path| layer_of(path)).min().unwrap_or(0);
         let all = |s: &Source| s.set.config.num_layers <= 0;
+        let paths = || self.paths.iter().copied();
         // Without the base nobody knows how many blocks there are: what the adapters say must do.
         let num_layers = match self.base {
-            Some(_) if first > 0 => (self.layers - first.min(self.layers)) as i32,
-            Some(_) => -1,
+            Some(_) => last_layers(self.layers, paths()),
             None if self.sources.iter().any(all) => -1,
             None => self.sources.iter().map(|s| s.set.config.num_layers).max().unwrap_or(-1),
         };
         let kind = if self.dora { FineTuneType::Dora } else { FineTuneType::Lora };
-        let mut config = AdapterConfig::plain(kind, num_layers, rank, self.paths.iter().copied());
-        let trained = self.sources.iter().find_map(|s| Fingerprint::read(&s.set.config));
+        let trained = || self.sources.iter().find_map(|s| Fingerprint::read(&s.set.config));
         let base = self.base.map(|b| Fingerprint::of(b.checkpoint, &b.origin.name));
-        let mut set = AdapterSet {
-            adapters: BTreeMap::new(),
-            weights: BTreeMap::new(),
-            config: config.clone(),
-            metadata: BTreeMap::from([("format".to_owned(), "mlx".to_owned())]),
-        };
-        if let Some(base) = base.or(trained) {
-            let value = serde_json::to_value(base).map_err(Error::Report)?;
-            set.metadata.insert(Fingerprint::KEY.into(), value.to_string());
-            config.set_extra(Fingerprint::KEY, value);
-        }
-        set.config = config;
-        Ok(set)
+        described(kind, num_layers, rank, paths(), base.or_else(trained))
     }
 
     fn provenance(&self, report: &MergeReport) -> Provenance {
         let options = self.options;
-        let size = match options.size {
-            Size::Full => Value::Null,
-            Size::Rank(rank) => json!({"rank": rank}),
-            Size::Energy(share) => json!({"energy": share}),
-        };
         let setting = |s: &Setting| serde_json::to_value(s).unwrap_or_default();
         let input = |s: &Source| json!({"weight": setting(&s.weight), "density": setting(&s.density)});
         Provenance {
@@ -443,7 +418,7 @@ impl<'a> Job<'a> {
             base: self.base.map(|b| b.origin.clone()),
             inputs: self.sources.iter().map(|s| s.origin.clone()).collect(),
             recipe: json!({
-                "merge_method": options.method.name(), "size": size, "lambda": options.lambda, "seed": options.seed,
+                "merge_method": options.method.name(), "size": options.size.to_json(), "lambda": options.lambda, "seed": options.seed,
                 "normalize": options.normalize.unwrap_or(options.method.normalizes()),
                 "t": options.t.as_ref().map(setting),
                 "adapters": self.sources.iter().map(input).collect::<Vec<_>>(),
@@ -457,13 +432,6 @@ impl<'a> Job<'a> {
 const ON_A_LINE: f64 = 0.9995;
 /// Above this share of the update the cut to a rank is worth a warning.
 const LOSS: f64 = 0.1;
-
-/// The number of the block that a module is in.
-pub(crate) fn layer_of(path: &str) -> Option<usize> {
-    let mut parts = path.split('.');
-    parts.find(|part| *part == "layers")?;
-    parts.next()?.parse().ok()
-}
 
 /// The inner product, in f64; its terms are added in one order whatever the number of threads.
 fn dot(x: &[f32], y: &[f32]) -> f64 {

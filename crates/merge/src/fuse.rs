@@ -86,11 +86,10 @@ pub fn fuse(
 }
 
 /// Refuses an adapter of another base, with everything that does not fit.
-pub(crate) fn check(
-    checkpoint: &Checkpoint,
-    adapter: &AdapterSet,
-    on_event: &mut dyn FnMut(Event),
-) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Foreign`], [`Error::Mismatch`] or the adapter's own list.
+pub fn check(checkpoint: &Checkpoint, adapter: &AdapterSet, on_event: &mut dyn FnMut(Event)) -> Result<()> {
     let model = checkpoint.dir();
     if let Some(trained) = Fingerprint::read(&adapter.config) {
         let base = Fingerprint::of(checkpoint, &model.display().to_string());

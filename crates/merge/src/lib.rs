@@ -7,16 +7,19 @@
 mod combine;
 mod dense;
 mod error;
+mod extract;
 mod fuse;
 mod layer;
 mod method;
 mod module;
+mod output;
 mod recipe;
 mod report;
 
 pub use combine::{MergeBase, MergeOptions, Source, merge};
 pub use error::{Error, Result};
-pub use fuse::{Event, FuseOptions, fuse};
+pub use extract::{ExtractOptions, extract, resize};
+pub use fuse::{Event, FuseOptions, check, fuse};
 pub use layer::Policy;
 pub use method::{Filtered, Method, Setting, Size, Sparsify};
 pub use recipe::{InputParameters, MergeRecipe, RecipeInput, RecipeParameters};

@@ -104,17 +104,18 @@ impl Totals {
     }
 }
 
-/// The report's name in a merged adapter directory.
+/// The report's name in an adapter directory that was merged, extracted or resized.
 pub const MERGE_REPORT_FILE: &str = "merge_report.json";
 
-/// What a merge made of one module.
+/// What a merge, an extraction or a cut made of one module.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct MergeLayer {
     /// Module path.
     pub path: String,
     /// R of the result.
     pub rank: i32,
-    /// Which of the adapters have an update of it, by their place.
+    /// Which of the adapters have an update of it, by their place; empty where there is but one input.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub adapters: Vec<usize>,
     /// ||sum||, the Frobenius norm of the combined update before it is cut to a rank; for DoRA, of its low-rank part.
     pub norm: f64,
@@ -122,7 +123,7 @@ pub struct MergeLayer {
     pub error: f64,
 }
 
-/// All modules of a merge together.
+/// All modules together.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct MergeTotals {
     /// How many there are.
@@ -150,12 +151,12 @@ impl MergeTotals {
     }
 }
 
-/// The whole report of a merge.
+/// The whole report.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct MergeReport {
     /// Version of this form: 1.
     pub schema: u32,
-    /// `merge`.
+    /// `merge`, `extract` or `resize`.
     pub kind: String,
     /// Version of graft.
     pub version: String,
@@ -165,8 +166,11 @@ pub struct MergeReport {
     pub fine_tune_type: String,
     /// The base, as given; none where it was not needed.
     pub base: Option<String>,
-    /// The adapters, as given.
+    /// The adapters, as given; of an extraction the fine-tuned model.
     pub adapters: Vec<String>,
+    /// Tensors that changed and have no low-rank form, which an extraction did without.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<String>,
     /// All modules together.
     pub totals: MergeTotals,
     /// Each module, by path.
