@@ -115,8 +115,19 @@ impl Adapter {
     /// # Errors
     /// When an array operation fails.
     pub fn factor(&self, weight: &Weight) -> Result<Option<Array>> {
+        if self.magnitude.is_none() {
+            return Ok(None);
+        }
+        self.factor_with(weight, &weight.row_norms_squared()?)
+    }
+
+    /// The same where [`Weight::row_norms_squared`] is known already.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn factor_with(&self, weight: &Weight, n0: &Array) -> Result<Option<Array>> {
         let Some(m) = &self.magnitude else { return Ok(None) };
-        let n = row_norms(&self.a, &self.b, self.scale, weight.as_ref(), &weight.row_norms_squared()?)?;
+        let n = row_norms(&self.a, &self.b, self.scale, weight.as_ref(), n0)?;
         Ok(Some(row_factor(m, &n)?))
     }
 

@@ -21,7 +21,7 @@ use crate::{
 
 /// An adapter that takes part.
 #[derive(Debug)]
-pub struct Source {
+pub struct MergeSource {
     /// What it is called, and its hashes.
     pub origin: Origin,
     /// Its tensors.
@@ -66,7 +66,7 @@ pub struct MergeOptions {
 /// When an adapter is for another base, has another shape or has no low-rank form, when a setting has no meaning, when the
 /// target exists, or when `stop` was set.
 pub fn merge(
-    sources: &[Source],
+    sources: &[MergeSource],
     base: Option<&MergeBase>,
     options: &MergeOptions,
     out: &Path,
@@ -80,7 +80,7 @@ pub fn merge(
 }
 
 /// Settings that have a meaning.
-fn check_options(sources: &[Source], options: &MergeOptions) -> Result<()> {
+fn check_options(sources: &[MergeSource], options: &MergeOptions) -> Result<()> {
     let refuse = |what: &str, expected: &str, found: String| {
         Err(Error::Recipe { what: what.into(), expected: expected.into(), found })
     };
@@ -137,11 +137,11 @@ fn check_options(sources: &[Source], options: &MergeOptions) -> Result<()> {
 
 /// Adapters that belong together, to the base, and to a merge.
 fn check_sources(
-    sources: &[Source],
+    sources: &[MergeSource],
     base: Option<&MergeBase>,
     on_event: &mut dyn FnMut(Event),
 ) -> Result<()> {
-    let mut seen: Option<(&Source, Fingerprint)> = None;
+    let mut seen: Option<(&MergeSource, Fingerprint)> = None;
     let mut shapes: BTreeMap<&str, ((i32, i32), &str)> = BTreeMap::new();
     let mut problems = Vec::new();
     for source in sources {
@@ -196,7 +196,7 @@ fn check_sources(
 
 /// A merge under way.
 struct Job<'a> {
-    sources: &'a [Source],
+    sources: &'a [MergeSource],
     base: Option<&'a MergeBase<'a>>,
     options: &'a MergeOptions,
     /// Whether the result has magnitudes: as soon as one of the sources has.
@@ -208,7 +208,7 @@ struct Job<'a> {
 
 impl<'a> Job<'a> {
     fn new(
-        sources: &'a [Source],
+        sources: &'a [MergeSource],
         base: Option<&'a MergeBase<'a>>,
         options: &'a MergeOptions,
     ) -> Result<Self> {
@@ -266,7 +266,14 @@ impl<'a> Job<'a> {
         let depth = layer_of(path).map_or(f64::from(u8::from(kind_of(path) == Kind::Linear)), |layer| {
             layer as f64 / self.layers.saturating_sub(1).max(1) as f64
         });
-        let base = self.base.filter(|_| self.dora).map(|b| b.checkpoint.weight(path)).transpose()?;
+        let base = match self.base.filter(|_| self.dora) {
+            Some(base) => {
+                let weight = base.checkpoint.weight(path)?;
+                let norms = weight.row_norms_squared()?;
+                Some((weight, norms))
+            }
+            None => None,
+        };
         let mut module = Module { path, kind: kind_of(path), parts: Vec::new(), base };
         let mut total = 0.0;
         for (index, source) in self.sources.iter().enumerate() {
@@ -280,7 +287,8 @@ impl<'a> Job<'a> {
             let (weight, density) = (value(&source.weight, "weight")?, value(&source.density, "density")?);
             total += weight;
             if let Some(adapter) = source.set.adapters.get(path) {
-                let factor = module.base.as_ref().map(|w| adapter.factor(w)).transpose()?.flatten();
+                let factor = module.base.as_ref().map(|(w, n0)| adapter.factor_with(w, n0));
+                let factor = factor.transpose()?.flatten();
                 module.parts.push(Part { adapter, factor, weight, density, source: index });
             }
         }
@@ -394,7 +402,7 @@ impl<'a> Job<'a> {
     /// The set without its tensors: config and metadata of the result.
     fn described(&self, report: &MergeReport, pad: Option<i32>) -> Result<AdapterSet> {
         let rank = pad.or_else(|| report.layers.iter().map(|l| l.rank).max()).unwrap_or(1);
-        let all = |s: &Source| s.set.config.num_layers <= 0;
+        let all = |s: &MergeSource| s.set.config.num_layers <= 0;
         let paths = || self.paths.iter().copied();
         // Without the base nobody knows how many blocks there are: what the adapters say must do.
         let num_layers = match self.base {
@@ -411,7 +419,7 @@ impl<'a> Job<'a> {
     fn provenance(&self, report: &MergeReport) -> Provenance {
         let options = self.options;
         let setting = |s: &Setting| serde_json::to_value(s).unwrap_or_default();
-        let input = |s: &Source| json!({"weight": setting(&s.weight), "density": setting(&s.density)});
+        let input = |s: &MergeSource| json!({"weight": setting(&s.weight), "density": setting(&s.density)});
         Provenance {
             graft: env!("CARGO_PKG_VERSION").into(),
             operation: "merge".into(),

@@ -16,7 +16,7 @@ mod output;
 mod recipe;
 mod report;
 
-pub use combine::{MergeBase, MergeOptions, Source, merge};
+pub use combine::{MergeBase, MergeOptions, MergeSource, merge};
 pub use error::{Error, Result};
 pub use extract::{ExtractOptions, extract, resize};
 pub use fuse::{Event, FuseOptions, check, fuse};

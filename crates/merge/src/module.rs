@@ -32,8 +32,8 @@ pub(crate) struct Module<'a> {
     pub(crate) path: &'a str,
     pub(crate) kind: Kind,
     pub(crate) parts: Vec<Part<'a>>,
-    /// W, where a result with magnitudes is wanted.
-    pub(crate) base: Option<Weight>,
+    /// W and the squared norms of its rows, where a result with magnitudes is wanted.
+    pub(crate) base: Option<(Weight, Array)>,
 }
 
 /// The result: factors with s = 1, and how good they are.
@@ -66,7 +66,7 @@ impl<'a> Module<'a> {
     ///
     /// Refuses a row whose factors cancel: no magnitude stands for it.
     pub(crate) fn factor(&self, weights: &[f64]) -> Result<Option<Array>> {
-        let Some(base) = &self.base else { return Ok(None) };
+        let Some((base, _)) = &self.base else { return Ok(None) };
         let one = Array::from_f32(1.0);
         let mut c = mlx_rs::ops::ones::<f32>(&[base.out_features()])?;
         for (part, weight) in self.parts.iter().zip(weights) {
@@ -110,8 +110,8 @@ impl<'a> Module<'a> {
     pub(crate) fn outcome(&self, cut: Cut, c: Option<&Array>) -> Result<Outcome> {
         let Cut { a, b, norm, error } = cut;
         let magnitude = match (&self.base, c) {
-            (Some(base), Some(c)) => {
-                let n = row_norms(&a, &b, 1.0, base.as_ref(), &base.row_norms_squared()?)?;
+            (Some((base, n0)), Some(c)) => {
+                let n = row_norms(&a, &b, 1.0, base.as_ref(), n0)?;
                 Some(n.multiply(c)?)
             }
             _ => None,
@@ -136,7 +136,7 @@ impl<'a> Module<'a> {
 
     /// W's rows `ids` in f32, where W is there.
     pub(crate) fn base_rows(&self, ids: &Array) -> Result<Option<Array>> {
-        let rows = |base: &Weight| base.slice(ids)?.dequantize(Dtype::Float32);
+        let rows = |(base, _): &(Weight, Array)| base.slice(ids)?.dequantize(Dtype::Float32);
         Ok(self.base.as_ref().map(rows).transpose()?)
     }
 

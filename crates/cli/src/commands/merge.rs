@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use graft_adapters::{AdapterSet, Origin};
 use graft_merge::{
     Error, Event, InputParameters, MERGE_REPORT_FILE, MergeBase, MergeOptions, MergeRecipe, MergeReport,
-    Method, RecipeInput, Setting, Size, Source,
+    MergeSource, Method, RecipeInput, Setting, Size,
 };
 use graft_ops::Precision;
 use graft_quant::Checkpoint;
@@ -174,7 +174,7 @@ fn input(text: &str) -> Result<RecipeInput> {
 }
 
 /// The adapters, and the data that each was trained on.
-fn sources(args: &MergeArgs, recipe: &MergeRecipe) -> Result<(Vec<Source>, Vec<String>)> {
+fn sources(args: &MergeArgs, recipe: &MergeRecipe) -> Result<(Vec<MergeSource>, Vec<String>)> {
     let (mut sources, mut data) = (Vec::new(), Vec::new());
     let common = &recipe.parameters;
     for (index, model) in recipe.models.iter().enumerate() {
@@ -195,7 +195,7 @@ fn sources(args: &MergeArgs, recipe: &MergeRecipe) -> Result<(Vec<Source>, Vec<S
         let setting = |own: &Option<Setting>, common: &Option<Setting>| {
             own.clone().or_else(|| common.clone()).unwrap_or(Setting::Number(1.0))
         };
-        sources.push(Source {
+        sources.push(MergeSource {
             origin: Origin::of_adapter(&dir, &model.model)?,
             set,
             weight: setting(&model.parameters.weight, &common.weight),
@@ -205,7 +205,7 @@ fn sources(args: &MergeArgs, recipe: &MergeRecipe) -> Result<(Vec<Source>, Vec<S
     Ok((sources, data))
 }
 
-fn names(sources: &[Source]) -> Vec<String> {
+fn names(sources: &[MergeSource]) -> Vec<String> {
     sources.iter().map(|source| source.origin.name.clone()).collect()
 }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use graft_adapters::{AdapterSet, Fingerprint, Origin, Provenance, Route};
 use graft_merge::{
-    Error, MergeBase, MergeOptions, MergeReport, Method, Result, Setting, Size, Source, merge,
+    Error, MergeBase, MergeOptions, MergeReport, MergeSource, Method, Result, Setting, Size, merge,
 };
 use graft_ops::Array;
 use graft_quant::{Checkpoint, read_safetensors};
@@ -26,8 +26,8 @@ fn adapter(base: &Path, tiny: &Tiny, dora: bool, (rank, seed): (usize, u64), sca
     dir
 }
 
-fn source(dir: &Path, weight: f64, density: f64) -> Source {
-    Source {
+fn source(dir: &Path, weight: f64, density: f64) -> MergeSource {
+    MergeSource {
         origin: Origin::of_adapter(dir, "one").unwrap(),
         set: AdapterSet::load(dir).unwrap(),
         weight: Setting::Number(weight),
@@ -46,7 +46,7 @@ struct Merged {
     _parent: TempDir,
 }
 
-fn merged(sources: &[Source], base: Option<&Path>, options: &MergeOptions) -> Result<Merged> {
+fn merged(sources: &[MergeSource], base: Option<&Path>, options: &MergeOptions) -> Result<Merged> {
     let parent = tempfile::tempdir().unwrap();
     let dir = parent.path().join("merged");
     let checkpoint = base.map(|base| Checkpoint::open(base).unwrap());
@@ -376,13 +376,13 @@ fn what_has_no_meaning_is_refused_by_name() {
         let base = tiny_model(&tiny);
         let dir = adapter(base.path(), &tiny, false, (4, 1), 0.7);
         let two = || vec![source(dir.path(), 1.0, 1.0), source(dir.path(), 1.0, 1.0)];
-        let text = |sources: &[Source], options: &MergeOptions| {
+        let text = |sources: &[MergeSource], options: &MergeOptions| {
             merged(sources, Some(base.path()), options).map(|_| ()).unwrap_err().to_string()
         };
         let linear = || options("linear", Size::Full);
         let mut three = two();
         three.push(source(dir.path(), 1.0, 1.0));
-        let with = |change: &dyn Fn(&mut Source)| {
+        let with = |change: &dyn Fn(&mut MergeSource)| {
             let mut sources = two();
             change(&mut sources[1]);
             sources

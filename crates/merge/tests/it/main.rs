@@ -6,6 +6,7 @@
 mod bytes;
 mod combine;
 mod equal;
+mod extract;
 mod formulas;
 mod refusals;
 mod support;
