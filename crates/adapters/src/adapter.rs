@@ -1,6 +1,7 @@
 //! One low-rank update: its tensors and the formulas that every other place uses.
 
-use graft_ops::{Array, Dtype, Result, row_factor, row_norms};
+use graft_ops::linalg::svd_of_product;
+use graft_ops::{Array, Dtype, Result, ffi, row_factor, row_norms};
 use graft_quant::Weight;
 
 /// The update of one weight; DoRA when `magnitude` is there, LoRA when it is not.
@@ -114,9 +115,29 @@ impl Adapter {
     /// # Errors
     /// When an array operation fails.
     pub fn factor(&self, weight: &Weight) -> Result<Option<Array>> {
+        if self.magnitude.is_none() {
+            return Ok(None);
+        }
+        self.factor_with(weight, &weight.row_norms_squared()?)
+    }
+
+    /// The same where [`Weight::row_norms_squared`] is known already.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn factor_with(&self, weight: &Weight, n0: &Array) -> Result<Option<Array>> {
         let Some(m) = &self.magnitude else { return Ok(None) };
-        let n = row_norms(&self.a, &self.b, self.scale, weight.as_ref(), &weight.row_norms_squared()?)?;
+        let n = row_norms(&self.a, &self.b, self.scale, weight.as_ref(), n0)?;
         Ok(Some(row_factor(m, &n)?))
+    }
+
+    /// The singular values of s A B, from the largest down; there are R of them, or fewer where the matrix has fewer.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn spectrum(&self) -> Result<Vec<f32>> {
+        let s = svd_of_product(&self.a, &self.b)?.s;
+        Ok(ffi::read::<f32>(&s)?.iter().map(|s| s * self.scale.abs()).collect())
     }
 
     /// All arrays of the adapter, for evaluation.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use graft_ops::Dtype;
-use graft_quant::{Tensor, Weight};
+use graft_quant::{StoredDtype, Tensor, Weight};
 use serde_json::{Map, Value};
 
 use crate::{Adapter, AdapterConfig, Error, FineTuneType, Fingerprint, Kind, Result, Site, Table, peft};
@@ -13,6 +13,11 @@ use crate::{Adapter, AdapterConfig, Error, FineTuneType, Fingerprint, Kind, Resu
 pub const ADAPTER_FILE: &str = "adapters.safetensors";
 /// The name of the config, mlx-lm's and PEFT's alike.
 pub const CONFIG_FILE: &str = "adapter_config.json";
+
+/// The key in graft's part of the config that names the whole weights beside low-rank updates.
+pub(crate) const WHOLE: &str = "weights";
+/// The key in a set's metadata, in memory only, under which types other than f32 stand by tensor.
+const DTYPES: &str = "dtypes";
 
 /// A module of a base that an adapter may act on.
 #[derive(Debug, Clone, Copy)]
@@ -35,11 +40,11 @@ impl Target<'_> {
 pub struct AdapterSet {
     /// Low-rank updates by module path.
     pub adapters: BTreeMap<String, Adapter>,
-    /// Whole weights by tensor name (`full` fine-tuning only).
+    /// Whole weights by tensor name: all of a `full` fine-tune; beside low-rank updates, PEFT's `modules_to_save`.
     pub weights: BTreeMap<String, Tensor>,
     /// The config.
     pub config: AdapterConfig,
-    /// Metadata of the tensor file.
+    /// Metadata of the tensor file; while in memory also the types of tensors that were not f32.
     pub metadata: BTreeMap<String, String>,
 }
 
@@ -78,7 +83,7 @@ impl AdapterSet {
     /// # Errors
     /// As for [`AdapterSet::load`].
     pub fn from_file(file: &Path, config: AdapterConfig) -> Result<Self> {
-        let (tensors, metadata) = graft_quant::read_safetensors(file)?;
+        let (mut tensors, mut metadata) = graft_quant::read_safetensors(file)?;
         let problems = unusable(&tensors);
         if !problems.is_empty() {
             return Err(Error::Mismatch { file: file.to_path_buf(), problems });
@@ -86,11 +91,17 @@ impl AdapterSet {
         if config.fine_tune_type == FineTuneType::Full {
             return Ok(Self { adapters: BTreeMap::new(), weights: tensors, config, metadata });
         }
+        let mut weights = BTreeMap::new();
+        for name in config.extra(WHOLE).and_then(Value::as_array).into_iter().flatten() {
+            weights.extend(name.as_str().and_then(|name| tensors.remove_entry(name)));
+        }
         let adapters = collect(file, &tensors, &config)?;
-        Ok(Self { adapters, weights: BTreeMap::new(), config, metadata })
+        note_dtypes(&mut metadata, &tensors.iter().map(|(name, t)| (name.clone(), t.dtype)).collect());
+        Ok(Self { adapters, weights, config, metadata })
     }
 
-    /// mlx-lm's tensors: `<path>.lora_a`, `.lora_b`, `.m`, or the whole weights.
+    /// mlx-lm's tensors: `<path>.lora_a`, `.lora_b`, `.m`, and the whole weights; in the types they were read in, where
+    /// those still hold the values.
     ///
     /// # Errors
     /// When an array cannot be evaluated.
@@ -103,7 +114,21 @@ impl AdapterSet {
                 tensors.insert(format!("{path}.m"), Tensor::from_array(m)?);
             }
         }
+        let types: BTreeMap<String, String> =
+            self.metadata.get(DTYPES).and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+        for (name, dtype) in types {
+            if let Some(tensor) = tensors.get_mut(&name) {
+                *tensor = tensor.as_stored(&dtype)?;
+            }
+        }
         Ok(tensors)
+    }
+
+    /// The metadata that goes into a file.
+    pub(crate) fn file_metadata(&self) -> BTreeMap<String, String> {
+        let mut metadata = self.metadata.clone();
+        metadata.remove(DTYPES);
+        metadata
     }
 
     /// Writes the config and the tensors, each atomically, the config first: tensors without a config have no meaning.
@@ -113,7 +138,7 @@ impl AdapterSet {
     pub fn save(&self, dir: &Path) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.to_path_buf(), source })?;
         self.save_config(dir)?;
-        let bytes = graft_quant::safetensors_bytes(&self.tensors()?, &self.metadata)?;
+        let bytes = graft_quant::safetensors_bytes(&self.tensors()?, &self.file_metadata())?;
         Ok(graft_quant::write_atomic(&dir.join(ADAPTER_FILE), &bytes)?)
     }
 
@@ -176,6 +201,15 @@ impl AdapterSet {
                     .into(),
             });
         }
+        if let Some(name) = self.weights.keys().next() {
+            return Err(Error::Unsupported {
+                file: origin.to_path_buf(),
+                what: format!("{name}, a whole weight beside the low-rank updates,"),
+                why:
+                    "it takes the place of the base's own: fuse the adapter into the base first (graft fuse)"
+                        .into(),
+            });
+        }
         self.check(origin, |path| target(path).map(|t| (t.shape(), t.kind)))?;
         let mut sites = HashMap::new();
         for (path, adapter) in &self.adapters {
@@ -211,6 +245,15 @@ fn read_config(dir: &Path) -> Result<(PathBuf, Map<String, Value>)> {
             expected: "an object".into(),
             found: "another JSON value".into(),
         }),
+    }
+}
+
+/// Remembers the types that are not f32, by our names of the tensors.
+pub(crate) fn note_dtypes(metadata: &mut BTreeMap<String, String>, dtypes: &BTreeMap<String, StoredDtype>) {
+    let others = dtypes.iter().filter(|(_, dtype)| **dtype != StoredDtype::F32);
+    let others: BTreeMap<&String, String> = others.map(|(name, dtype)| (name, dtype.to_string())).collect();
+    if !others.is_empty() {
+        metadata.insert(DTYPES.into(), serde_json::json!(others).to_string());
     }
 }
 

@@ -44,6 +44,54 @@ pub enum Error {
         /// s of the adapter.
         scale: f32,
     },
+    /// One of several inputs cannot be used.
+    #[error("{name}: {source}")]
+    Input {
+        /// What it was called.
+        name: String,
+        /// What is wrong with it.
+        source: Box<Error>,
+    },
+    /// The recipe asks for something that does not exist or has no meaning.
+    #[error("{what}: expected {expected}, found {found}")]
+    Recipe {
+        /// The setting.
+        what: String,
+        /// What it may be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+    /// A DoRA adapter was given without the base that its factors depend on.
+    #[error(
+        "{name} is a DoRA adapter, and what it does to a weight depends on the weight: give the base (--model)"
+    )]
+    NeedsBase {
+        /// The adapter.
+        name: String,
+    },
+    /// An input holds what has no low-rank form.
+    #[error("{name}: {what} cannot be merged: {why}")]
+    Unmergeable {
+        /// The adapter.
+        name: String,
+        /// What it holds.
+        what: String,
+        /// The reason, and what to do.
+        why: String,
+    },
+    /// The factors of a row cancel in a sum of DoRA adapters.
+    #[error(
+        "{path}: the factors of row {row} add up to {value:e}, so that no magnitude stands for the row; choose other weights"
+    )]
+    Cancels {
+        /// The module.
+        path: String,
+        /// The row of its weight.
+        row: usize,
+        /// 1 + sum w (c - 1).
+        value: f32,
+    },
     /// The report could not be written.
     #[error("cannot write the report: {0}")]
     Report(serde_json::Error),

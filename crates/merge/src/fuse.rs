@@ -86,7 +86,10 @@ pub fn fuse(
 }
 
 /// Refuses an adapter of another base, with everything that does not fit.
-fn check(checkpoint: &Checkpoint, adapter: &AdapterSet, on_event: &mut dyn FnMut(Event)) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Foreign`], [`Error::Mismatch`] or the adapter's own list.
+pub fn check(checkpoint: &Checkpoint, adapter: &AdapterSet, on_event: &mut dyn FnMut(Event)) -> Result<()> {
     let model = checkpoint.dir();
     if let Some(trained) = Fingerprint::read(&adapter.config) {
         let base = Fingerprint::of(checkpoint, &model.display().to_string());
@@ -127,7 +130,7 @@ fn check(checkpoint: &Checkpoint, adapter: &AdapterSet, on_event: &mut dyn FnMut
 }
 
 /// Which of the two orientations a module's adapter has; the base's names decide, as no network is built here.
-fn kind_of(path: &str) -> Kind {
+pub(crate) fn kind_of(path: &str) -> Kind {
     if path.ends_with("embed_tokens") { Kind::Embedding } else { Kind::Linear }
 }
 

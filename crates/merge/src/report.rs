@@ -103,3 +103,76 @@ impl Totals {
         self.worst = worst.map(|l| l.path.clone());
     }
 }
+
+/// The report's name in an adapter directory that was merged, extracted or resized.
+pub const MERGE_REPORT_FILE: &str = "merge_report.json";
+
+/// What a merge, an extraction or a cut made of one module.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct MergeLayer {
+    /// Module path.
+    pub path: String,
+    /// R of the result.
+    pub rank: i32,
+    /// Which of the adapters have an update of it, by their place; empty where there is but one input.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<usize>,
+    /// ||sum||, the Frobenius norm of the combined update before it is cut to a rank; for DoRA, of its low-rank part.
+    pub norm: f64,
+    /// ||result - sum|| / ||sum||: what cutting it to a rank cost.
+    pub error: f64,
+}
+
+/// All modules together.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct MergeTotals {
+    /// How many there are.
+    pub modules: usize,
+    /// ||sum|| of all together.
+    pub norm: f64,
+    /// ||result - sum|| / ||sum|| of all together.
+    pub error: f64,
+    /// The module with the greatest `error`.
+    pub worst: Option<String>,
+}
+
+impl MergeTotals {
+    /// Adds up what the layers say.
+    pub(crate) fn of(layers: &[MergeLayer]) -> Self {
+        let squared: f64 = layers.iter().map(|l| l.norm.powi(2)).sum();
+        let lost: f64 = layers.iter().map(|l| (l.norm * l.error).powi(2)).sum();
+        let worst = layers.iter().filter(|l| l.error > 0.0).max_by(|a, b| a.error.total_cmp(&b.error));
+        Self {
+            modules: layers.len(),
+            norm: squared.sqrt(),
+            error: if squared > 0.0 { (lost / squared).sqrt() } else { 0.0 },
+            worst: worst.map(|l| l.path.clone()),
+        }
+    }
+}
+
+/// The whole report.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct MergeReport {
+    /// Version of this form: 1.
+    pub schema: u32,
+    /// `merge`, `extract` or `resize`.
+    pub kind: String,
+    /// Version of graft.
+    pub version: String,
+    /// The method's name.
+    pub method: String,
+    /// `lora`, or `dora` as soon as one of the adapters is.
+    pub fine_tune_type: String,
+    /// The base, as given; none where it was not needed.
+    pub base: Option<String>,
+    /// The adapters, as given; of an extraction the fine-tuned model.
+    pub adapters: Vec<String>,
+    /// Tensors that changed and have no low-rank form, which an extraction did without.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<String>,
+    /// All modules together.
+    pub totals: MergeTotals,
+    /// Each module, by path.
+    pub layers: Vec<MergeLayer>,
+}

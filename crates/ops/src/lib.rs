@@ -19,6 +19,7 @@ pub mod ffi;
 mod form;
 pub mod info;
 mod level;
+pub mod linalg;
 mod linears;
 mod loss;
 mod low_rank;

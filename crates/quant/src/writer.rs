@@ -57,13 +57,15 @@ fn readable_by_all(path: &Path) -> Result<()> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(Error::io(path))
 }
 
-/// A model directory in the making. Dropped before [`DirWriter::finish`], it leaves nothing behind.
+/// A model or adapter directory in the making. Dropped before [`DirWriter::finish`], it leaves nothing behind.
 #[derive(Debug)]
 pub struct DirWriter {
     target: PathBuf,
     temp: TempDir,
     shards: Vec<Shard>,
     metadata: BTreeMap<String, String>,
+    /// The one file of tensors, where there are to be no shards and no index.
+    single: Option<String>,
 }
 
 /// Tensors of one file, their data collected apart because the header, which comes first, is known last.
@@ -92,7 +94,19 @@ impl DirWriter {
             .tempdir_in(dir)
             .map_err(Error::io(dir))?;
         let metadata = BTreeMap::from([("format".to_owned(), "mlx".to_owned())]);
-        Ok(DirWriter { target: target.to_path_buf(), temp, shards: Vec::new(), metadata })
+        Ok(DirWriter { target: target.to_path_buf(), temp, shards: Vec::new(), metadata, single: None })
+    }
+
+    /// Puts all tensors into one file of that name, without an index, as adapters have it.
+    #[must_use]
+    pub fn single(mut self, name: &str) -> DirWriter {
+        self.single = Some(name.to_owned());
+        self
+    }
+
+    /// What the header of each file of tensors says beside them.
+    pub fn set_metadata(&mut self, metadata: BTreeMap<String, String>) {
+        self.metadata = metadata;
     }
 
     /// Appends a tensor.
@@ -111,7 +125,8 @@ impl DirWriter {
             )));
         }
         let size = tensor.data.len() as u64;
-        if self.shards.last().is_none_or(|shard| shard.bytes + size > MAX_SHARD && shard.bytes > 0) {
+        let limit = if self.single.is_some() { u64::MAX - size } else { MAX_SHARD };
+        if self.shards.last().is_none_or(|shard| shard.bytes + size > limit && shard.bytes > 0) {
             let path = self.data_path(self.shards.len());
             let file = File::create_new(&path).map_err(Error::io(&path))?;
             self.shards.push(Shard { data: BufWriter::new(file), entries: Vec::new(), bytes: 0 });
@@ -161,15 +176,16 @@ impl DirWriter {
         let count = shards.len();
         let (mut weight_map, mut total) = (BTreeMap::new(), 0);
         for (index, shard) in shards.into_iter().enumerate() {
-            let name = match count {
-                1 => "model.safetensors".to_owned(),
-                _ => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
+            let name = match (&self.single, count) {
+                (Some(name), _) => name.clone(),
+                (None, 1) => "model.safetensors".to_owned(),
+                (None, _) => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
             };
             total += shard.bytes;
             weight_map.extend(shard.entries.iter().map(|(tensor, ..)| (tensor.clone(), name.clone())));
             self.assemble(index, shard, &name)?;
         }
-        if count > 0 {
+        if count > 0 && self.single.is_none() {
             let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
             let bytes = pretty(&index)?;
             self.write_file("model.safetensors.index.json", &bytes)?;

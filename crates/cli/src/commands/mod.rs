@@ -1,5 +1,6 @@
 //! One function per command: settings, a library call, a report.
 
+pub(crate) mod adapter;
 mod answer;
 mod chat;
 mod compare;
@@ -14,6 +15,7 @@ mod generate;
 mod inspect;
 mod load;
 mod lora;
+mod merge;
 mod perplexity;
 mod plot;
 mod server;
@@ -28,6 +30,7 @@ pub(crate) use fuse::fuse;
 pub(crate) use generate::generate;
 pub(crate) use inspect::inspect;
 pub(crate) use lora::lora;
+pub(crate) use merge::merge;
 pub(crate) use perplexity::perplexity;
 pub(crate) use plot::plot;
 pub(crate) use server::server;

@@ -12,6 +12,7 @@ mod generate;
 mod gguf;
 mod http;
 mod lora;
+mod merge;
 mod perplexity;
 mod pipeline;
 mod server;

@@ -12,19 +12,19 @@ use crate::support::{Tensors, arrays, every_model, fused, read_json, tensors};
 const SCALE: f64 = 2.0;
 
 /// A matrix in f64, row-major.
-struct Matrix {
-    columns: usize,
-    values: Vec<f64>,
+pub(crate) struct Matrix {
+    pub(crate) columns: usize,
+    pub(crate) values: Vec<f64>,
 }
 
 /// A float tensor as a matrix; a vector has one column.
-fn matrix(tensor: &Tensor) -> Matrix {
+pub(crate) fn matrix(tensor: &Tensor) -> Matrix {
     let columns = tensor.shape.get(1).copied().unwrap_or(1);
     Matrix { columns, values: tensor.to_f32().unwrap().into_iter().map(f64::from).collect() }
 }
 
 /// The weight of module `path`, unpacked by hand: code i in bits [i b, (i + 1) b) of its row, w = scale code + bias.
-fn weight(dir: &Path, all: &Tensors, path: &str) -> Matrix {
+pub(crate) fn weight(dir: &Path, all: &Tensors, path: &str) -> Matrix {
     let stored = &all[&format!("{path}.weight")];
     let Some(scales) = all.get(&format!("{path}.scales")) else { return matrix(stored) };
     let (scales, biases) = (matrix(scales), matrix(&all[&format!("{path}.biases")]));
@@ -67,7 +67,7 @@ fn sum(w: &Matrix, adapter: &Tensors, path: &str) -> Vec<f64> {
     values
 }
 
-fn distance(a: &[f64], b: &[f64]) -> f64 {
+pub(crate) fn distance(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(x, y)| (x - y).powi(2)).sum::<f64>().sqrt()
 }
 

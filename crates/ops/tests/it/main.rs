@@ -9,6 +9,7 @@ mod attention;
 mod blas;
 mod empty;
 mod fixed_order;
+mod linalg;
 mod linears;
 mod loss;
 mod packed;
