@@ -1,4 +1,4 @@
-//! `cargo xtask golden` and `cargo xtask conformance`: what mlx-lm computes, written down or compared live.
+//! `cargo xtask golden` and `cargo xtask conformance`: what mlx-lm and llama.cpp compute, written down or compared live.
 //!
 //! The Python side lives in xtask/reference; mlx-lm and its MLX are pinned, because a golden value is one of a version.
 
@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::{cache, model, setup, sh};
+use crate::{cache, model, peers, setup, sh};
 
 pub(crate) const MLX_LM: &str = "0.32.2";
 pub(crate) const MLX: &str = "0.32.4";
@@ -28,16 +28,20 @@ pub(crate) fn golden(args: &[String]) -> Result<()> {
     sh::run(python()?.arg(root.join("crates/model/tests/data/text.py")))
 }
 
-/// Compares graft with mlx-lm on the demo's base; arguments (`--only NAME ...`) go to the script.
+/// Compares graft with mlx-lm and llama.cpp on the demo's base; arguments (`--only NAME ...`) go to the script.
 pub(crate) fn conformance(args: &[String]) -> Result<()> {
     setup::run()?;
     let graft = sh::graft()?;
     let examples =
-        sh::build(&["--workspace", "--example", "logits", "--example", "proxies"])?.join("examples");
+        sh::build(&["--workspace", "--example", "logits", "--example", "proxies", "--example", "tiny"])?
+            .join("examples");
     let mut script = python()?;
     script.arg(sh::root().join("xtask/reference/conformance.py"));
     script.arg("--graft").arg(&graft).arg("--logits").arg(examples.join("logits"));
-    script.arg("--proxies").arg(examples.join("proxies"));
+    script.arg("--proxies").arg(examples.join("proxies")).arg("--tiny").arg(examples.join("tiny"));
+    if args.is_empty() || args.iter().any(|arg| arg == "gguf") {
+        script.arg("--llama").arg(peers::llama()?);
+    }
     script.arg("--model").arg(model::dir(&graft)?).arg("--work").arg(sh::target()?.join("conformance"));
     sh::run(script.args(args))
 }
