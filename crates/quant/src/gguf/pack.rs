@@ -23,9 +23,34 @@ pub(super) fn nearest_kind(grid: Grid, scales: &Tensor, biases: &Tensor) -> Resu
     if grid.bits > 4 {
         return Ok(Kind::Q8_0);
     }
-    let (scales, biases) = (scales.to_f32()?, biases.to_f32()?);
-    let symmetric = scales.iter().zip(&biases).all(|(scale, bias)| -8.0 * scale == *bias);
-    Ok(if symmetric && grid.bits == 4 { Kind::Q4_0 } else { Kind::Q4_1 })
+    let symmetric = grid.bits == 4 && symmetric(Kind::Q4_0, &scales.to_f32()?, &biases.to_f32()?);
+    Ok(if symmetric { Kind::Q4_0 } else { Kind::Q4_1 })
+}
+
+/// The bias that a type without one has with scale d.
+fn implied(kind: Kind, d: f32) -> Option<f32> {
+    match kind {
+        Kind::Q4_0 => Some(-8.0 * d),
+        Kind::Q8_0 => Some(-128.0 * d),
+        _ => None,
+    }
+}
+
+/// Whether each bias is the one that `kind` has with the scale; true of a type that keeps biases.
+fn symmetric(kind: Kind, scales: &[f32], biases: &[f32]) -> bool {
+    scales.iter().zip(biases).all(|(scale, bias)| implied(kind, *scale).is_none_or(|own| own == *bias))
+}
+
+/// Whether `kind` holds the codes of packed weights as they are.
+fn keeps_codes(packed: &HostPacked, kind: Kind) -> Result<bool> {
+    let bits = packed.grid.bits;
+    let fits = match kind {
+        Kind::Q4_1 => bits <= 4,
+        Kind::Q4_0 => bits == 4,
+        Kind::Q8_0 => bits == 8,
+        _ => false,
+    };
+    Ok(fits && symmetric(kind, &packed.scales.to_f32()?, &packed.biases.to_f32()?))
 }
 
 /// Writes a tensor as `kind`. Beside it and its bytes, dense copies exist of a block of rows at a time.
@@ -34,9 +59,7 @@ pub(super) fn nearest_kind(grid: Grid, scales: &Tensor, biases: &Tensor) -> Resu
 /// When it holds values that `kind` cannot, with what they are.
 pub(super) fn encode(block: &Block, kind: Kind) -> Result<Encoded> {
     match block {
-        Block::Packed(packed) if matches!(kind, Kind::Q4_0 | Kind::Q4_1) && packed.grid.bits <= 4 => {
-            repack(packed, kind)
-        }
+        Block::Packed(packed) if keeps_codes(packed, kind)? => repack(packed, kind),
         Block::Dense(tensor) if tensor.shape.len() == 1 => {
             let data = tensor.to_f32()?.iter().flat_map(|x| x.to_le_bytes()).collect();
             Ok(Encoded { data, error: 0.0, weight: 0.0 })
@@ -52,27 +75,26 @@ pub(super) fn encode(block: &Block, kind: Kind) -> Result<Encoded> {
     }
 }
 
-/// At most 4 bits as they are: only the scales and biases are made 16 bits, and repeated where a group has several blocks.
+/// Codes as they are: only the scales and biases are made 16 bits, and repeated where a group has several blocks.
 fn repack(packed: &HostPacked, kind: Kind) -> Result<Encoded> {
     let repeat = packed.grid.group_size as usize / BLOCK;
     let codes = codes_of(&packed.codes.data, packed.grid.bits);
     let (scales, biases) = (packed.scales.to_f32()?, packed.biases.to_f32()?);
     let levels: Vec<[f16; 2]> =
         scales.iter().zip(&biases).map(|(s, b)| [f16::from_f32(*s), f16::from_f32(*b)]).collect();
+    let stored = levels.iter().map(|[d, m]| {
+        let d = d.to_f32();
+        (d, implied(kind, d).unwrap_or(m.to_f32()))
+    });
+    let groups = || stored.clone().zip(scales.iter().zip(&biases));
     let (mut error, mut weight) = (0.0, 0.0);
-    for (((d, m), (s, b)), codes) in levels
-        .iter()
-        .map(|[d, m]| (d.to_f32(), if kind == Kind::Q4_0 { -8.0 * d.to_f32() } else { m.to_f32() }))
-        .zip(scales.iter().zip(&biases))
-        .zip(codes.chunks_exact(repeat * BLOCK))
-    {
-        if d == *s && m == *b {
-            continue;
-        }
-        for code in codes {
-            let (old, new) = (s * f32::from(*code) + b, d * f32::from(*code) + m);
-            error += f64::from(new - old).powi(2);
-            weight += f64::from(old).powi(2);
+    if groups().any(|((d, m), (s, b))| (d, m) != (*s, *b)) {
+        for (((d, m), (s, b)), codes) in groups().zip(codes.chunks_exact(repeat * BLOCK)) {
+            for code in codes {
+                let (old, new) = (s * f32::from(*code) + b, d * f32::from(*code) + m);
+                error += f64::from(new - old).powi(2);
+                weight += f64::from(old).powi(2);
+            }
         }
     }
     let levels = levels.iter().flat_map(|pair| std::iter::repeat_n(*pair, repeat));
@@ -131,7 +153,7 @@ fn candidates(exact: &Array, rows: &Weight, kind: Kind) -> Result<Vec<Levels>> {
     if let Weight::Packed(packed) = rows {
         let repeat = packed.grid.group_size / BLOCK as i32;
         let own = packed.scales.as_dtype(Dtype::Float32)?;
-        let own = mlx_rs::ops::repeat_axis::<f32>(own, 1, repeat)?;
+        let own = mlx_rs::ops::repeat_axis::<f32>(own, repeat, 1)?;
         all.insert(0, symmetric(half(own)?)?);
     }
     Ok(all)
