@@ -45,7 +45,7 @@ const TASKS: &[Task] = &[
     ("golden", "write the golden values of the tests anew with mlx-lm", reference::golden),
     (
         "conformance",
-        "compare with mlx-lm on the demo's base and with PEFT [--only NAME ...]",
+        "compare with mlx-lm and llama.cpp on the demo's base and with PEFT [--only NAME ...]",
         reference::conformance,
     ),
 ];

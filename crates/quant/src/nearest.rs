@@ -86,6 +86,22 @@ pub fn round_nearest(w: &Array, grid: Grid, candidates: &[Levels]) -> Result<Pac
     Ok(Packed { codes, scales: levels.scales, biases: levels.biases, grid })
 }
 
+/// The codes of such a stream, one a byte: the inverse of [`bit_stream`].
+pub(crate) fn codes_of(bytes: &[u8], bits: i32) -> Vec<u8> {
+    let mut codes = Vec::with_capacity(bytes.len() * 8 / bits.max(1) as usize);
+    let (mut pending, mut held) = (0_u32, 0);
+    for &byte in bytes {
+        pending |= u32::from(byte) << held;
+        held += 8;
+        while held >= bits {
+            codes.push((pending & ((1 << bits) - 1)) as u8);
+            pending >>= bits;
+            held -= bits;
+        }
+    }
+    codes
+}
+
 /// Code i in bits `[i b, (i + 1) b)`. Rows are whole words, so that the rows of a matrix are one stream.
 fn bit_stream(codes: &[u8], bits: i32) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(codes.len() * bits as usize / 8);
@@ -100,4 +116,17 @@ fn bit_stream(codes: &[u8], bits: i32) -> Vec<u8> {
         }
     }
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_come_back_out_of_the_stream() {
+        for bits in Grid::BITS {
+            let codes: Vec<u8> = (0..96_u32).map(|i| (i * 37 % (1 << bits)) as u8).collect();
+            assert_eq!(codes_of(&bit_stream(&codes, bits), bits), codes, "{bits} bits");
+        }
+    }
 }

@@ -6,7 +6,7 @@ use std::io::{BufWriter, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir};
 
 use crate::tensor::{Entry, header};
 use crate::{Error, Result, Tensor};
@@ -16,13 +16,41 @@ use crate::{Error, Result, Tensor};
 /// # Errors
 /// When writing, syncing or renaming fails; the old file is then untouched.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    let dir = parent(path);
-    let mut file = tempfile::NamedTempFile::new_in(dir).map_err(Error::io(path))?;
-    file.write_all(bytes).map_err(Error::io(path))?;
-    file.as_file().sync_all().map_err(Error::io(path))?;
-    readable_by_all(file.path())?;
-    file.persist(path).map_err(|error| Error::Io { path: path.to_path_buf(), source: error.error })?;
-    sync_dir(dir)
+    let mut file = AtomicFile::create(path)?;
+    file.write(bytes)?;
+    file.persist()
+}
+
+/// A file in the making beside its place; dropped before [`AtomicFile::persist`], it leaves nothing behind.
+#[derive(Debug)]
+pub(crate) struct AtomicFile {
+    file: BufWriter<NamedTempFile>,
+    path: PathBuf,
+}
+
+impl AtomicFile {
+    pub(crate) fn create(path: &Path) -> Result<Self> {
+        let file = NamedTempFile::new_in(parent(path)).map_err(Error::io(path))?;
+        Ok(Self { file: BufWriter::new(file), path: path.to_path_buf() })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(Error::io(&self.path))
+    }
+
+    /// Synced and renamed to its place.
+    pub(crate) fn persist(self) -> Result<()> {
+        let path = self.path;
+        let file = self.file.into_inner().map_err(|error| Error::io(&path)(error.into_error()))?;
+        file.as_file().sync_all().map_err(Error::io(&path))?;
+        readable_by_all(file.path())?;
+        file.persist(&path).map_err(|error| Error::Io { path: path.clone(), source: error.error })?;
+        sync_dir(parent(&path))
+    }
 }
 
 /// Whether [`write_atomic`] could write `path`, found out before the work that it is to hold. What is no regular file, such
@@ -35,7 +63,7 @@ pub fn check_writable(path: &Path) -> Result<()> {
         let why = "it is there already and no regular file, so it is not replaced";
         return Err(Error::Io { path: path.to_path_buf(), source: std::io::Error::other(why) });
     }
-    tempfile::NamedTempFile::new_in(parent(path)).map(drop).map_err(Error::io(path))
+    NamedTempFile::new_in(parent(path)).map(drop).map_err(Error::io(path))
 }
 
 /// The directory in which `path` stands.

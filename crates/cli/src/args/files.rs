@@ -1,6 +1,9 @@
-//! Flags of the commands that turn files into files or look at them: fuse, convert, inspect, doctor.
+//! Flags of the commands that turn files into files or look at them: fuse, convert, export, inspect, doctor.
 
-use clap::Args;
+use clap::{Args, Subcommand};
+
+/// What `--gguf-type` and `--type` take.
+const GGUF_TYPES: [&str; 6] = ["auto", "f32", "f16", "bf16", "q8_0", "q4_1"];
 
 /// `fuse`.
 #[derive(Args, Debug)]
@@ -17,6 +20,15 @@ pub(crate) struct FuseArgs {
     /// Write a model without packed weights: --policy dense, and the weights without an adapter too
     #[arg(long)]
     pub(crate) dequantize: bool,
+    /// Write the fused model as a GGUF file, too
+    #[arg(long)]
+    pub(crate) export_gguf: bool,
+    /// Name of that file, under --save-path
+    #[arg(long, default_value = "ggml-model-f16.gguf")]
+    pub(crate) gguf_path: String,
+    /// Type of its matrices (default: f16, as mlx_lm); auto keeps packed weights packed
+    #[arg(long, value_parser = GGUF_TYPES, help_heading = "graft's own")]
+    pub(crate) gguf_type: Option<String>,
     /// Write the report as a page, too
     #[arg(long, value_name = "FILE", help_heading = "graft's own")]
     pub(crate) html: Option<String>,
@@ -55,6 +67,33 @@ pub(crate) struct ConvertArgs {
     /// Write a model without packed weights
     #[arg(short, long)]
     pub(crate) dequantize: bool,
+}
+
+/// `export`.
+#[derive(Subcommand, Debug)]
+pub(crate) enum ExportCommand {
+    /// A model, or with --adapter-path an adapter alone, as a file for llama.cpp
+    Gguf(ExportGgufArgs),
+}
+
+/// `export gguf`.
+#[derive(Args, Debug)]
+pub(crate) struct ExportGgufArgs {
+    /// Model directory or Hugging Face id
+    #[arg(long, default_value = "mlx_model")]
+    pub(crate) model: String,
+    /// Adapter directory: write this adapter as llama.cpp's LoRA, for the file of the model
+    #[arg(long)]
+    pub(crate) adapter_path: Option<String>,
+    /// The file; must not exist
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: String,
+    /// Type of the matrices; auto keeps each as near as a type of llama.cpp can. An adapter is always f32
+    #[arg(long = "type", value_name = "TYPE", default_value = "auto", value_parser = GGUF_TYPES)]
+    pub(crate) kind: String,
+    /// Report as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// `inspect`.

@@ -12,7 +12,7 @@ mod train;
 pub(crate) use adapters::{
     AdapterCommand, AdapterInspectArgs, ExportArgs, ExtractArgs, ImportArgs, MergeArgs, ResizeArgs,
 };
-pub(crate) use files::{ConvertArgs, DoctorArgs, FuseArgs, InspectArgs};
+pub(crate) use files::{ConvertArgs, DoctorArgs, ExportCommand, ExportGgufArgs, FuseArgs, InspectArgs};
 pub(crate) use measure::{CompareArgs, EvalArgs, MetricArgs, PlotArgs};
 pub(crate) use refused::advice;
 pub(crate) use run::{
@@ -70,6 +70,9 @@ pub(crate) enum Command {
     Convert(ConvertArgs),
     /// `convert -q`
     Quantize(ConvertArgs),
+    /// Write a model or an adapter for another program
+    #[command(subcommand)]
+    Export(ExportCommand),
     /// Perplexity of a model, with or without an adapter, on local text
     Perplexity(PerplexityArgs),
     /// What training will see of the data

@@ -1,5 +1,6 @@
 //! `graft fuse`: an adapter into its base, for good, and how much of it arrived there.
 
+use super::export;
 use crate::args::FuseArgs;
 use crate::errors::{Interrupted, Usage};
 use crate::hub::{self, What};
@@ -16,8 +17,13 @@ pub(crate) fn fuse(args: &FuseArgs) -> Result<()> {
     if args.dequantize && named.is_some_and(|policy| policy != Policy::Dense) {
         bail!(Usage("--dequantize makes the whole model dense: leave out --policy".into()));
     }
+    let gguf = export::Wanted::of_fuse(args)?;
     report::check(&args.html.iter().map(|file| ("--html", file)).collect::<Vec<_>>())?;
     let model = hub::resolve(&args.model, What::Model)?;
+    if gguf.is_some() {
+        // What stands in the way of the export is found out before the work.
+        export::described(&model, &args.model)?;
+    }
     let adapter = AdapterSet::load(&hub::resolve(&args.adapter_path, What::Adapter)?)?;
     let options = FuseOptions {
         policy: named.unwrap_or(Policy::Raise),
@@ -40,6 +46,10 @@ pub(crate) fn fuse(args: &FuseArgs) -> Result<()> {
             say(&report, out);
             if let Some(file) = &args.html {
                 report::write(file, &report::fuse(&serde_json::to_value(&report)?))?;
+            }
+            if let Some(wanted) = gguf {
+                let said = export::model(out, &args.model, &wanted, &stop)?;
+                said.iter().for_each(|line| ui::out(line));
             }
         }
         Err(error @ Error::Stopped) => bail!(Interrupted(format!("Interrupted: {error}"))),

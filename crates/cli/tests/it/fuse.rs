@@ -67,7 +67,6 @@ fn what_is_no_model_is_not_replaced() {
     folder.fails(1, &FUSE.replace("fused", "./model/../model"), &["is the base itself"]);
     folder.fails(2, &format!("{FUSE} --dequantize --policy raise"), &["leave out --policy"]);
     folder.fails(2, &format!("{FUSE} --policy fold"), &["invalid value 'fold' for '--policy"]);
-    folder.fails(2, &format!("{FUSE} --export-gguf"), &["--export-gguf is not supported by graft fuse"]);
     folder.fails(1, "fuse", &["there is no model directory `mlx_model`"]);
     folder.fails(
         1,
