@@ -14,7 +14,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::formulas::{distance, matrix, weight};
-use crate::support::{arrays, load, logits, names, read_json, tensors, unfused_logits};
+use crate::support::{adapter_dir, arrays, load, logits, names, read_json, tensors, unfused_logits, wave};
 
 /// An adapter in its directory, with another scale than the testkit's.
 fn adapter(base: &Path, tiny: &Tiny, dora: bool, (rank, seed): (usize, u64), scale: f64) -> TempDir {
@@ -311,6 +311,43 @@ fn slerp_walks_the_arc() {
 }
 
 #[test]
+fn an_embedding_has_its_own_orientation() {
+    arrays(|| {
+        let path = "model.embed_tokens";
+        let dirs = [0.1, 0.5].map(|seed| {
+            let parts = [("lora_a", [288, 4]), ("lora_b", [4, 64])];
+            let parts =
+                parts.map(|(part, shape)| (format!("{path}.{part}"), wave(&shape, seed + shape[0] as f32)));
+            adapter_dir("lora", &parts.into_iter().collect())
+        });
+        let base = tiny_model(&Tiny::new(Family::Llama));
+        let product = |dir: &Path| {
+            let all = read_safetensors(&dir.join("adapters.safetensors")).unwrap().0;
+            let (a, b) = (matrix(&all[&format!("{path}.lora_a")]), matrix(&all[&format!("{path}.lora_b")]));
+            let config = read_json(&dir.join("adapter_config.json"));
+            let scale = config["lora_parameters"]["scale"].as_f64().unwrap();
+            let one = |v: usize, e: usize| -> f64 {
+                (0..a.columns).map(|r| a.values[v * a.columns + r] * b.values[r * b.columns + e]).sum()
+            };
+            (0..288 * 64).map(|i| scale * one(i / 64, i % 64)).collect::<Vec<f64>>()
+        };
+        let single: Vec<Vec<f64>> = dirs.iter().map(|dir| product(dir.path())).collect();
+        let trimmed: Vec<Vec<f64>> = single.iter().map(|d| largest(d, 0.5)).collect();
+        for (method, size, density, wanted) in [
+            ("linear", Size::Full, 1.0, weighted(&single, &[0.8, 0.5])),
+            ("svd", Size::Rank(8), 1.0, weighted(&single, &[0.8, 0.5])),
+            ("ties", Size::Rank(64), 0.5, elected(&trimmed, &[0.8, 0.5])),
+        ] {
+            let sources = [source(dirs[0].path(), 0.8, density), source(dirs[1].path(), 0.5, density)];
+            let found = merged(&sources, Some(base.path()), &options(method, size)).unwrap();
+            let gap = distance(&wanted, &product(&found.dir)) / norm(&wanted);
+            assert!(gap < 2e-5, "{method}: {gap}");
+            unfused_logits(base.path(), &found.dir);
+        }
+    });
+}
+
+#[test]
 fn weights_may_differ_by_depth_and_modules_may_be_missing() {
     arrays(|| {
         let tiny = Tiny::new(Family::Llama);
@@ -448,6 +485,18 @@ fn what_has_no_meaning_is_refused_by_name() {
         let sources = [source(dir.path(), 1.0, 1.0), source(foreign.path(), 1.0, 1.0)];
         let found = merged(&sources, None, &linear()).map(|_| ()).unwrap_err().to_string();
         assert!(found.contains("q_proj: (64, 64) in one, (128, 64) in one"), "{found}");
+        // Adapters that say so themselves.
+        let says = |model: &str| {
+            let mut one = source(dir.path(), 1.0, 1.0);
+            let base = json!({"model_type": model, "shapes": "s", "precision": "", "lineage": format!("their/{model}")});
+            one.set.config.set_extra("base", base);
+            one
+        };
+        let found =
+            merged(&[says("llama"), says("qwen2")], None, &linear()).map(|_| ()).unwrap_err().to_string();
+        let parts =
+            "an adapter of another base cannot be merged: it was trained on a qwen2 model, this is a llama";
+        assert!(found.contains(parts) && found.contains("their/llama"), "{found}");
         // Whole weights.
         let sources = with(&|s| {
             let tensor = graft_quant::Tensor::from_array(&Array::from_slice(&[1.0f32], &[1])).unwrap();
