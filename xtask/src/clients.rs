@@ -84,7 +84,8 @@ struct Server {
 impl Server {
     fn start(graft: &Path, model: &Path, flags: &[&str]) -> Result<Self> {
         let mut command = Command::new(graft);
-        command.arg("server").arg("--model").arg(model).args(["--port", "0", "--log-level", "ERROR"]);
+        command.arg("server").arg("--model").arg(model).args(["--model-id", "base", "--port", "0"]);
+        command.args(["--log-level", "ERROR"]);
         let (process, stdout) = Process::start(command.args(flags).stdout(Stdio::piped()))?;
         let mut stdout = BufReader::new(stdout.context("graft server has no output")?);
         let mut ready = String::new();
