@@ -71,7 +71,7 @@ def errors_have_their_classes(o):
     raises(anthropic.NotFoundError, 404, ask(model="nobody"))
     image = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/"}}
     for fields in (
-        dict(temperature=-1),
+        dict(extra_body={"temperature": -1}),
         dict(max_tokens=0),
         dict(messages=[]),
         dict(messages=[{"role": "user", "content": [image]}]),

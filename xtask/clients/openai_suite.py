@@ -57,11 +57,13 @@ def a_chat_and_its_stream_say_the_same(o):
 
 @check
 def the_stream_helper_accumulates(o):
-    with client(o.plain).chat.completions.stream(model="default_model", messages=USER, max_tokens=12) as stream:
+    # The helper raises where an answer is cut, so it gets one that ends by itself.
+    fields = dict(model="default_model", messages=USER, max_tokens=300, stop=[".", ","])
+    with client(o.plain).chat.completions.stream(**fields) as stream:
         pieces = [event.delta for event in stream if event.type == "content.delta"]
         final = stream.get_final_completion()
     assert "".join(pieces) == final.choices[0].message.content
-    assert final.choices[0].finish_reason in ("stop", "length")
+    assert final.choices[0].finish_reason == "stop"
 
 
 @check
