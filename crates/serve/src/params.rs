@@ -144,7 +144,11 @@ fn schema(fields: Fields) -> Result<Option<Value>, ApiError> {
     };
     match kind.ok_or_else(unknown)? {
         "text" => Ok(None),
-        "json_object" => Ok(Some(json!({"type": "object"}))),
+        // Some clients give the schema here, as llama.cpp's server takes it.
+        "json_object" => {
+            let schema = Fields(format).object("schema").map_err(|e| at("schema", e))?;
+            Ok(Some(schema.map_or_else(|| json!({"type": "object"}), |schema| Value::Object(schema.clone()))))
+        }
         "json_schema" => {
             let missing = || {
                 let name = "response_format.json_schema";

@@ -91,6 +91,9 @@ fn an_answer_follows_its_schema_streamed_or_not_and_whatever_the_sampling() {
         body["stream"] = true.into();
         assert_eq!(streamed_text(&post(shared().addr, CHAT, &body).chunks()), text);
     }
+    let inner = json!({"type": "json_object", "schema": {"const": "42"}});
+    let other = post(shared().addr, CHAT, &asked(json!({"response_format": inner}))).json();
+    assert_eq!(other["choices"][0]["message"]["content"], "\"42\"");
     let body = json!({"prompt": "x", "max_tokens": 300, "response_format": format});
     let text = post(shared().addr, "/v1/completions", &body).json()["choices"][0]["text"].clone();
     follows_schema(&serde_json::from_str(text.as_str().unwrap()).unwrap());
