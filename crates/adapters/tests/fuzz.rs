@@ -68,7 +68,7 @@ fn the_corpus_is_read_and_a_sound_adapter_loads() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 
     #[test]
     fn no_config_panics(
