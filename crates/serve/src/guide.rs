@@ -20,6 +20,8 @@ use crate::tools::{ARGS, CALLS, CallStyle, TAG_CLOSE, TAG_OPEN, Tool};
 
 /// Space between JSON's tokens: one, or a line and its indent. Small models would go on with it for ever.
 const SPACE: &str = " |\\n {0,16}";
+/// States of a grammar's lexer, of up to 2 kB each: what one request may make the server hold.
+const MAX_STATES: usize = 50_000;
 /// Longest token that the vocabulary's tree holds, in bytes.
 const LONGEST: usize = 1000;
 
@@ -112,6 +114,7 @@ impl Guides {
             // It would write warnings to stderr, and the grammar and the text so far into errors.
             factory.quiet();
             factory.limits_mut().verbose_errors = false;
+            factory.limits_mut().max_lexer_states = MAX_STATES;
             Ok(factory)
         });
         let factory = factory.as_ref().map_err(|why| {
