@@ -4,37 +4,58 @@
 //! A request is checked before the engine sees it, so a request that is wrong costs a status code and nothing more.
 //!
 //! ```text
-//! serve   listens, shuts down           api, messages, fields   requests to checked values
-//! http    routes, bodies, headers       catalog                 names to base or adapter
-//! answer  request to answer             reply, sse              events to JSON and to a stream
-//! engine  the thread and its handle     scheduler, sequence, stop, tokens   what runs on it
+//! serve   listens, shuts down           api, params, messages, tools, fields   requests to checked values
+//! http    routes, bodies, headers       anthropic, openapi      another form of a chat; what all of it looks like
+//! auth    keys, hosts, origins          catalog                 names to base or adapter
+//! answer  request to answer             prompt, guide           ids, and what the answer has to look like
+//! metrics, log, page                    split, calls            thoughts and calls in an answer's text
+//! engine  the thread and its handle     reply, sse              events to JSON and to a stream
+//!                                       scheduler, sequence, stop, tokens   what runs on the engine's thread
 //! ```
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a panic is a test's report"))]
 
 mod answer;
+mod anthropic;
 mod api;
+mod auth;
+mod calls;
 mod catalog;
 mod engine;
 mod error;
 mod fields;
+#[cfg(test)]
+mod fuzz;
+mod guide;
 mod http;
 mod job;
 mod log;
 mod messages;
+mod metrics;
+mod openapi;
+mod page;
+mod params;
+mod prompt;
 mod reply;
 mod scheduler;
 mod sequence;
 mod serve;
+mod split;
 mod sse;
+mod stall;
 mod stop;
 mod tokens;
+mod tools;
 
-pub use api::{ChatRequest, Common, CompletionRequest, Defaults, Params, Prompt};
+pub use api::{ChatRequest, CompletionRequest, Prompt};
+pub use auth::ApiKeys;
 pub use catalog::{Catalog, DEFAULT_MODEL};
 pub use engine::{Engine, EngineConfig, Info, MAX_CONCURRENT, MAX_QUEUE};
 pub use error::{ApiError, Error, Result};
+pub use guide::Guide;
 pub use job::{Event, Finish, Job, TokenLogprob, TokenText, Usage};
 pub use log::{LogEvent, LogSink, RequestLog};
+pub use params::{Common, Defaults, Params};
 pub use serve::{MAX_BODY_BYTES, ServeConfig, serve, serve_blocking};
 pub use stop::{Matched, StopMatcher};
+pub use tools::{Tool, ToolChoice};

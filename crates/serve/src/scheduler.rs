@@ -283,7 +283,15 @@ mod tests {
             let sampling = Sampling { seed: Some(1), temperature: 1.0, ..Sampling::greedy() };
             let params = Params { max_tokens: 20, sampling, stop: Vec::new() };
             let (permit, events) = (places.clone().try_acquire_owned().unwrap(), sender.clone());
-            scheduler.waiting.push_back(Job { prompt, params, adapter: None, index, events, permit });
+            scheduler.waiting.push_back(Job {
+                prompt,
+                params,
+                guide: None,
+                adapter: None,
+                index,
+                events,
+                permit,
+            });
         }
         for turn in 0..60 {
             let now = Instant::now();

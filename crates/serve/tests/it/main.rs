@@ -4,6 +4,9 @@
 
 mod answers;
 mod client;
+mod dialect;
+mod guarded;
 mod life;
 mod refusals;
 mod server;
+mod shaped;

@@ -10,7 +10,7 @@ use graft_adapters::{AdapterSet, Route};
 use graft_model::{GenerateOptions, Generator, Model, Sampling, Tokenizer};
 use graft_ops::Dtype;
 use graft_serve::{
-    Defaults, Engine, EngineConfig, LogEvent, LogSink, RequestLog, ServeConfig, serve_blocking,
+    ApiKeys, Defaults, Engine, EngineConfig, LogEvent, LogSink, RequestLog, ServeConfig, serve_blocking,
 };
 use graft_testkit::{Family, Tiny, tiny_adapter, tiny_model};
 use serde_json::json;
@@ -103,9 +103,12 @@ pub(crate) fn configs() -> (EngineConfig, ServeConfig, Arc<Mutex<Vec<LogEvent>>>
         model_id: "org/tiny".into(),
         default_adapter: None,
         allowed_origins: vec!["http://localhost:3000".into()],
+        api_keys: ApiKeys::default(),
+        allowed_hosts: Vec::new(),
         max_body_bytes: 1 << 20,
         header_timeout: Duration::from_secs(10),
         body_timeout: Duration::from_secs(10),
+        write_timeout: Duration::from_secs(10),
         ping_interval: Duration::from_secs(10),
         drain_timeout: Duration::from_secs(10),
         max_connections: 64,
