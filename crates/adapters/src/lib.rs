@@ -21,7 +21,7 @@ mod set;
 pub use adapter::{Adapter, Kind};
 pub use config::{AdapterConfig, FineTuneType, LoraParameters};
 pub use error::{Error, Result};
-pub use fingerprint::Fingerprint;
+pub use fingerprint::{Fingerprint, file_hash};
 pub use linear::{Embedding, Linear, Norm};
 pub use route::{Dropout, Route, Site, Table};
 pub use set::{ADAPTER_FILE, AdapterSet, CONFIG_FILE, Target};

@@ -6,7 +6,7 @@ use graft_quant::Weight;
 use crate::Route;
 
 /// y = W x + b, where an adapter may act.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Linear {
     /// W (out, in), dense or packed; always frozen.
     pub weight: Weight,
@@ -122,7 +122,7 @@ impl Norm {
 }
 
 /// Token embedding E (V, E), also the output head where the two are tied.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Embedding {
     /// E (V, E), dense or packed.
     pub weight: Weight,

@@ -13,10 +13,12 @@ mod config;
 mod decoder;
 mod error;
 mod families;
+mod fidelity;
 mod generate;
 mod gguf;
 mod gguf_tokenizer;
 mod load;
+mod observe;
 mod python;
 mod rope;
 mod sample;
@@ -29,11 +31,13 @@ pub use config::{DecoderConfig, RopeConfig, RopeScaling};
 pub use decoder::Model;
 pub use error::{Error, Result};
 pub use families::{Family, GgufFamily, config_from_map, family_names};
+pub use fidelity::{Gap, Run, Text, compare};
 pub use generate::{
     Completion, GenerateOptions, Generator, MAX_TOGETHER, PREFILL_STEP, Prefill, Token, generate_all,
 };
 pub use gguf::GgufImport;
 pub use load::{Part, PartKind, parts};
+pub use observe::Observer;
 pub use sample::{Sampler, Sampling};
 pub use stream::TextStream;
 pub use tokenizer::{THINKING, Tokenizer};

@@ -10,6 +10,8 @@ mod data_show;
 mod doctor;
 mod eval;
 mod fuse;
+mod fuse_rows;
+mod fuse_verify;
 mod generate;
 mod inspect;
 mod load;
