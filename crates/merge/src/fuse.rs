@@ -13,7 +13,9 @@ use graft_quant::{Checkpoint, DirWriter, Hessian, Made, Quantization, Tensor, We
 use serde_json::{Map, Value, json};
 
 use crate::layer::{Stored, Update, dense, fuse_weight};
-use crate::{Error, FuseReport, LayerReport, Plan, Policy, Provenance, REPORT_FILE, Result, Source, Totals, provenance};
+use crate::{
+    Error, FuseReport, LayerReport, Plan, Policy, Provenance, REPORT_FILE, Result, Source, Totals, provenance,
+};
 
 /// How to fuse.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,8 +51,8 @@ pub enum Event {
 }
 
 /// The moments of a module's inputs, asked for in the order of the blocks; none where they are not known.
-pub type Inputs<'a> =
-    dyn FnMut(&str) -> std::result::Result<Option<Rc<Hessian>>, Box<dyn std::error::Error + Send + Sync>> + 'a;
+pub type Inputs<'a> = dyn FnMut(&str) -> std::result::Result<Option<Rc<Hessian>>, Box<dyn std::error::Error + Send + Sync>>
+    + 'a;
 
 /// What a fuse is told and asked while it runs.
 pub struct Watch<'a> {
@@ -84,7 +86,17 @@ pub fn fuse(
         return Err(Error::IntoBase { path: out.to_path_buf() });
     }
     let policy = if options.dequantize { Policy::Dense } else { options.policy };
-    check(&checkpoint, adapter, options, watch.on_event)?;
+    if policy == Policy::Fold && adapter.config.fine_tune_type != FineTuneType::Dora {
+        let kind = adapter.config.fine_tune_type.name().to_owned();
+        return Err(Error::NothingToFold { kind, advice: "choose raise, same or dense".into() });
+    }
+    // The one warning there is says that the precision is another, which is then what was asked for.
+    let expected = options.other_precision;
+    check(&checkpoint, adapter, &mut |event| {
+        if !expected {
+            (watch.on_event)(event)
+        }
+    })?;
     let plan = Plan::of_fused(&checkpoint, adapter, policy, options.dequantize)?;
     let config_file = model.join("config.json");
     let files: Vec<&Path> = std::iter::once(config_file.as_path()).chain(checkpoint.files()).collect();
@@ -113,23 +125,14 @@ pub fn fuse(
 }
 
 /// Refuses an adapter of another base, with everything that does not fit.
-fn check(
-    checkpoint: &Checkpoint,
-    adapter: &AdapterSet,
-    options: &FuseOptions,
-    on_event: &mut dyn FnMut(Event),
-) -> Result<()> {
+fn check(checkpoint: &Checkpoint, adapter: &AdapterSet, on_event: &mut dyn FnMut(Event)) -> Result<()> {
     let model = checkpoint.dir();
-    if options.policy == Policy::Fold && adapter.config.fine_tune_type != FineTuneType::Dora {
-        let kind = adapter.config.fine_tune_type.name().to_owned();
-        return Err(Error::NothingToFold { kind, advice: "choose raise, same or dense".into() });
-    }
     if let Some(trained) = Fingerprint::read(&adapter.config) {
         let base = Fingerprint::of(checkpoint, &model.display().to_string());
         if let Some(why) = trained.foreign_to(&base) {
             return Err(Error::Foreign { model: model.to_path_buf(), why });
         }
-        if trained.precision != base.precision && !options.other_precision {
+        if trained.precision != base.precision {
             on_event(Event::Warning(format!(
                 "the adapter was trained on {} in another precision ({}) than {}: the sum differs from what was trained",
                 trained.lineage,
@@ -191,7 +194,9 @@ impl<'a> Job<'a, '_> {
         // head, which has no number, last.
         let (mut weights, others): (Vec<&String>, Vec<&String>) =
             checkpoint.names().partition(|name| name.ends_with(".weight"));
-        weights.sort_by_key(|name| layer_of(name).unwrap_or(if name.contains("embed_tokens") { 0 } else { usize::MAX }));
+        weights.sort_by_key(|name| {
+            layer_of(name).unwrap_or(if name.contains("embed_tokens") { 0 } else { usize::MAX })
+        });
         let total = weights.len() + others.len();
         for (done, name) in weights.into_iter().chain(others).enumerate() {
             if self.watch.stop.load(Ordering::Relaxed) {
@@ -287,7 +292,13 @@ impl<'a> Job<'a, '_> {
     }
 
     /// Config and other files; then the directory is complete but for its report.
-    fn complete(mut self, out: &Path, options: &FuseOptions, plan: Plan, sources: (Source, Source)) -> Result<Sibling> {
+    fn complete(
+        mut self,
+        out: &Path,
+        options: &FuseOptions,
+        plan: Plan,
+        sources: (Source, Source),
+    ) -> Result<Sibling> {
         let model = self.checkpoint.dir();
         self.layers.sort_by(|a, b| a.path.cmp(&b.path));
         self.totals.sum_up(&self.layers);
@@ -362,7 +373,8 @@ impl Sibling {
     pub fn place(mut self) -> Result<FuseReport> {
         self.report.judged_by = self.report.judge().0.into();
         self.report.provenance.summary = Some(self.report.summary());
-        self.made.write_file(REPORT_FILE, &serde_json::to_vec_pretty(&self.report).map_err(Error::Report)?)?;
+        self.made
+            .write_file(REPORT_FILE, &serde_json::to_vec_pretty(&self.report).map_err(Error::Report)?)?;
         let provenance = serde_json::to_value(&self.report.provenance).map_err(Error::Report)?;
         self.config.insert(provenance::KEY.into(), provenance);
         let sorted: BTreeMap<&String, &Value> = self.config.iter().collect();
@@ -372,7 +384,12 @@ impl Sibling {
     }
 
     /// The low-rank part that `fold` left, as an adapter in the same directory, on the model in it.
-    fn write_rest(&mut self, adapter: &AdapterSet, rest: BTreeMap<String, Adapter>, out: &Path) -> Result<()> {
+    fn write_rest(
+        &mut self,
+        adapter: &AdapterSet,
+        rest: BTreeMap<String, Adapter>,
+        out: &Path,
+    ) -> Result<()> {
         if rest.is_empty() {
             return Ok(());
         }

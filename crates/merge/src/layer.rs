@@ -267,7 +267,8 @@ fn attempt(weight: &Weight, update: &Update, form: Form, hessian: Option<&Hessia
         if let (Form::Folded, Some(factor)) = (form, &factor) {
             // What the adapter that stays adds to it.
             let rest = exact.subtract(before.multiply(factor.expand_dims(1)?)?)?;
-            sums.low_rank += read::<f32>(&rest.square()?.sum_axis(1, false)?)?.iter().map(|x| f64::from(*x)).sum::<f64>();
+            sums.low_rank +=
+                read::<f32>(&rest.square()?.sum_axis(1, false)?)?.iter().map(|x| f64::from(*x)).sum::<f64>();
             after = after.add(rest)?;
             factors.push(factor.clone());
         }

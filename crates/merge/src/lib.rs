@@ -17,5 +17,6 @@ pub use layer::Policy;
 pub use plan::Plan;
 pub use provenance::{Provenance, Source};
 pub use report::{
-    Distance, ENOUGH, Estimated, FuseReport, HARDLY, LayerReport, ModelReport, REPORT_FILE, Scores, Three, Totals,
+    Distance, ENOUGH, Estimated, FuseReport, HARDLY, LayerReport, ModelReport, REPORT_FILE, Scores, Three,
+    Totals,
 };

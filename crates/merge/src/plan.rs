@@ -31,10 +31,16 @@ impl Plan {
     ///
     /// # Errors
     /// As [`Plan::of_base`].
-    pub fn of_fused(checkpoint: &Checkpoint, adapter: &AdapterSet, policy: Policy, dequantize: bool) -> Result<Plan> {
+    pub fn of_fused(
+        checkpoint: &Checkpoint,
+        adapter: &AdapterSet,
+        policy: Policy,
+        dequantize: bool,
+    ) -> Result<Plan> {
         Plan::sum(checkpoint, |path, bytes| {
             let Some(grid) = checkpoint.grid(path)? else { return Ok(bytes) };
-            let touched = adapter.adapters.contains_key(path) || adapter.weights.contains_key(&format!("{path}.weight"));
+            let touched = adapter.adapters.contains_key(path)
+                || adapter.weights.contains_key(&format!("{path}.weight"));
             let (Some(codes), Some(scales)) =
                 (checkpoint.info(&format!("{path}.weight")), checkpoint.info(&format!("{path}.scales")))
             else {
@@ -69,7 +75,10 @@ impl Plan {
             let bytes = match part {
                 "scales" | "biases" if packed => continue,
                 "weight" if packed => {
-                    let all = ["weight", "scales", "biases"].iter().map(|part| size(&format!("{path}.{part}"))).sum();
+                    let all = ["weight", "scales", "biases"]
+                        .iter()
+                        .map(|part| size(&format!("{path}.{part}")))
+                        .sum();
                     weigh(path, all)?
                 }
                 _ => size(name),

@@ -43,13 +43,15 @@ impl Source {
     /// When a file cannot be read.
     pub fn adapter(name: &str, dir: &Path) -> Result<Source> {
         let files = [CONFIG_FILE, ADAPTER_FILE, "adapter_model.safetensors"].map(|file| dir.join(file));
-        let files: Vec<&Path> = files.iter().map(|file| file.as_path()).filter(|file| file.is_file()).collect();
+        let files: Vec<&Path> =
+            files.iter().map(|file| file.as_path()).filter(|file| file.is_file()).collect();
         Ok(Source { name: name.to_owned(), sha256: hashes(&files)?, made_from: None })
     }
 }
 
 fn hashes(files: &[&Path]) -> Result<BTreeMap<String, String>> {
-    let name = |file: &Path| file.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let name =
+        |file: &Path| file.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     files.iter().map(|file| Ok((name(file), file_hash(file)?))).collect()
 }
 

@@ -223,7 +223,8 @@ impl FuseReport {
     /// The few numbers that go into the fused model itself.
     pub fn summary(&self) -> Value {
         let totals = &self.totals;
-        let mut summary = json!({"changed": totals.changed, "kept": totals.kept, "effect_kept": totals.effect_kept});
+        let mut summary =
+            json!({"changed": totals.changed, "kept": totals.kept, "effect_kept": totals.effect_kept});
         if let Some(model) = &self.model {
             summary["model"] = json!({
                 "tokens": model.tokens, "kl": model.fused.kl.value, "kl_of_base": model.base.kl.value, "kept": model.kept.value,
@@ -254,7 +255,8 @@ impl FuseReport {
             "effect" => "the update's effect on the outputs of its weights",
             _ => "the update",
         };
-        let lost = format!("at most {:.1} % of {what} was kept, {:.0} % are wanted", 100.0 * most, 100.0 * ENOUGH);
+        let lost =
+            format!("at most {:.1} % of {what} was kept, {:.0} % are wanted", 100.0 * most, 100.0 * ENOUGH);
         let unfused = "serve the adapter unfused (graft server --adapter), or train it further";
         let advice = match self.policy.as_str() {
             "same" => "--policy raise keeps more, with 8 bits".to_owned(),

@@ -35,7 +35,11 @@ pub(crate) struct Effect {
 
 impl Sums {
     /// Adds rows: those of W, of W', and of what is stored; f32 and evaluated. `steps` are the base's scales by group.
-    pub(crate) fn add(&mut self, [before, exact, after]: [&Array; 3], steps: Option<(&Array, i32)>) -> Result<()> {
+    pub(crate) fn add(
+        &mut self,
+        [before, exact, after]: [&Array; 3],
+        steps: Option<(&Array, i32)>,
+    ) -> Result<()> {
         let columns = before.dim(1) as usize;
         let [before, exact, after] = [read::<f32>(before)?, read(exact)?, read(after)?];
         let scales = steps.map(|(scales, _)| read::<f32>(scales)).transpose()?;
@@ -50,7 +54,10 @@ impl Sums {
                     for (index, total) in totals.iter_mut().enumerate() {
                         let row = part * share + index;
                         let of = |all: &'_ [f32]| row * columns..((row + 1) * columns).min(all.len());
-                        let parts = before[of(before)].chunks(run).zip(exact[of(exact)].chunks(run)).zip(after[of(after)].chunks(run));
+                        let parts = before[of(before)]
+                            .chunks(run)
+                            .zip(exact[of(exact)].chunks(run))
+                            .zip(after[of(after)].chunks(run));
                         for (group, ((before, exact), after)) in parts.enumerate() {
                             let sums = squares(before, exact, after);
                             total.iter_mut().zip(sums).for_each(|(total, sum)| *total += f64::from(sum));
@@ -79,7 +86,8 @@ impl Sums {
 
     /// Adds what update and error, (rows, in) each, do at the output.
     pub(crate) fn add_effect(&mut self, hessian: &Hessian, delta: &Array, error: &Array) -> Result<()> {
-        let total = |rows: Array| -> Result<f64> { Ok(read::<f32>(&rows)?.iter().map(|x| f64::from(*x)).sum()) };
+        let total =
+            |rows: Array| -> Result<f64> { Ok(read::<f32>(&rows)?.iter().map(|x| f64::from(*x)).sum()) };
         let effect = self.effect.get_or_insert_default();
         effect.delta += total(hessian.cost(delta)?)?;
         effect.error += total(hessian.cost(error)?)?;

@@ -53,7 +53,12 @@ impl Head {
         let site = route.site(&path).map(|site| (path.clone(), site.clone()));
         let tensor = |part: &str| Some((format!("{path}.{part}"), route.tensor(&path, part)?.clone()));
         let table = site.map(|site| Table { sites: HashMap::from([site]) });
-        Head { linear, embedding, table, tensors: ["weight", "bias"].into_iter().filter_map(tensor).collect() }
+        Head {
+            linear,
+            embedding,
+            table,
+            tensors: ["weight", "bias"].into_iter().filter_map(tensor).collect(),
+        }
     }
 
     fn logits(&self, hidden: &Array) -> Result<Array> {
@@ -204,7 +209,11 @@ fn gap(p: &[f32], q: &[f32], target: usize) -> Gap {
     };
     // Never below zero but for rounding.
     let kl = p.iter().zip(q).map(term).sum::<f64>().max(0.0);
-    Gap { kl, agree: best(p) == best(q), losses: [all_p - f64::from(p[target]), all_q - f64::from(q[target])] }
+    Gap {
+        kl,
+        agree: best(p) == best(q),
+        losses: [all_p - f64::from(p[target]), all_q - f64::from(q[target])],
+    }
 }
 
 #[cfg(test)]

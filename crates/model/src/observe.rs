@@ -13,7 +13,7 @@ use graft_ops::ffi::eval;
 use graft_ops::{Array, Dtype, Input, RopeTable, Rows};
 use graft_quant::{Checkpoint, Hessian};
 
-use crate::decoder::Pass;
+use crate::decoder::{Pass, Seen};
 use crate::load::Source;
 use crate::{DecoderConfig, Error, Result, rope};
 
@@ -41,7 +41,12 @@ impl Observer {
     ///
     /// # Errors
     /// When the checkpoint is no model that runs here, the adapter does not fit it, or there are no tokens.
-    pub fn new(checkpoint: Checkpoint, dtype: Dtype, set: &AdapterSet, texts: &[Vec<u32>]) -> Result<Observer> {
+    pub fn new(
+        checkpoint: Checkpoint,
+        dtype: Dtype,
+        set: &AdapterSet,
+        texts: &[Vec<u32>],
+    ) -> Result<Observer> {
         let (source, config) = Source::open(&checkpoint, dtype)?;
         let embedding = source.embedding()?;
         let own = only(set, |path| path == embedding.path);
@@ -88,7 +93,8 @@ impl Observer {
     /// # Errors
     /// When a module of an earlier block is asked for, or an array operation fails.
     pub fn moments(&mut self, path: &str) -> Result<Option<Rc<Hessian>>> {
-        let block = path.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+        let block =
+            path.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
         let blocks = self.config.layers as usize;
         match block {
             Some(block) if block < blocks && block + 1 < self.next => {
@@ -120,12 +126,13 @@ impl Observer {
         let of = |path: &str| linears.iter().find(|linear| linear.path == path);
         let own = only(&self.set, |path| of(path).is_some());
         let origin = PathBuf::from(self.checkpoint.dir());
-        let table = own.table(&origin, |path| Some(Target { weight: &of(path)?.weight, kind: Kind::Linear }))?;
+        let table =
+            own.table(&origin, |path| Some(Target { weight: &of(path)?.weight, kind: Kind::Linear }))?;
         let grams = Grams { table: &table, sums: RefCell::new(BTreeMap::new()) };
         let route = Route::Table(&table);
-        let seen = |linears: &[&Linear], input: Input| grams.add(linears, input);
+        let seen: &Seen = &|linears, input| grams.add(linears, input);
         for (rows, h) in &mut self.batches {
-            let pass = Pass::new((self.config.head_dim, &self.rope), rows, &route, Some(&seen));
+            let pass = Pass::new((self.config.head_dim, &self.rope), rows, &route, Some(seen));
             *h = block.forward(h, &pass, None, self.next)?;
             eval([&*h])?;
         }

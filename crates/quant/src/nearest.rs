@@ -40,9 +40,8 @@ impl Levels {
     /// When an array operation fails.
     pub fn scaled(&self, factor: &Array) -> Result<Levels> {
         let factor = factor.expand_dims(1)?;
-        let times = |levels: &Array| {
-            levels.as_dtype(Dtype::Float32)?.multiply(&factor)?.as_dtype(levels.dtype())
-        };
+        let times =
+            |levels: &Array| levels.as_dtype(Dtype::Float32)?.multiply(&factor)?.as_dtype(levels.dtype());
         Ok(Levels { scales: times(&self.scales)?, biases: times(&self.biases)? })
     }
 

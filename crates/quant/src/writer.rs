@@ -270,7 +270,11 @@ fn remove_abandoned(dir: &Path, prefix: &str) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
         let ours = entry.file_name().to_str().is_some_and(|name| name.starts_with(prefix));
-        let age = entry.metadata().ok().filter(std::fs::Metadata::is_dir).and_then(|m| m.modified().ok()?.elapsed().ok());
+        let age = entry
+            .metadata()
+            .ok()
+            .filter(std::fs::Metadata::is_dir)
+            .and_then(|m| m.modified().ok()?.elapsed().ok());
         if !ours || age.is_none_or(|age| age < ABANDONED) {
             continue;
         }

@@ -39,11 +39,13 @@ pub(crate) struct FuseArgs {
     /// Rows of --verify model, spread over the file
     #[arg(long, default_value_t = 16, help_heading = "graft's own")]
     pub(crate) verify_rows: usize,
+    /// Fuse nothing: measure a model that is fused already, by another tool perhaps, as --verify model does
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["policy", "dequantize", "base", "force", "html"], help_heading = "graft's own")]
+    pub(crate) measure: Option<String>,
     /// Keep the result even if less than 90 % of the update may have been kept
     #[arg(long, help_heading = "graft's own")]
     pub(crate) force: bool,
-    /// With --metric, base, adapter and fused model answer the rows of --verify model, too
-    #[command(flatten, next_help_heading = "The answers")]
+    #[command(flatten, next_help_heading = "With --verify model: answers to its rows, scored")]
     pub(crate) metric: MetricArgs,
 }
 

@@ -10,7 +10,8 @@ use crate::{host, report, ui};
 use anyhow::{Context, Result, anyhow, bail};
 use graft_adapters::{AdapterSet, FineTuneType};
 use graft_merge::{
-    Error, Event, FuseOptions, FuseReport, HARDLY, Inputs, Plan, Policy, REPORT_FILE, Sibling, Watch,
+    Error, Event, FuseOptions, FuseReport, HARDLY, Inputs, ModelReport, Plan, Policy, REPORT_FILE, Sibling,
+    Watch,
 };
 use graft_model::Observer;
 use graft_quant::Checkpoint;
@@ -51,14 +52,18 @@ pub(crate) fn fuse(args: &FuseArgs) -> Result<()> {
     };
     let checkpoint = Checkpoint::open(&model)?;
     let found = rows(args, &adapter, &model)?;
+    if let Some(fused) = &args.measure {
+        let stop = host::stop_flag(|| ui::note("stopping; once more stops at once"));
+        let Some(found) = found else { bail!(Usage("--measure is what --verify model does".into())) };
+        let model = measure(args, &found, metric, (fused.as_str(), None), &stop)?;
+        let Some(model) = model else { bail!("there are no rows to measure on: give --data DIR") };
+        say_model(&model);
+        return Ok(());
+    }
     foresee(&checkpoint, &adapter, &options)?;
-    let mut observer = match observer(args, &adapter, checkpoint, found.as_ref())? {
-        None => None,
-        Some(observer) => Some(observer),
-    };
-    let mut ask = |path: &str| match &mut observer {
-        Some(observer) => observer.moments(path).map_err(Into::into),
-        None => Ok(None),
+    let mut observer = observer(args, &adapter, checkpoint, found.as_ref())?;
+    let mut ask = |path: &str| -> Result<_, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(observer.as_mut().map(|observer| observer.moments(path)).transpose()?.flatten())
     };
     let stop = host::stop_flag(|| ui::note("stopping; once more stops at once"));
     let out = Path::new(&args.save_path);
@@ -68,8 +73,13 @@ pub(crate) fn fuse(args: &FuseArgs) -> Result<()> {
         Event::Warning(text) => progress.line(&format!("warning: {text}")),
     };
     let inputs: &mut Inputs = &mut ask;
-    let result =
-        graft_merge::fuse(&model, &adapter, out, &options, Watch { stop: &stop, on_event, inputs: Some(inputs) });
+    let result = graft_merge::fuse(
+        &model,
+        &adapter,
+        out,
+        &options,
+        Watch { stop: &stop, on_event, inputs: Some(inputs) },
+    );
     progress.done();
     let mut sibling = match result {
         Err(error @ Error::Stopped) => bail!(Interrupted(format!("Interrupted: {error}"))),
@@ -84,9 +94,7 @@ pub(crate) fn fuse(args: &FuseArgs) -> Result<()> {
     sibling.report.peak_memory_bytes = host::peak_memory();
     if let Some(why) = sibling.report.shortfall() {
         if !args.force {
-            return Err(anyhow!("{why}")).with_context(|| {
-                format!("{}: nothing was written", named_both())
-            });
+            return Err(anyhow!("{why}")).with_context(|| format!("{}: nothing was written", named_both()));
         }
         ui::note(&format!("warning: {why}"));
     }
@@ -133,7 +141,9 @@ fn rows(args: &FuseArgs, adapter: &AdapterSet, model: &Path) -> Result<Option<Fo
     }
     let found = fuse_rows::find(args, &adapter.config, model)?;
     if let (Err(why), "model") = (&found.valid, args.verify.as_str()) {
-        ui::note(&format!("note: {why}: the result is judged by its weights; --data DIR gives rows to measure it on"));
+        ui::note(&format!(
+            "note: {why}: the result is judged by its weights; --data DIR gives rows to measure it on"
+        ));
     }
     Ok(Some(found))
 }
@@ -151,7 +161,9 @@ fn observer(
     }
     let texts = found.map_or(&[][..], |found| &found.observed);
     if texts.is_empty() {
-        ui::note("note: there are no rows to observe inputs on, so each weight is rounded by itself; give --data DIR");
+        ui::note(
+            "note: there are no rows to observe inputs on, so each weight is rounded by itself; give --data DIR",
+        );
         return Ok(None);
     }
     let dtype = load::compute_dtype(&checkpoint);
@@ -169,7 +181,9 @@ fn foresee(checkpoint: &Checkpoint, adapter: &AdapterSet, options: &FuseOptions)
     let mut line = format!("Weights: {} -> about {}", ui::bytes(before.bytes), ui::bytes(plan.bytes));
     let slower = plan.read as f64 / before.read.max(1) as f64;
     if (slower - 1.0).abs() > 0.02 {
-        line += &format!("; a token reads {slower:.1}x the bytes, so decoding takes roughly {slower:.1}x the time");
+        line += &format!(
+            "; a token reads {slower:.1}x the bytes, so decoding takes roughly {slower:.1}x the time"
+        );
     }
     let mut others = Vec::new();
     for other in [Policy::Raise, Policy::Same, Policy::Dense].into_iter().filter(|other| *other != policy) {
@@ -193,25 +207,37 @@ fn verify(
     sibling: &mut Sibling,
     stop: &AtomicBool,
 ) -> Result<()> {
-    let (Ok(rows), "model") = (&found.valid, args.verify.as_str()) else { return Ok(()) };
     if sibling.report.totals.changed == 0 && sibling.report.low_rank_left == 0 {
         return Ok(());
     }
     let dir: PathBuf = sibling.path().to_path_buf();
     let fused = dir.display().to_string();
     let left = (sibling.report.low_rank_left > 0).then_some(fused.as_str());
+    sibling.report.model = measure(args, found, metric, (fused.as_str(), left), stop)
+        .context("the fused model could not be verified (--verify layers does without)")?;
+    Ok(())
+}
+
+/// The report of a fused model, and of an adapter beside it, if one was left; none where nothing is to be measured.
+fn measure(
+    args: &FuseArgs,
+    found: &Found,
+    metric: Option<graft_train::Metric>,
+    fused: (&str, Option<&str>),
+    stop: &AtomicBool,
+) -> Result<Option<ModelReport>> {
+    let (Ok(rows), "model") = (&found.valid, args.verify.as_str()) else { return Ok(None) };
     let name = args.metric.metric.as_deref().unwrap_or("exact");
     let verify = Verify {
         base: args.base.as_ref().unwrap_or(&args.model),
         trained: args.base.as_ref().map(|_| args.model.as_str()),
         adapter: &args.adapter_path,
-        fused: (&fused, left),
+        fused,
         rows,
         metric: metric.map(|metric| (name, metric, args.metric.max_tokens)),
         stop,
     };
-    sibling.report.model = Some(verify.run().context("the fused model could not be verified (--verify layers does without)")?);
-    Ok(())
+    verify.run().map(Some)
 }
 
 fn say(report: &FuseReport, out: &Path) {
@@ -240,7 +266,8 @@ fn say(report: &FuseReport, out: &Path) {
     let percent = |share: f64| format!("{:.1} %", 100.0 * share);
     if let Some(worst) = &totals.worst {
         let least = report.layers.iter().find(|l| l.path == *worst).map_or(totals.kept, |l| l.kept);
-        let steps = totals.delta_steps.map_or(String::new(), |s| format!("; it is {s:.2} steps of the base's grid"));
+        let steps =
+            totals.delta_steps.map_or(String::new(), |s| format!("; it is {s:.2} steps of the base's grid"));
         let effect = totals.effect_kept.map_or(String::new(), |e| format!(", {} at the outputs", percent(e)));
         ui::out(&format!(
             "Update: {} of it kept{effect} (least in {worst}: {}){steps}",
@@ -249,47 +276,7 @@ fn say(report: &FuseReport, out: &Path) {
         ));
     }
     if let Some(model) = &report.model {
-        let (kl, base, kept) = (&model.fused, &model.base, &model.kept);
-        if base.kl.value < HARDLY {
-            ui::out("Answers: the adapter hardly changes them, so the weights decide");
-        } else {
-            ui::out(&format!(
-                "Answers: {} [{}, {}] of the effect kept; KL(adapter || fused) {:.2e} (99 %: {:.2e}), KL(adapter || base) \
-                 {:.2e}; same best token {}",
-                percent(kept.value),
-                percent(kept.interval[0]),
-                percent(kept.interval[1]),
-                kl.kl.value,
-                kl.kl_p99,
-                base.kl.value,
-                percent(kl.agreement)
-            ));
-        }
-        let p = &model.perplexity;
-        ui::out(&format!(
-            "Perplexity: base {:.3}, adapter {:.3}, fused {:.3} ({} tokens of {} rows of {})",
-            p.base, p.adapter, p.fused, model.tokens, model.rows, model.data
-        ));
-        if let Some(trained) = &model.trained {
-            ui::out(&format!(
-                "Beside the adapter on the base it was trained on: KL {:.2e}, same best token {}",
-                trained.kl.value,
-                percent(trained.agreement)
-            ));
-        }
-        if let Some(scores) = &model.scores {
-            let s = &scores.score;
-            ui::out(&format!(
-                "Score ({}): base {:.3}, adapter {:.3}, fused {:.3}; difference {:+.3} [{:+.3}, {:+.3}]",
-                scores.metric,
-                s.base,
-                s.adapter,
-                s.fused,
-                scores.difference.value,
-                scores.difference.interval[0],
-                scores.difference.interval[1]
-            ));
-        }
+        say_model(model);
     }
     ui::out(&format!("Saved the model and its {REPORT_FILE} to {}.", out.display()));
     if report.low_rank_left > 0 {
@@ -297,6 +284,52 @@ fn say(report: &FuseReport, out: &Path) {
             "The low-rank part of {} weights stays an adapter in the same directory: use it with --adapter-path {}.",
             report.low_rank_left,
             out.display()
+        ));
+    }
+}
+
+/// What a model does beside the adapter on its base.
+fn say_model(model: &ModelReport) {
+    let percent = |share: f64| format!("{:.1} %", 100.0 * share);
+    let (kl, base, kept) = (&model.fused, &model.base, &model.kept);
+    if base.kl.value < HARDLY {
+        ui::out("Answers: the adapter hardly changes them, so the weights decide");
+    } else {
+        ui::out(&format!(
+            "Answers: {} [{}, {}] of the effect kept; KL(adapter || fused) {:.2e} (99 %: {:.2e}), KL(adapter || base) \
+             {:.2e}; same best token {}",
+            percent(kept.value),
+            percent(kept.interval[0]),
+            percent(kept.interval[1]),
+            kl.kl.value,
+            kl.kl_p99,
+            base.kl.value,
+            percent(kl.agreement)
+        ));
+    }
+    let p = &model.perplexity;
+    ui::out(&format!(
+        "Perplexity: base {:.3}, adapter {:.3}, fused {:.3} ({} tokens of {} rows of {})",
+        p.base, p.adapter, p.fused, model.tokens, model.rows, model.data
+    ));
+    if let Some(trained) = &model.trained {
+        ui::out(&format!(
+            "Beside the adapter on the base it was trained on: KL {:.2e}, same best token {}",
+            trained.kl.value,
+            percent(trained.agreement)
+        ));
+    }
+    if let Some(scores) = &model.scores {
+        let s = &scores.score;
+        ui::out(&format!(
+            "Score ({}): base {:.3}, adapter {:.3}, fused {:.3}; difference {:+.3} [{:+.3}, {:+.3}]",
+            scores.metric,
+            s.base,
+            s.adapter,
+            s.fused,
+            scores.difference.value,
+            scores.difference.interval[0],
+            scores.difference.interval[1]
         ));
     }
 }

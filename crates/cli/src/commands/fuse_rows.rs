@@ -5,7 +5,7 @@ use crate::commands::load;
 use anyhow::{Result, bail};
 use graft_adapters::{AdapterConfig, file_hash};
 use graft_model::Text;
-use graft_train::{DataConfig, Row, Split, read_rows};
+use graft_train::{DataConfig, Form, Row, Split, read_rows};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -34,7 +34,7 @@ pub(crate) struct Found {
 pub(crate) fn find(args: &FuseArgs, config: &AdapterConfig, model: &Path) -> Result<Found> {
     let (valid, train) = match &args.data {
         Some(given) => match given_files(given) {
-            Ok(files) => files,
+            Ok((valid, train)) => (Ok(valid), train),
             Err(why) => bail!(crate::errors::Usage(format!("--data {given}: {why}"))),
         },
         None => (recorded(config, "valid"), recorded(config, "train").ok()),
@@ -42,7 +42,12 @@ pub(crate) fn find(args: &FuseArgs, config: &AdapterConfig, model: &Path) -> Res
     let form = form(config);
     let (tokenizer, template) = load::text(model)?;
     let encoder = load::encoder(&tokenizer, template.as_ref());
-    let split = |file: &Path, rows: &[Row]| Split::from_rows(file, rows, &encoder, &form);
+    let split = |file: &Path, rows: &[Row]| {
+        // Rows of plain text have no prompt to mask, whatever the recipe says of others.
+        let texts = rows.iter().all(|row| graft_train::form(row, &form) == Some(Form::Text));
+        let form = DataConfig { mask_prompt: form.mask_prompt && !texts, ..form.clone() };
+        Split::from_rows(file, rows, &encoder, &form)
+    };
     let mut observed = Vec::new();
     let mut others = Vec::new();
     let valid = match valid {
@@ -85,23 +90,25 @@ pub(crate) fn find(args: &FuseArgs, config: &AdapterConfig, model: &Path) -> Res
 }
 
 /// valid.jsonl and train.jsonl of a directory; a file, which has both.
-fn given_files(given: &str) -> std::result::Result<(std::result::Result<PathBuf, String>, Option<PathBuf>), String> {
+fn given_files(given: &str) -> std::result::Result<(PathBuf, Option<PathBuf>), String> {
     let path = Path::new(given);
     if path.is_file() {
-        return Ok((Ok(path.to_path_buf()), None));
+        return Ok((path.to_path_buf(), None));
     }
     let valid = path.join("valid.jsonl");
     if !valid.is_file() {
         return Err("expected a .jsonl file, or a directory with valid.jsonl".into());
     }
     let train = path.join("train.jsonl");
-    Ok((Ok(valid), train.is_file().then_some(train)))
+    Ok((valid, train.is_file().then_some(train)))
 }
 
 /// The file that training recorded, if it is there and still the same.
 fn recorded(config: &AdapterConfig, split: &str) -> std::result::Result<PathBuf, String> {
     let entry = config.extra("rows").and_then(|rows| rows.get(split));
-    let Some(entry) = entry else { return Err("the adapter does not say which rows it was validated on".into()) };
+    let Some(entry) = entry else {
+        return Err("the adapter does not say which rows it was validated on".into());
+    };
     let file = PathBuf::from(entry["file"].as_str().unwrap_or_default());
     match file_hash(&file) {
         Err(_) => Err(format!("{}, on which the adapter was validated, is not there", file.display())),
@@ -147,7 +154,8 @@ mod tests {
 
     #[test]
     fn rows_are_spread_over_the_file() {
-        let rows = |n: usize| (1..=n).map(|line| Row { line, value: serde_json::Map::new() }).collect::<Vec<_>>();
+        let rows =
+            |n: usize| (1..=n).map(|line| Row { line, value: serde_json::Map::new() }).collect::<Vec<_>>();
         for (all, count, wanted) in [(10, 4, 4), (3, 16, 3), (100, 16, 16), (5, 0, 0), (0, 4, 0)] {
             let (chosen, others) = spread(rows(all), count);
             assert_eq!((chosen.len(), others.len()), (wanted, all - wanted));

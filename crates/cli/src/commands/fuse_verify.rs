@@ -91,8 +91,15 @@ impl Verify<'_> {
             tokens: to_fused.len(),
             fused: distance(&to_fused, &lost),
             base: distance(&to_base, &whole),
-            kept: Estimated { value: 1.0 - ratio.value, interval: [1.0 - ratio.interval[1], 1.0 - ratio.interval[0]] },
-            perplexity: Three { base: loss(&to_base, 1), adapter: loss(&to_base, 0), fused: loss(&to_fused, 1) },
+            kept: Estimated {
+                value: 1.0 - ratio.value,
+                interval: [1.0 - ratio.interval[1], 1.0 - ratio.interval[0]],
+            },
+            perplexity: Three {
+                base: loss(&to_base, 1),
+                adapter: loss(&to_base, 0),
+                fused: loss(&to_fused, 1),
+            },
             trained: to_trained.map(|gaps| distance(&gaps, &kl(&gaps))),
             scores: self.scores([base_right, adapter.right, fused.right]),
         })

@@ -78,7 +78,7 @@ fn train(settings: &Settings, loaded: &Loaded, data: &Data, stop: &AtomicBool) -
 
 /// Which rows the adapter was trained and validated on, for whoever measures it later: files and their hashes.
 fn record_rows(config: &mut Map<String, Value>, settings: &Settings, data: &Data) -> Result<()> {
-    if settings.all.contains_key("hf_dataset") {
+    if settings.all.get("hf_dataset").is_some_and(|described| !described.is_null()) {
         return Ok(());
     }
     let mut rows = Map::new();

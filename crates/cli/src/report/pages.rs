@@ -281,7 +281,8 @@ pub(crate) fn fuse(report: &Value) -> String {
     let mut all = vec![vec![String::new(), "all weights".to_owned()]];
     let known = rows.into_iter().filter(|(_, pointer, _)| !doc.at(pointer).is_null());
     all.extend(known.map(|(name, pointer, form)| {
-        let interval = pointer.strip_suffix("/value").map_or_else(String::new, |at| format!("{at}/interval"));
+        let interval =
+            pointer.strip_suffix("/value").map_or_else(|| "/none".into(), |at| format!("{at}/interval"));
         vec![name.to_owned(), doc.estimate(pointer, &interval, form)]
     }));
     body += &table(&all);
@@ -296,11 +297,12 @@ pub(crate) fn fuse(report: &Value) -> String {
         series: vec![Series { name: title.to_lowercase(), points: of(key) }],
         log_x: false,
     };
-    body += &charts(&[
-        chart("Update kept, %", "kept"),
-        chart("Elements changed, %", "codes_changed"),
-    ]);
-    let mut rows = vec![["weight", "from", "to", "update", "in steps", "kept", "cosine", "changed", "error"].map(str::to_owned).to_vec()];
+    body += &charts(&[chart("Update kept, %", "kept"), chart("Elements changed, %", "codes_changed")]);
+    let mut rows = vec![
+        ["weight", "from", "to", "update", "in steps", "kept", "cosine", "changed", "error"]
+            .map(str::to_owned)
+            .to_vec(),
+    ];
     for index in 0..layers.len() {
         let at = |key: &str| format!("/layers/{index}/{key}");
         let cells = [

@@ -149,7 +149,10 @@ fn a_base_in_several_files_gives_the_same_model() {
             fused(sharded.path(), adapter.path(), Policy::Raise),
         );
         assert!(tensors(&whole.dir) == tensors(&parts.dir));
-        assert_eq!((&whole.report.layers, &whole.report.totals), (&parts.report.layers, &parts.report.totals));
+        assert_eq!(
+            (&whole.report.layers, &whole.report.totals),
+            (&parts.report.layers, &parts.report.totals)
+        );
     });
 }
 

@@ -53,7 +53,9 @@ fn dense_computes_what_the_adapter_does_and_raise_and_same_within_what_they_repo
                     let to = match (tiny.packed, policy) {
                         (None, _) | (_, Policy::Dense) => "float32".to_owned(),
                         (Some((_, group)), Policy::Raise) => format!("8 bits, groups of {group}"),
-                        (Some((bits, group)), Policy::Same | Policy::Fold) => format!("{bits} bits, groups of {group}"),
+                        (Some((bits, group)), Policy::Same | Policy::Fold) => {
+                            format!("{bits} bits, groups of {group}")
+                        }
                     };
                     assert!(layers.iter().all(|l| l.to == to), "{case}: {to}, {layers:?}");
                 }

@@ -134,7 +134,12 @@ fn what_the_report_says_of_a_layer_is_so() {
                         .map(|((f, w), e)| (f - w) * (e - w))
                         .sum::<f64>()
                         / (delta * real);
-                    let changed = found.values.iter().zip(&before.values).filter(|(f, w)| (*f - *w).abs() > 1e-6 * w.abs()).count();
+                    let changed = found
+                        .values
+                        .iter()
+                        .zip(&before.values)
+                        .filter(|(f, w)| (*f - *w).abs() > 1e-6 * w.abs())
+                        .count();
                     for (said, is) in [
                         (layer.weight_norm, distance(&before.values, &zero)),
                         (layer.delta_norm, delta),

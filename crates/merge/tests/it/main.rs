@@ -5,6 +5,7 @@
 
 mod bytes;
 mod equal;
+mod fold;
 mod formulas;
 mod refusals;
 mod support;

@@ -11,7 +11,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::support::{
-    Tensors, adapter_dir, arrays, floats, fuse_into, fused_with, names, options, read_json, tensors, wave, write_tensors,
+    Tensors, adapter_dir, arrays, floats, fuse_into, fused_with, names, options, read_json, tensors, wave,
+    write_tensors,
 };
 
 const Q: &str = "model.layers.0.self_attn.q_proj";
