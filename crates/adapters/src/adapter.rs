@@ -104,10 +104,19 @@ impl Adapter {
     /// # Errors
     /// When an array operation fails.
     pub fn fused(&self, weight: &Array, kind: Kind) -> Result<Array> {
+        Ok(self.fused_by(weight, kind)?.0)
+    }
+
+    /// [`Adapter::fused`], and DoRA's factor c, f32 (out,), by which its rows were multiplied.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn fused_by(&self, weight: &Array, kind: Kind) -> Result<(Array, Option<Array>)> {
         let sum = weight.as_dtype(Dtype::Float32)?.add(self.delta(kind)?)?;
-        let Some(m) = &self.magnitude else { return Ok(sum) };
+        let Some(m) = &self.magnitude else { return Ok((sum, None)) };
         let n = sum.square()?.sum_axis(1, false)?.sqrt()?;
-        sum.multiply(row_factor(m, &n)?.expand_dims(1)?)
+        let factor = row_factor(m, &n)?;
+        Ok((sum.multiply(factor.expand_dims(1)?)?, Some(factor)))
     }
 
     /// DoRA's factor c = m / n on `weight`, f32 (out,); none for LoRA.

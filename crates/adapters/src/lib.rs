@@ -24,7 +24,7 @@ mod writer;
 pub use adapter::{Adapter, Kind};
 pub use config::{AdapterConfig, FineTuneType, LoraParameters};
 pub use error::{Error, Result};
-pub use fingerprint::Fingerprint;
+pub use fingerprint::{Fingerprint, file_hash};
 pub use linear::{Embedding, Linear, Norm};
 pub use peft_write::export;
 pub use provenance::{Origin, Provenance};

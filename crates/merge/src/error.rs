@@ -1,5 +1,6 @@
 //! What can stand in the way of a fuse: one enum, each message names the file, tensor or module and what to do.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 /// Result of this crate.
@@ -92,6 +93,35 @@ pub enum Error {
         /// 1 + sum w (c - 1).
         value: f32,
     },
+    /// A policy that has nothing to do with this adapter.
+    #[error("--policy fold moves DoRA's row factor into the scales, and this adapter is {kind}: {advice}")]
+    NothingToFold {
+        /// `lora` or `full`.
+        kind: String,
+        /// What to do.
+        advice: String,
+    },
+    /// The inputs of a module could not be observed.
+    #[error("{path}: its inputs could not be observed: {source}")]
+    Inputs {
+        /// The module.
+        path: String,
+        /// Why not.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// There is no room for the result.
+    #[error(
+        "{path}: {source}: the fused model takes {bytes} bytes, and as much again while its files are put together; nothing \
+         was left behind: make room, or choose another place with --save-path"
+    )]
+    Full {
+        /// What was being written.
+        path: PathBuf,
+        /// The system's error.
+        source: std::io::Error,
+        /// Bytes of the tensors.
+        bytes: u64,
+    },
     /// The report could not be written.
     #[error("cannot write the report: {0}")]
     Report(serde_json::Error),
@@ -104,4 +134,21 @@ pub enum Error {
     /// An array operation failed.
     #[error("array operation failed: {0}")]
     Array(#[from] graft_ops::Exception),
+}
+
+impl Error {
+    /// The same, with the size that was asked for where there was no room for it.
+    pub(crate) fn with_size(self, bytes: u64) -> Error {
+        match self {
+            Self::Quant(graft_quant::Error::Io { path, source })
+                if matches!(
+                    source.kind(),
+                    ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
+                ) =>
+            {
+                Self::Full { path, source, bytes }
+            }
+            other => other,
+        }
+    }
 }

@@ -369,7 +369,7 @@ impl<'a> Sink<'a> {
         let grid = path.and_then(|path| self.grid_for(path, tensor.shape[1]));
         let (Some(path), Some(grid)) = (path, grid) else { return self.add(name, &tensor) };
         self.report.packed += 1;
-        let packed = round(&tensor.to_array()?, grid)?;
+        let packed = round(&tensor.to_array()?, grid, None)?;
         drop(tensor);
         self.add_packed(path, &packed)
     }

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{BufWriter, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::FlockOperation;
 use serde_json::{Map, Value, json};
 use tempfile::{NamedTempFile, TempDir};
 
@@ -85,7 +86,8 @@ fn readable_by_all(path: &Path) -> Result<()> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(Error::io(path))
 }
 
-/// A model or adapter directory in the making. Dropped before [`DirWriter::finish`], it leaves nothing behind.
+/// A model or adapter directory in the making. Dropped before [`DirWriter::finish`], it leaves nothing behind; a process that is killed
+/// leaves a hidden directory beside the target, which the next writer of the same target removes.
 #[derive(Debug)]
 pub struct DirWriter {
     target: PathBuf,
@@ -94,6 +96,16 @@ pub struct DirWriter {
     metadata: BTreeMap<String, String>,
     /// The one file of tensors, where there are to be no shards and no index.
     single: Option<String>,
+    /// Locks the directory while this process lives.
+    lock: File,
+}
+
+/// A model directory that is complete beside its place. Dropped before [`Made::place`], it leaves nothing behind.
+#[derive(Debug)]
+pub struct Made {
+    target: PathBuf,
+    temp: TempDir,
+    _lock: File,
 }
 
 /// Tensors of one file, their data collected apart because the header, which comes first, is known last.
@@ -117,12 +129,14 @@ impl DirWriter {
         let dir = parent(target);
         std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
         let name = target.file_name().and_then(|name| name.to_str()).unwrap_or("model");
-        let temp = tempfile::Builder::new()
-            .prefix(&format!(".{name}.part-"))
-            .tempdir_in(dir)
-            .map_err(Error::io(dir))?;
+        let prefix = format!(".{name}.part-");
+        remove_abandoned(dir, &prefix);
+        let temp = tempfile::Builder::new().prefix(&prefix).tempdir_in(dir).map_err(Error::io(dir))?;
+        let lock = File::open(temp.path()).map_err(Error::io(temp.path()))?;
+        // A file system without locks leaves what a killed process wrote; that is no reason to refuse it.
+        let _ = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive);
         let metadata = BTreeMap::from([("format".to_owned(), "mlx".to_owned())]);
-        Ok(DirWriter { target: target.to_path_buf(), temp, shards: Vec::new(), metadata, single: None })
+        Ok(DirWriter { target: target.to_path_buf(), temp, shards: Vec::new(), metadata, single: None, lock })
     }
 
     /// Puts all tensors into one file of that name, without an index, as adapters have it.
@@ -135,6 +149,11 @@ impl DirWriter {
     /// What the header of each file of tensors says beside them.
     pub fn set_metadata(&mut self, metadata: BTreeMap<String, String>) {
         self.metadata = metadata;
+    }
+
+    /// Adds an entry to the metadata of every file of tensors.
+    pub fn describe(&mut self, key: &str, value: String) {
+        self.metadata.insert(key.to_owned(), value);
     }
 
     /// Appends a tensor.
@@ -181,9 +200,7 @@ impl DirWriter {
     /// # Errors
     /// When writing fails.
     pub fn write_file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        let path = self.temp.path().join(name);
-        let mut file = File::create(&path).map_err(Error::io(&path))?;
-        file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(&path))
+        write_synced(&self.temp.path().join(name), bytes)
     }
 
     /// Writes config.json as mlx-lm does: keys sorted, four spaces.
@@ -199,7 +216,15 @@ impl DirWriter {
     ///
     /// # Errors
     /// When writing or renaming fails; what stood at the target is then untouched.
-    pub fn finish(mut self) -> Result<()> {
+    pub fn finish(self) -> Result<()> {
+        self.complete()?.place()
+    }
+
+    /// Completes the files; the directory stays beside its place, to be looked at first.
+    ///
+    /// # Errors
+    /// When writing fails.
+    pub fn complete(mut self) -> Result<Made> {
         let shards = std::mem::take(&mut self.shards);
         let count = shards.len();
         let (mut weight_map, mut total) = (BTreeMap::new(), 0);
@@ -218,11 +243,7 @@ impl DirWriter {
             let bytes = pretty(&index)?;
             self.write_file("model.safetensors.index.json", &bytes)?;
         }
-        sync_dir(self.temp.path())?;
-        readable_by_all(self.temp.path())?;
-        place(self.temp.path(), &self.target)?;
-        // After an exchange the old directory stands where the new one was made, and goes with it.
-        sync_dir(parent(&self.target))
+        Ok(Made { target: self.target, temp: self.temp, _lock: self.lock })
     }
 
     fn data_path(&self, index: usize) -> PathBuf {
@@ -250,6 +271,61 @@ impl DirWriter {
         }
         file.sync_all().map_err(Error::io(&to))?;
         std::fs::remove_file(&from).map_err(Error::io(&from))
+    }
+}
+
+impl Made {
+    /// Where the directory is for now.
+    pub fn path(&self) -> &Path {
+        self.temp.path()
+    }
+
+    /// Writes a file into the directory, or replaces one.
+    ///
+    /// # Errors
+    /// When writing fails.
+    pub fn write_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        write_synced(&self.temp.path().join(name), bytes)
+    }
+
+    /// Puts the directory in its place.
+    ///
+    /// # Errors
+    /// When renaming fails; what stood at the target is then untouched.
+    pub fn place(self) -> Result<()> {
+        sync_dir(self.temp.path())?;
+        readable_by_all(self.temp.path())?;
+        place(self.temp.path(), &self.target)?;
+        // After an exchange the old directory stands where the new one was made, and goes with it.
+        sync_dir(parent(&self.target))
+    }
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = File::create(path).map_err(Error::io(path))?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(path))
+}
+
+/// What a killed process may leave is removed when nobody has held it for as long as it takes to make and lock a directory.
+const ABANDONED: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// Removes the directories of that prefix whose processes are no more; what cannot be removed stays.
+fn remove_abandoned(dir: &Path, prefix: &str) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let ours = entry.file_name().to_str().is_some_and(|name| name.starts_with(prefix));
+        let age = entry
+            .metadata()
+            .ok()
+            .filter(std::fs::Metadata::is_dir)
+            .and_then(|m| m.modified().ok()?.elapsed().ok());
+        if !ours || age.is_none_or(|age| age < ABANDONED) {
+            continue;
+        }
+        let held = |file: &File| rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).is_err();
+        if File::open(&path).is_ok_and(|file| !held(&file)) {
+            let _ = std::fs::remove_dir_all(&path);
+        }
     }
 }
 

@@ -87,7 +87,7 @@ fn matrix(rows: i32, inputs: i32) -> Array {
 /// A weight whose scales and biases have `dtype`.
 fn packed(bits: i32, group_size: i32, dtype: Dtype) -> Weight {
     let w = matrix(6, 256).as_dtype(dtype).unwrap();
-    Weight::Packed(round(&w, Grid { bits, group_size }).unwrap())
+    Weight::Packed(round(&w, Grid { bits, group_size }, None).unwrap())
 }
 
 #[test]

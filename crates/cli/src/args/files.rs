@@ -1,5 +1,6 @@
 //! Flags of the commands that turn files into files or look at them: fuse, convert, export, inspect, doctor.
 
+use super::MetricArgs;
 use clap::{Args, Subcommand};
 
 /// What `--gguf-type` and `--type` take.
@@ -32,9 +33,32 @@ pub(crate) struct FuseArgs {
     /// Write the report as a page, too
     #[arg(long, value_name = "FILE", help_heading = "graft's own")]
     pub(crate) html: Option<String>,
-    /// What a packed weight with an adapter becomes: 8 bits (raise, the default), floats, or its own width again
-    #[arg(long, value_parser = ["raise", "dense", "same"], help_heading = "graft's own")]
+    /// What a packed weight with an adapter becomes: 8 bits, or floats where 8 bits lose the update (raise, the default);
+    /// floats (dense); its own width again, errors made good by later columns (same); its own codes with DoRA's row factor in
+    /// the scales, and an adapter for the rest (fold)
+    #[arg(long, value_parser = ["raise", "dense", "same", "fold"], help_heading = "graft's own")]
     pub(crate) policy: Option<String>,
+    /// Fuse into this precision of the same base instead of --model, which is the one that the adapter was trained on
+    #[arg(long, value_name = "DIR", help_heading = "graft's own")]
+    pub(crate) base: Option<String>,
+    /// How the result is judged before it is kept: on rows of data (model, the default), by its weights (layers), or not (off)
+    #[arg(long, value_parser = ["model", "layers", "off"], default_value = "model", help_heading = "graft's own")]
+    pub(crate) verify: String,
+    /// Rows for --verify model (valid.jsonl of a directory, or a file) and for --policy same (train.jsonl beside them, or the
+    /// file's other rows); default: those that the adapter's config names
+    #[arg(long, value_name = "DIR|FILE", help_heading = "graft's own")]
+    pub(crate) data: Option<String>,
+    /// Rows of --verify model, spread over the file
+    #[arg(long, default_value_t = 16, help_heading = "graft's own")]
+    pub(crate) verify_rows: usize,
+    /// Fuse nothing: measure a model that is fused already, by another tool perhaps, as --verify model does
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["policy", "dequantize", "base", "force", "html"], help_heading = "graft's own")]
+    pub(crate) measure: Option<String>,
+    /// Keep the result even if less than 90 % of the update may have been kept
+    #[arg(long, help_heading = "graft's own")]
+    pub(crate) force: bool,
+    #[command(flatten, next_help_heading = "With --verify model: answers to its rows, scored")]
+    pub(crate) metric: MetricArgs,
 }
 
 /// `convert` and `quantize`.

@@ -12,6 +12,8 @@ mod doctor;
 mod eval;
 mod export;
 mod fuse;
+mod fuse_rows;
+mod fuse_verify;
 mod generate;
 mod inspect;
 mod load;

@@ -8,6 +8,7 @@ mod data_show;
 mod eval;
 mod facts;
 mod fuse;
+mod fuse_large;
 mod generate;
 mod gguf;
 mod http;

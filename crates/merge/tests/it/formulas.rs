@@ -129,15 +129,24 @@ fn what_the_report_says_of_a_layer_is_so() {
                     let delta = distance(exact, &before.values);
                     let zero = vec![0.0; exact.len()];
                     let error = distance(&found.values, exact) / delta;
-                    let kept: f64 = (found.values.iter().zip(&before.values).zip(exact))
+                    let real = distance(&found.values, &before.values);
+                    let cosine: f64 = (found.values.iter().zip(&before.values).zip(exact))
                         .map(|((f, w), e)| (f - w) * (e - w))
                         .sum::<f64>()
-                        / delta.powi(2);
+                        / (delta * real);
+                    let changed = found
+                        .values
+                        .iter()
+                        .zip(&before.values)
+                        .filter(|(f, w)| (*f - *w).abs() > 1e-6 * w.abs())
+                        .count();
                     for (said, is) in [
                         (layer.weight_norm, distance(&before.values, &zero)),
                         (layer.delta_norm, delta),
                         (layer.relative_error, error),
-                        (layer.survival, kept),
+                        (layer.kept, 1.0 - error * error),
+                        (layer.cosine, cosine),
+                        (layer.codes_changed, changed as f64 / exact.len() as f64),
                     ] {
                         assert!((said - is).abs() <= 1e-4 * is.abs().max(1e-2), "{layer:?}: {said}, is {is}");
                     }

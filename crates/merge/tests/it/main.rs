@@ -7,6 +7,7 @@ mod bytes;
 mod combine;
 mod equal;
 mod extract;
+mod fold;
 mod formulas;
 mod refusals;
 mod support;

@@ -7,6 +7,7 @@ mod answers;
 mod arranged;
 mod attention;
 mod blas;
+mod cholesky;
 mod empty;
 mod fixed_order;
 mod linalg;
