@@ -6,6 +6,7 @@ mod compare;
 mod convert;
 mod data_show;
 mod eval;
+mod export;
 mod facts;
 mod fuse;
 mod fuse_large;
