@@ -174,12 +174,7 @@ pub(crate) struct Source<'a> {
 impl<'a> Source<'a> {
     /// A checkpoint that holds exactly what its config.json promises.
     pub(crate) fn open(checkpoint: &'a Checkpoint, dtype: Dtype) -> Result<(Self, DecoderConfig)> {
-        let mut config = config_from_map(&checkpoint.dir().join("config.json"), checkpoint.config())?;
-        if !checkpoint.config().contains_key("tie_word_embeddings") {
-            // The default of this key differs between libraries and versions; the files know.
-            config.tied = checkpoint.info("lm_head.weight").is_none();
-        }
-        verify(checkpoint, &config)?;
+        let config = checked_config(checkpoint)?;
         Ok((Self { checkpoint, dtype, kinds: kinds(&config) }, config))
     }
 

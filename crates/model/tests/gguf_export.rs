@@ -471,7 +471,7 @@ fn adapters_that_are_no_lora_are_refused_with_the_way_to_go() {
     let near = b.iter().zip([0.0, 0.32, 0.005, 0.325]).all(|(x, y): (&f32, f32)| (x - y).abs() < 1e-6);
     assert!(near && shape == [64, 2], "{:?} {shape:?}", &b[..4]);
 
-    let other = tiny_model(&Tiny { hidden: 128, heads: 8, ..tiny });
+    let other = tiny_model(&Tiny { hidden: 128, heads: 8, tied: false, ..tiny });
     let error = adapter(other.path(), lora.path(), &file).unwrap_err();
     assert!(error.contains("trained on another base"), "{error}");
 }
