@@ -38,7 +38,7 @@ impl Hessian {
         if n != columns {
             return Err(Error::Request(format!("expected square second moments, found {n} x {columns}")));
         }
-        let diagonal = read::<f32>(&mlx_rs::ops::diag(&gram, 0)?)?.to_vec();
+        let diagonal = read::<f32>(&mlx_rs::ops::diag(&gram, 0)?.contiguous()?)?.to_vec();
         let mean = diagonal.iter().sum::<f32>() / diagonal.len().max(1) as f32;
         if !(mean.is_finite() && mean > 0.0) {
             return Err(Error::Request("the inputs that were observed are all zero, or no numbers".into()));
@@ -85,7 +85,8 @@ pub fn round_compensated(w: &Array, grid: Grid, levels: &Levels, hessian: &Hessi
     let ids = Array::from_iter(hessian.order.iter().map(|i| *i as i32), &[input as i32]);
     // Columns are taken one by one, so that they lie as rows.
     let columns = w.as_dtype(Dtype::Float32)?.transpose()?.take_axis(&ids, 0)?;
-    let factor = read::<f32>(&hessian.factor)?;
+    let factor = hessian.factor.contiguous()?;
+    let factor = read::<f32>(&factor)?;
     let mut codes = vec![0u8; out * input];
     let mut errors = vec![0f32; input * out];
     for start in (0..input).step_by(BLOCK) {
@@ -97,7 +98,7 @@ pub fn round_compensated(w: &Array, grid: Grid, levels: &Levels, hessian: &Hessi
             let share = hessian.factor.take_axis(range(0, start), 0)?.take_axis(range(start, end), 1)?;
             block = block.subtract(share.transpose()?.matmul(before)?)?;
         }
-        let mut block = read::<f32>(&block)?.to_vec();
+        let mut block = read::<f32>(&block.contiguous()?)?.to_vec();
         for column in start..end {
             let (own, later) = block.split_at_mut((column - start + 1) * out);
             let own = &own[(column - start) * out..];

@@ -48,7 +48,7 @@ impl Levels {
     /// Scales and biases in f32, row-major.
     pub(crate) fn host(&self) -> Result<[Vec<f32>; 2]> {
         let wide = |levels: &Array| -> Result<Vec<f32>> {
-            Ok(read::<f32>(&levels.as_dtype(Dtype::Float32)?)?.to_vec())
+            Ok(read::<f32>(&levels.as_dtype(Dtype::Float32)?.contiguous()?)?.to_vec())
         };
         Ok([wide(&self.scales)?, wide(&self.biases)?])
     }
@@ -67,7 +67,7 @@ pub fn round_nearest(w: &Array, grid: Grid, candidates: &[Levels]) -> Result<Pac
         return Err(Error::Request("no scales were given to round to".into()));
     };
     let levels = candidates.iter().map(Levels::host).collect::<Result<Vec<_>>>()?;
-    let w = w.as_dtype(Dtype::Float32)?;
+    let w = w.as_dtype(Dtype::Float32)?.contiguous()?;
     let values = read::<f32>(&w)?;
     let (group, groups) = (grid.group_size as usize, grid.groups(input));
     let mut codes = vec![0u8; out * input];
