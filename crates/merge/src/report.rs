@@ -260,12 +260,8 @@ impl FuseReport {
         let unfused = "serve the adapter unfused (graft server --adapter), or train it further";
         let advice = match self.policy.as_str() {
             "same" => "--policy raise keeps more, with 8 bits".to_owned(),
-            "raise" | "fold" if self.layers.iter().any(|l| l.to.contains("bits") && l.kept < ENOUGH) => {
-                "--policy dense keeps more".to_owned()
-            }
             _ => format!(
-                "even {} is too coarse for so small an update: {unfused}, or fuse it into a base of finer numbers (--base)",
-                self.layers.iter().find(|l| !l.to.contains("bits")).map_or("this type", |l| l.to.as_str())
+                "even the floats of this base are too coarse for so small an update: {unfused}, or fuse it into a base of finer numbers (--base)"
             ),
         };
         Some(format!("{lost}; {advice}; --force keeps the result all the same"))

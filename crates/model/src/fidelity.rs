@@ -183,11 +183,12 @@ pub fn compare(
 fn rows(p: &[f32], q: &[f32], targets: &[u32], vocabulary: usize) -> Vec<Gap> {
     let share = targets.len().div_ceil(graft_ops::threads()).max(1);
     let all = p.chunks(share * vocabulary).zip(q.chunks(share * vocabulary)).zip(targets.chunks(share));
+    let work = |((p, q), targets): ((&[f32], &[f32]), &[u32])| {
+        let rows = p.chunks_exact(vocabulary).zip(q.chunks_exact(vocabulary)).zip(targets);
+        rows.map(|((p, q), target)| gap(p, q, *target as usize)).collect::<Vec<_>>()
+    };
     std::thread::scope(|scope| {
-        let work = move |((p, q), targets): ((&[f32], &[f32]), &[u32])| {
-            let rows = p.chunks_exact(vocabulary).zip(q.chunks_exact(vocabulary)).zip(targets);
-            rows.map(|((p, q), target)| gap(p, q, *target as usize)).collect::<Vec<_>>()
-        };
+        let work = &work;
         let threads: Vec<_> = all.map(|part| scope.spawn(move || work(part))).collect();
         // A thread that panicked leaves its rows out, which the caller's count finds.
         threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect()

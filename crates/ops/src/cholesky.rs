@@ -41,7 +41,7 @@ fn lower(a: &Array) -> Result<Option<Array>> {
         let factor = mlx_rs::linalg::cholesky(a, Some(false))?;
         ffi::eval([&factor])?;
         // MLX says nothing of a matrix that has no factor: a pivot is then not positive, or no number.
-        let pivots = mlx_rs::ops::diag(&factor, 0)?;
+        let pivots = mlx_rs::ops::diag(&factor, 0)?.contiguous()?;
         if !ffi::read::<f32>(&pivots)?.iter().all(|p| p.is_finite() && *p > 0.0) {
             return Ok(None);
         }

@@ -88,7 +88,7 @@ fn an_update_below_the_steps_of_eight_bits_is_kept_in_floats_or_not_at_all() {
         for (dtype, size, form, enough) in [
             (Dtype::F16, 1e-3, "float16", true),
             (Dtype::F32, 1e-6, "float32", true),
-            (Dtype::Bf16, 1e-5, "bfloat16", false),
+            (Dtype::Bf16, 1e-5, "8 bits, groups of 32", false),
         ] {
             let tiny = Tiny { packed: Some((4, 32)), dtype, ..Tiny::new(Family::Llama) };
             let base = tiny_model(&tiny);
@@ -107,7 +107,10 @@ fn an_update_below_the_steps_of_eight_bits_is_kept_in_floats_or_not_at_all() {
             let shortfall = done.report.shortfall();
             assert_eq!(shortfall.is_none(), enough, "{shortfall:?}");
             if let Some(text) = shortfall {
-                assert!(text.contains("even bfloat16 is too coarse") && text.contains("--force"), "{text}");
+                assert!(
+                    text.contains("even the floats of this base are too coarse") && text.contains("--force"),
+                    "{text}"
+                );
             }
             load(&done.dir);
         }
