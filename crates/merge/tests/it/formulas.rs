@@ -146,10 +146,12 @@ fn what_the_report_says_of_a_layer_is_so() {
                         (layer.relative_error, error),
                         (layer.kept, 1.0 - error * error),
                         (layer.cosine, cosine),
-                        (layer.codes_changed, changed as f64 / exact.len() as f64),
                     ] {
                         assert!((said - is).abs() <= 1e-4 * is.abs().max(1e-2), "{layer:?}: {said}, is {is}");
                     }
+                    // A value that a finer grid holds exactly may differ by a rounding of f32, here or there.
+                    let changed = changed as f64 / exact.len() as f64;
+                    assert!((layer.codes_changed - changed).abs() < 1e-2, "{layer:?}: {changed} changed");
                 });
             }
         }
