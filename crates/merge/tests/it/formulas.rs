@@ -134,11 +134,12 @@ fn what_the_report_says_of_a_layer_is_so() {
                         .map(|((f, w), e)| (f - w) * (e - w))
                         .sum::<f64>()
                         / (delta * real);
+                    let most = before.values.iter().fold(0.0, |most: f64, w| most.max(w.abs()));
                     let changed = found
                         .values
                         .iter()
                         .zip(&before.values)
-                        .filter(|(f, w)| (*f - *w).abs() > 1e-6 * w.abs())
+                        .filter(|(f, w)| (*f - *w).abs() > 1e-6 * most)
                         .count();
                     for (said, is) in [
                         (layer.weight_norm, distance(&before.values, &zero)),
@@ -151,7 +152,7 @@ fn what_the_report_says_of_a_layer_is_so() {
                     }
                     // A value that a finer grid holds exactly may differ by a rounding of f32, here or there.
                     let changed = changed as f64 / exact.len() as f64;
-                    assert!((layer.codes_changed - changed).abs() < 1e-2, "{layer:?}: {changed} changed");
+                    assert!((layer.codes_changed - changed).abs() < 1e-3, "{layer:?}: {changed} changed");
                 });
             }
         }
