@@ -219,8 +219,7 @@ fn inspect_extract_and_resize_say_what_there_is() {
     );
     assert!(run.err.contains("warning: model and tuned are stored in other precisions"), "{run:?}");
     folder.ok("generate --model model --adapter-path taken --max-tokens 1");
-    let told = folder.fails(2, "adapter resize adapter --save-path x", &["required arguments"]);
-    assert!(told.contains("--rank"), "{told}");
+    folder.fails(2, "adapter resize adapter --save-path x", &["required arguments were not provided"]);
     folder.fails(2, "adapter resize adapter --rank 2 --energy 0.5 --save-path x", &["cannot be used with"]);
     folder.fails(
         1,
