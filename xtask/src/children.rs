@@ -1,6 +1,7 @@
 //! Programs and folders that must not outlive us, whether a task ends well, fails or is interrupted.
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, ExitStatus};
@@ -81,11 +82,45 @@ impl Process {
 
     /// Its peak resident memory in bytes, as last seen while it ran; 0 where the system does not say (only Linux does).
     pub(crate) fn peak_memory(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.id)).unwrap_or_default();
-        let field = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let kilobytes = field.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
-        self.peak.set(self.peak.get().max(kilobytes.unwrap_or_default() * 1024));
+        self.peak.set(self.peak.get().max(self.fact("VmHWM:") * 1024));
         self.peak.get()
+    }
+
+    /// Its resident memory in bytes at present; 0 as above.
+    pub(crate) fn memory(&self) -> u64 {
+        self.fact("VmRSS:") * 1024
+    }
+
+    /// Its threads; 0 as above.
+    pub(crate) fn threads(&self) -> u64 {
+        self.fact("Threads:")
+    }
+
+    /// Its open files; 0 as above.
+    pub(crate) fn files(&self) -> u64 {
+        fs::read_dir(format!("/proc/{}/fd", self.id)).map_or(0, |files| files.count() as u64)
+    }
+
+    /// Processor time of its threads in seconds, by name; nothing as above.
+    pub(crate) fn cpu_seconds(&self) -> BTreeMap<String, f64> {
+        let mut seconds = BTreeMap::new();
+        for task in fs::read_dir(format!("/proc/{}/task", self.id)).into_iter().flatten().flatten() {
+            let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            // `1 (name) S ...`: user and system time are the fields 14 and 15, in hundredths.
+            let Some((name, rest)) = stat.split_once('(').and_then(|(_, rest)| rest.rsplit_once(") ")) else {
+                continue;
+            };
+            let ticks = rest.split(' ').skip(11).take(2).filter_map(|field| field.parse::<f64>().ok());
+            *seconds.entry(name.to_owned()).or_default() += ticks.sum::<f64>() / 100.0;
+        }
+        seconds
+    }
+
+    /// A number of /proc/ID/status.
+    fn fact(&self, name: &str) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.id)).unwrap_or_default();
+        let field = status.lines().find_map(|line| line.strip_prefix(name));
+        field.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or_default()
     }
 }
 

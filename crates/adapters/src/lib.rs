@@ -17,6 +17,7 @@ mod linear;
 mod peft;
 mod route;
 mod set;
+mod stored;
 
 pub use adapter::{Adapter, Kind};
 pub use config::{AdapterConfig, FineTuneType, LoraParameters};
@@ -25,3 +26,4 @@ pub use fingerprint::Fingerprint;
 pub use linear::{Embedding, Linear, Norm};
 pub use route::{Dropout, Route, Site, Table};
 pub use set::{ADAPTER_FILE, AdapterSet, CONFIG_FILE, Target};
+pub use stored::{StoredAdapter, StoredSet};

@@ -16,8 +16,8 @@ use std::path::Path;
 use graft_quant::Tensor;
 use serde_json::{Map, Value};
 
-use crate::set::{array_f32, unusable};
-use crate::{Adapter, AdapterConfig, AdapterSet, Error, FineTuneType, LoraParameters, Result};
+use crate::stored::unusable;
+use crate::{AdapterConfig, Error, FineTuneType, LoraParameters, Result, StoredAdapter, StoredSet};
 
 const TENSORS: &str = "adapter_model.safetensors";
 
@@ -41,7 +41,7 @@ const REFUSED: [(&str, &str); 12] = [
 const REWRITES_BASE: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
 
 /// Reads a PEFT directory.
-pub(crate) fn load(dir: &Path, file: &Path, raw: Map<String, Value>) -> Result<AdapterSet> {
+pub(crate) fn load(dir: &Path, file: &Path, raw: Map<String, Value>) -> Result<StoredSet> {
     refuse(file, &raw)?;
     let tensors_file = dir.join(TENSORS);
     if !tensors_file.is_file() {
@@ -75,10 +75,8 @@ pub(crate) fn load(dir: &Path, file: &Path, raw: Map<String, Value>) -> Result<A
             problems.push(format!("{path}: DoRA on an embedding has no counterpart in mlx-lm's form"));
         }
         let scale = scaling.of(&path, a.shape[0]);
-        let magnitude = part.m.map(array_f32).transpose()?;
-        let turned = |t| -> Result<_> { Ok(array_f32(t)?.transpose()?.contiguous()?) };
-        let (a, b) = (turned(a)?, turned(b)?);
-        adapters.insert(path.clone(), Adapter { a, b, scale, magnitude });
+        let (a, b, magnitude) = (a.clone(), b.clone(), part.m.cloned());
+        adapters.insert(path.clone(), StoredAdapter { a, b, turned: true, scale, magnitude });
         scales.insert(path, scale);
     }
     if adapters.is_empty() && problems.is_empty() {
@@ -100,7 +98,7 @@ pub(crate) fn load(dir: &Path, file: &Path, raw: Map<String, Value>) -> Result<A
     // What PEFT said is kept, but apart: with its keys at the top the directory would be taken for PEFT's again.
     let mut config = AdapterConfig { fine_tune_type, num_layers: -1, parameters, scales, raw: Map::new() };
     config.set_extra("peft", raw.into());
-    Ok(AdapterSet { adapters, weights: BTreeMap::new(), config, metadata })
+    Ok(StoredSet { adapters, weights: BTreeMap::new(), config, metadata })
 }
 
 /// The tensors of one module.

@@ -31,6 +31,7 @@ pub use error::{Error, Result};
 pub use families::{Family, GgufFamily, config_from_map, family_names};
 pub use generate::{
     Completion, GenerateOptions, Generator, MAX_TOGETHER, PREFILL_STEP, Prefill, Token, generate_all,
+    reusable, shareable,
 };
 pub use gguf::GgufImport;
 pub use load::{Part, PartKind, parts};

@@ -8,11 +8,12 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::engine::Info;
+use crate::loader::resolve;
 use crate::log::Record;
 use crate::reply::{Choice, Kind, Reply};
 use crate::serve::State;
 use crate::sse::{Stream, Writer};
-use crate::{ApiError, ChatRequest, Common, CompletionRequest, Event, Finish, Job, Prompt, Usage};
+use crate::{ApiError, ChatRequest, Common, CompletionRequest, Event, Finish, Job, Lease, Prompt, Usage};
 
 /// Events a sequence may be ahead of its reader before the engine lets it wait.
 const EVENTS_AHEAD: usize = 32;
@@ -69,17 +70,20 @@ pub(crate) async fn generate(
         }
     };
     drop(body);
-    let (adapter, model) = state.catalog.resolve(common.model.as_deref())?;
-    record.log.model = Some(model.clone());
     let permits = state.engine.admit(count)?;
+    let (lease, model) = resolve(state, common.model.as_deref(), common.adapter_scale).await?;
+    record.log.model = Some(model.clone());
+    state.fair(lease.as_ref(), count)?;
+    let generation = lease.as_ref().map(|lease| lease.generation().content().to_owned());
     let (prompts, permits) = tokens(info.clone(), source, permits).await?;
-    let events = submit(state, &common, adapter, prompts, permits)?;
+    let events = submit(state, &common, lease.as_ref(), prompts, permits)?;
     let reply = Reply {
         kind,
         id: state.unique(if kind == Kind::Chat { "chatcmpl-" } else { "cmpl-" }),
         created: state.seconds(),
         model,
         fingerprint: format!("graft-{}", env!("CARGO_PKG_VERSION")),
+        generation,
     };
     if common.stream {
         let writer = Writer::new(reply, count, common.include_usage);
@@ -169,7 +173,7 @@ fn fitting(info: &Info, param: &str, mut ids: Vec<u32>) -> Result<Vec<u32>, ApiE
 fn submit(
     state: &State,
     common: &Common,
-    adapter: Option<usize>,
+    adapter: Option<&Lease>,
     prompts: Vec<Vec<u32>>,
     permits: Vec<OwnedSemaphorePermit>,
 ) -> Result<mpsc::Receiver<(usize, Event)>, ApiError> {
@@ -182,7 +186,8 @@ fn submit(
         let seed = params.sampling.seed.map(|seed| seed.wrapping_add(index as u64));
         params.sampling.seed = Some(seed.unwrap_or_else(|| state.random()));
         params.sampling.xtc_special_tokens.clone_from(&state.engine.info().xtc_special_tokens);
-        state.engine.submit(Job { prompt, params, adapter, index, events: sender.clone(), permit })?;
+        let (adapter, events) = (adapter.cloned(), sender.clone());
+        state.engine.submit(Job { prompt, params, adapter, index, events, permit })?;
     }
     Ok(events)
 }

@@ -12,6 +12,8 @@ use crate::messages::messages;
 const MAX_STOPS: usize = 16;
 /// Alternatives per token, as OpenAI limits them.
 const MAX_TOP_LOGPROBS: i64 = 20;
+/// Factor on an adapter's scale, in either direction.
+const MAX_SCALE: f64 = 16.0;
 /// Prompts per completion request.
 const MAX_PROMPTS: usize = 64;
 
@@ -42,6 +44,8 @@ pub struct Params {
 pub struct Common {
     /// The model asked for.
     pub model: Option<String>,
+    /// Factor on the scale of the adapter that `model` names; 1 is the adapter as it was made, 0 the base.
+    pub adapter_scale: f32,
     /// How to generate.
     pub params: Params,
     /// As server-sent events.
@@ -159,8 +163,15 @@ fn common(
             .unwrap_or(false),
         None => false,
     };
+    fields.refuse(
+        "lora",
+        &[json!([])],
+        "give the adapter's name as `model` and its scale as `adapter_scale`",
+    )?;
     let model = fields.string("model")?.map(str::to_owned);
-    Ok(Common { model, params: params(fields, defaults, vocab, logprobs)?, stream, include_usage })
+    let adapter_scale = fields.number("adapter_scale", -MAX_SCALE, MAX_SCALE)?.unwrap_or(1.0);
+    let params = params(fields, defaults, vocab, logprobs)?;
+    Ok(Common { model, adapter_scale, params, stream, include_usage })
 }
 
 fn params(

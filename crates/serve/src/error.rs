@@ -43,6 +43,16 @@ pub enum Error {
         /// What it was.
         found: String,
     },
+    /// Keys and values of not even two tokens fit in.
+    #[error(
+        "{given} bytes for keys and values hold no sequence: {least} is the least; give more with --kv-memory"
+    )]
+    Memory {
+        /// Bytes given.
+        given: usize,
+        /// Bytes of the shortest sequence.
+        least: usize,
+    },
     /// The engine's thread could not be started, or ended while it loaded.
     #[error("the engine thread {0}")]
     Engine(String),

@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use crate::ApiError;
 use crate::answer::{Answer, generate};
+use crate::lifecycle::{Change, authorize, change};
 use crate::log::Record;
 use crate::reply::Kind;
 use crate::serve::State;
@@ -25,6 +26,9 @@ enum Route {
     Models,
     Model(String),
     Generate(Kind),
+    Adapters,
+    Stats,
+    Change(Change),
 }
 
 impl Route {
@@ -35,14 +39,20 @@ impl Route {
             "/models" | "/models/" => Some(Self::Models),
             "/chat/completions" => Some(Self::Generate(Kind::Chat)),
             "/completions" => Some(Self::Generate(Kind::Completion)),
+            "/stats" => Some(Self::Stats),
+            "/lora_adapters" => Some(Self::Adapters),
+            "/load_lora_adapter" => Some(Self::Change(Change::Load)),
+            "/unload_lora_adapter" => Some(Self::Change(Change::Unload)),
             _ => path.strip_prefix("/models/").map(|id| Self::Model(percent_decoded(id))),
         }
     }
 
     fn allowed(&self) -> &'static str {
         match self {
-            Self::Generate(_) => "POST, OPTIONS",
-            Self::Health | Self::Models | Self::Model(_) => "GET, HEAD, OPTIONS",
+            Self::Generate(_) | Self::Change(_) => "POST, OPTIONS",
+            Self::Health | Self::Models | Self::Model(_) | Self::Adapters | Self::Stats => {
+                "GET, HEAD, OPTIONS"
+            }
         }
     }
 }
@@ -86,8 +96,18 @@ async fn route(request: Request<Incoming>, state: &Arc<State>, mut record: Recor
     }
     let done = match route {
         Route::Health => health(state),
-        Route::Models => Ok(state.catalog.list()),
-        Route::Model(id) => state.catalog.card(&id),
+        Route::Models => Ok(state.registry.list()),
+        Route::Model(id) => state.registry.card(&id),
+        Route::Adapters => Ok(state.registry.adapters()),
+        Route::Stats => Ok(state.stats().body()),
+        // The key first: what a stranger sends is not even read.
+        Route::Change(asked) => match authorize(state, request.headers()) {
+            Ok(()) => match read_object(request, state).await {
+                Ok(body) => change(state, asked, &body).await,
+                Err(error) => Err(error),
+            },
+            Err(error) => Err(error),
+        },
         Route::Generate(kind) => return generation(request, state, kind, record).await,
     };
     match done {
@@ -190,7 +210,7 @@ fn preflight(allowed: &'static str, record: &mut Record) -> Response<Reader> {
     let headers = response.headers_mut();
     headers.insert(header::ALLOW, HeaderValue::from_static(allowed));
     headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static(allowed));
-    let names = "authorization, content-type, x-request-id";
+    let names = "authorization, content-type, x-admin-key, x-request-id";
     headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static(names));
     headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
     record.log.status = 204;
@@ -214,6 +234,13 @@ fn failed(error: &ApiError, record: &mut Record) -> Response<Reader> {
     let headers = response.headers_mut();
     if matches!(error.status, 429 | 503) {
         headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    if error.status == 409 {
+        // OpenAI's clients would send it again, as it is.
+        headers.insert(HeaderName::from_static("x-should-retry"), HeaderValue::from_static("false"));
+    }
+    if error.status == 401 {
+        headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
     if matches!(error.status, 408 | 413) {
         // What is left of the body will not be read, so nothing can follow it.

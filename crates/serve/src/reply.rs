@@ -21,6 +21,8 @@ pub(crate) struct Reply {
     /// The model as the client named it.
     pub(crate) model: String,
     pub(crate) fingerprint: String,
+    /// The version of the adapter that answers; none for the base.
+    pub(crate) generation: Option<String>,
 }
 
 /// One finished choice.
@@ -39,6 +41,9 @@ impl Reply {
         map.insert("created".into(), self.created.into());
         map.insert("model".into(), self.model.as_str().into());
         map.insert("system_fingerprint".into(), self.fingerprint.as_str().into());
+        if let Some(generation) = &self.generation {
+            map.insert("adapter_generation".into(), generation.as_str().into());
+        }
         map.insert("choices".into(), choices);
         map
     }

@@ -192,7 +192,7 @@ mod tests {
 
     fn written(kind: Kind, include_usage: bool, events: &[Event]) -> String {
         let (id, model) = ("chatcmpl-1".into(), "m".into());
-        let reply = Reply { kind, id, created: 7, model, fingerprint: "graft".into() };
+        let reply = Reply { kind, id, created: 7, model, fingerprint: "graft".into(), generation: None };
         let mut writer = Writer::new(reply, 1, include_usage);
         let mut out = VecDeque::new();
         writer.opening(&mut out);

@@ -5,5 +5,8 @@
 mod answers;
 mod client;
 mod life;
+mod lifecycle;
 mod refusals;
 mod server;
+mod sharing;
+mod swapping;
