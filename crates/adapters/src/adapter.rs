@@ -3,7 +3,7 @@
 use graft_ops::{Array, Dtype, Result, row_factor, row_norms};
 use graft_quant::Weight;
 
-use crate::Site;
+use crate::{Site, Target};
 
 /// The update of one weight; DoRA when `magnitude` is there, LoRA when it is not.
 #[derive(Debug, Clone)]
@@ -128,13 +128,18 @@ impl Adapter {
         Ok(Some(row_factor(m, &n)?))
     }
 
-    /// What a forward pass needs of this update of `weight`, nothing evaluated yet.
+    /// What a forward pass needs of this update of a module, nothing evaluated yet.
     ///
     /// # Errors
     /// When an array operation fails.
-    pub fn site(&self, weight: &Weight) -> Result<Site> {
-        let factor = self.factor(weight)?;
-        Ok(Site { a: self.a.clone(), b: self.b.clone(), scale: self.scale, factor, dropout: None })
+    pub fn site(&self, target: &Target) -> Result<Site> {
+        let factor = self.factor(target.weight)?;
+        let arranged = match target.kind {
+            Kind::Linear => graft_ops::arrange_update(target.weight.as_ref(), &self.a, &self.b)?,
+            Kind::Embedding => None,
+        };
+        let (a, b) = arranged.unwrap_or_else(|| (self.a.clone(), self.b.clone()));
+        Ok(Site { a, b, scale: self.scale, factor, dropout: None })
     }
 
     /// All arrays of the adapter, for evaluation.

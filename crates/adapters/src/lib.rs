@@ -24,6 +24,6 @@ pub use config::{AdapterConfig, FineTuneType, LoraParameters};
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
 pub use linear::{Embedding, Linear, Norm};
-pub use route::{Dropout, Route, Site, Table};
+pub use route::{Dropout, Route, RouteRows, Site, Table};
 pub use set::{ADAPTER_FILE, AdapterSet, CONFIG_FILE, Target};
 pub use stored::{StoredAdapter, StoredSet};

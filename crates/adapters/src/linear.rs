@@ -1,9 +1,10 @@
 //! The parts of a decoder whose weights a route can change. They own no adapter: a forward is handed a route.
 
-use graft_ops::{Array, Dtype, Exception, Input, LinearRef, Result, WeightRef};
+use graft_ops::{Array, Dtype, Exception, Input, LinearRef, Result, RowsUpdates, WeightRef};
 use graft_quant::Weight;
+use mlx_rs::ops::concatenate;
 
-use crate::Route;
+use crate::{Route, Site};
 
 /// y = W x + b, where an adapter may act.
 #[derive(Debug)]
@@ -56,6 +57,16 @@ impl Linear {
         let ys = if linears.iter().any(|linear| route.tensor(&linear.path, "weight").is_some()) {
             let x = &input.array()?;
             linears.iter().map(|linear| linear.trained(x, residual, route)).collect::<Result<Vec<_>>>()?
+        } else if let Some(groups) = linears.iter().find_map(|linear| route.mixed(&linear.path)) {
+            let updates: Vec<RowsUpdates> = groups
+                .iter()
+                .map(|group| {
+                    let sites = linears.iter().map(|linear| group.site(&linear.path));
+                    (group.rows, sites.map(|site| site.map(|site| site.low_rank(None))).collect())
+                })
+                .collect();
+            let plain = linears.map(|linear| linear.plain(residual));
+            graft_ops::linears_of_rows(input, &plain, &updates)?
         } else {
             let sites = linears.map(|linear| route.site(&linear.path));
             let dropouts = sites.map(|site| site.and_then(|site| site.dropout.as_ref()));
@@ -70,15 +81,18 @@ impl Linear {
                 .zip(sites)
                 .zip(&inputs)
                 .map(|((linear, site), input)| LinearRef {
-                    weight: linear.weight.as_ref(),
-                    bias: linear.bias.as_ref(),
-                    residual,
                     low_rank: site.map(|site| site.low_rank(input.as_ref())),
+                    ..linear.plain(residual)
                 })
                 .collect();
             graft_ops::linears(whole.as_ref().map_or(input, Input::Plain), &parts)?
         };
         ys.try_into().map_err(|_| Exception::custom("a linear has no output"))
+    }
+
+    /// As an operation takes it, without an update.
+    fn plain<'a>(&'a self, residual: Option<&'a Array>) -> LinearRef<'a> {
+        LinearRef { weight: self.weight.as_ref(), bias: self.bias.as_ref(), residual, low_rank: None }
     }
 
     /// W x + b with the tensors of the route (`full` fine-tuning), onto the residual.
@@ -137,10 +151,7 @@ impl Embedding {
     /// When shapes do not fit.
     pub fn forward(&self, ids: &Array, dtype: Dtype, route: &Route) -> Result<Array> {
         let rows = self.weight.rows(ids, dtype)?;
-        match route.site(&self.path) {
-            Some(site) => rows.add(site.low_rank_rows(ids, dtype)?),
-            None => Ok(rows),
-        }
+        added(rows, ids, &self.path, route, |site, ids| site.low_rank_rows(ids, dtype))
     }
 
     /// The tied head: x (..., E) to logits (..., V).
@@ -149,9 +160,32 @@ impl Embedding {
     /// When shapes do not fit.
     pub fn as_linear(&self, x: &Array, route: &Route) -> Result<Array> {
         let y = self.weight.matmul(x)?;
-        match route.site(&self.path) {
-            Some(site) => y.add(site.low_rank_tied(x)?),
-            None => Ok(y),
-        }
+        added(y, x, &self.path, route, Site::low_rank_tied)
     }
+}
+
+/// y (N, ...) of x (N, ...) plus what the sites of a module give for their rows of x.
+fn added(
+    y: Array,
+    x: &Array,
+    path: &str,
+    route: &Route,
+    update: impl Fn(&Site, &Array) -> Result<Array>,
+) -> Result<Array> {
+    if let Some(site) = route.site(path) {
+        return y.add(update(site, x)?);
+    }
+    let Some(groups) = route.mixed(path) else { return Ok(y) };
+    let mut parts = Vec::with_capacity(groups.len());
+    let mut first = 0;
+    for group in groups {
+        let rows = Array::from_slice(&(first..first + group.rows).collect::<Vec<i32>>(), &[group.rows]);
+        first += group.rows;
+        let part = y.take_axis(&rows, 0)?;
+        parts.push(match group.site(path) {
+            Some(site) => part.add(update(site, &x.take_axis(&rows, 0)?)?)?,
+            None => part,
+        });
+    }
+    concatenate(&parts, 0)
 }

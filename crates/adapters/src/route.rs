@@ -27,12 +27,13 @@ impl Dropout {
 
 /// The arrays of one adapter as a forward pass needs them.
 ///
-/// In training they are the explicit inputs of the transform; in serving they are computed once per load.
+/// In training they are the explicit inputs of the transform; in serving they are computed once per load, and A and B are as
+/// [`graft_ops::arrange_update`] gives them where the weight is arranged.
 #[derive(Debug, Clone)]
 pub struct Site {
-    /// A, f32.
+    /// A, f32 or arranged.
     pub a: Array,
-    /// B, f32.
+    /// B, f32 or arranged.
     pub b: Array,
     /// s.
     pub scale: f32,
@@ -85,6 +86,22 @@ impl Table {
     }
 }
 
+/// Some rows of a pass (tokens, or hidden states for the head) and their adapter.
+#[derive(Debug, Clone, Copy)]
+pub struct RouteRows<'a> {
+    /// How many rows.
+    pub rows: i32,
+    /// None: the base alone.
+    pub table: Option<&'a Table>,
+}
+
+impl<'a> RouteRows<'a> {
+    /// The site of a module for these rows, if they have one.
+    pub fn site(&self, path: &str) -> Option<&'a Site> {
+        self.table.and_then(|table| table.sites.get(path))
+    }
+}
+
 /// What one forward pass does about adapters.
 #[derive(Debug, Clone, Copy)]
 pub enum Route<'a> {
@@ -92,24 +109,39 @@ pub enum Route<'a> {
     Base,
     /// One adapter for all rows.
     Table(&'a Table),
+    /// Consecutive rows with adapters of their own; together they are all rows of the pass.
+    Mixed(&'a [RouteRows<'a>]),
     /// Whole tensors by name, used in place of the model's own (`full` fine-tuning, where they are differentiated).
     Weights(&'a HashMap<String, Array>),
 }
 
 impl<'a> Route<'a> {
-    /// The site of a module, if this pass has one.
+    /// The site of a module for all rows, if this pass has one.
     pub fn site(&self, path: &str) -> Option<&'a Site> {
         match self {
             Self::Table(table) => table.sites.get(path),
-            Self::Base | Self::Weights(_) => None,
+            Self::Base | Self::Mixed(_) | Self::Weights(_) => None,
         }
+    }
+
+    /// The groups of rows, where some of them have a site at a module.
+    pub fn mixed(&self, path: &str) -> Option<&'a [RouteRows<'a>]> {
+        match self {
+            Self::Mixed(groups) if groups.iter().any(|group| group.site(path).is_some()) => Some(groups),
+            _ => None,
+        }
+    }
+
+    /// Whether this pass changes what a module computes.
+    pub fn changes(&self, path: &str) -> bool {
+        self.site(path).is_some() || self.mixed(path).is_some() || self.tensor(path, "weight").is_some()
     }
 
     /// The tensor `<path>.<part>` that this pass uses in place of the model's own, if it does.
     pub fn tensor(&self, path: &str, part: &str) -> Option<&'a Array> {
         match self {
             Self::Weights(tensors) => tensors.get(&format!("{path}.{part}")),
-            Self::Base | Self::Table(_) => None,
+            Self::Base | Self::Table(_) | Self::Mixed(_) => None,
         }
     }
 }

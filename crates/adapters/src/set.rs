@@ -132,7 +132,7 @@ impl AdapterSet {
         let mut sites = HashMap::new();
         for (path, adapter) in &self.adapters {
             let Some(found) = target(path) else { continue };
-            sites.insert(path.clone(), adapter.site(found.weight)?);
+            sites.insert(path.clone(), adapter.site(&found)?);
         }
         let table = Table { sites };
         graft_ops::ffi::eval(table.arrays())?;

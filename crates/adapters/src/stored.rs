@@ -39,9 +39,10 @@ impl StoredAdapter {
         })
     }
 
-    /// Bytes of its arrays, with DoRA's factor beside its magnitude.
+    /// Bytes of its arrays in memory, at most. DoRA is held in two forms, since another scale needs A and B as they are.
     pub fn nbytes(&self) -> usize {
-        4 * (self.a.len() + self.b.len() + self.magnitude.as_ref().map_or(0, |m| 2 * m.len()))
+        let sides = self.a.len() + self.b.len();
+        self.magnitude.as_ref().map_or(4 * sides, |m| 6 * sides + 8 * m.len())
     }
 
     /// The arrays.

@@ -256,8 +256,7 @@ impl Model {
             Some(head) => (&head.path, &head.weight, head.bias.as_ref()),
             None => (&self.embed.path, &self.embed.weight, None),
         };
-        let changed = route.site(path).is_some() || route.tensor(path, "weight").is_some() || bias.is_some();
-        if !changed {
+        if !route.changes(path) && bias.is_none() {
             return Ok(graft_ops::linear_cross_entropy(h, weight.as_ref(), targets, HEAD_CHUNK)?);
         }
         let mut parts = Vec::new();

@@ -5,8 +5,9 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
 
-use graft_adapters::Route;
+use graft_adapters::{Route, RouteRows, Table};
 use graft_model::{KvCache, Model, PREFILL_STEP};
 use graft_ops::{Array, Dtype, Rows, ffi};
 use mlx_rs::ops::indexing::{TryIndexOp as _, argmax_axis};
@@ -28,8 +29,8 @@ impl Ahead {
     }
 }
 
-/// Begins the pass that gives one more token of each sequence of a group, which share an adapter. The tokens that it takes
-/// are those that `last` is computing, or else the last ones that were chosen; with `ids` it computes the next ones, too.
+/// Begins the pass that gives one more token of each sequence of a group, those of one adapter side by side. The tokens that
+/// it takes are those that `last` is computing, or else the last ones that were chosen; with `ids` it computes the next ones, too.
 pub(crate) fn begin(
     model: &Model,
     group: &mut [&mut Sequence],
@@ -43,8 +44,12 @@ pub(crate) fn begin(
             Some(ids) => ids,
             None => Array::from_slice(&tokens, &[tokens.len() as i32]),
         };
-        let table = group.first().and_then(|sequence| sequence.table.clone());
-        let route = table.as_deref().map_or(Route::Base, Route::Table);
+        let tables: Vec<Option<Rc<Table>>> = group.iter().map(|sequence| sequence.table.clone()).collect();
+        let parts = parts(&tables);
+        let route = match parts.as_slice() {
+            [one] => one.table.map_or(Route::Base, Route::Table),
+            several => Route::Mixed(several),
+        };
         let mut caches: Vec<&mut KvCache> = group.iter_mut().map(|s| &mut s.cache).collect();
         let rows = Rows { lengths: vec![1; caches.len()], starts: caches.iter().map(|c| c.len()).collect() };
         let hidden = model.hidden(&tokens, &rows, Some(&mut caches), &route).map_err(words)?;
@@ -55,6 +60,17 @@ pub(crate) fn begin(
         ffi::async_eval(arrays).map_err(words)?;
         Ok(Ahead { members, logits, ids })
     })
+}
+
+/// Rows that stand together and have one adapter.
+fn parts(tables: &[Option<Rc<Table>>]) -> Vec<RouteRows<'_>> {
+    let same = |a: &Option<Rc<Table>>, b: &Option<Rc<Table>>| match (a, b) {
+        (Some(a), Some(b)) => Rc::ptr_eq(a, b),
+        (None, None) => true,
+        _ => false,
+    };
+    let groups = tables.chunk_by(same);
+    groups.map(|group| RouteRows { rows: group.len() as i32, table: group[0].as_deref() }).collect()
 }
 
 /// Reads a sequence's tokens up to the next border of a chunk. If that is the end, the logits (V,) after it; else nothing.

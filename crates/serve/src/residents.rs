@@ -21,8 +21,8 @@ pub(crate) type Adopted = Box<dyn FnOnce(Result<()>) + Send>;
 /// An adapter with its own scale.
 struct Resident {
     table: Rc<Table>,
-    /// DoRA's m by path.
-    magnitudes: HashMap<String, Array>,
+    /// The modules with a magnitude, from which factors for other scales follow.
+    dora: HashMap<String, Adapter>,
 }
 
 /// Something that is not ready yet.
@@ -60,7 +60,7 @@ impl<'a> Residents<'a> {
     /// Begins to take an adapter in, which has to fit the base.
     pub(crate) fn adopt(&mut self, slot: u64, rest: BTreeMap<String, StoredAdapter>, done: Adopted) {
         let table = Rc::new(Table { sites: HashMap::new() });
-        let made = Resident { table, magnitudes: HashMap::new() };
+        let made = Resident { table, dora: HashMap::new() };
         self.work.push_back(Work::Adopt { slot, rest, made, done });
     }
 
@@ -102,7 +102,7 @@ impl<'a> Residents<'a> {
         let scaled = |site: &Site| Site { scale: site.scale * key.scale(), factor: None, ..site.clone() };
         let sites = &resident.table.sites;
         let made: HashMap<String, Site> = sites.iter().map(|(path, s)| (path.clone(), scaled(s))).collect();
-        let rest: Vec<String> = resident.magnitudes.keys().cloned().collect();
+        let rest: Vec<String> = resident.dora.keys().cloned().collect();
         if rest.is_empty() {
             let table = Rc::new(Table { sites: made });
             self.keep(key, Ok(table.clone()));
@@ -154,9 +154,13 @@ impl<'a> Residents<'a> {
 /// The site of `path`, evaluated and put where it belongs.
 fn adopted(model: &Model, path: &str, stored: &StoredAdapter, made: &mut Resident) -> Result<()> {
     let adapter = stored.adapter()?;
-    let site = site(model, path, &adapter)?;
-    if let Some(m) = &adapter.magnitude {
-        made.magnitudes.insert(path.to_owned(), m.clone());
+    let target = model.target(path).ok_or_else(|| failed(path, "the base has no such module"))?;
+    let site = adapter.site(&target)?;
+    ffi::eval([&site.a, &site.b].into_iter().chain(&site.factor))?;
+    check(path, site.factor.as_ref())?;
+    if adapter.magnitude.is_some() {
+        ffi::eval(adapter.arrays())?;
+        made.dora.insert(path.to_owned(), adapter);
     }
     // Nobody else has it yet.
     if let Some(table) = Rc::get_mut(&mut made.table) {
@@ -167,23 +171,20 @@ fn adopted(model: &Model, path: &str, stored: &StoredAdapter, made: &mut Residen
 
 /// DoRA's factor of `path` for the scale that its site has.
 fn rescaled(model: &Model, path: &str, made: &mut HashMap<String, Site>, from: &Resident) -> Result<()> {
-    let Some(old) = made.get(path) else { return Ok(()) };
-    let magnitude = from.magnitudes.get(path).cloned();
-    let adapter = Adapter { a: old.a.clone(), b: old.b.clone(), scale: old.scale, magnitude };
-    made.insert(path.to_owned(), site(model, path, &adapter)?);
-    Ok(())
+    let (Some(site), Some(own)) = (made.get_mut(path), from.dora.get(path)) else { return Ok(()) };
+    let target = model.target(path).ok_or_else(|| failed(path, "the base has no such module"))?;
+    site.factor = Adapter { scale: site.scale, ..own.clone() }.factor(target.weight)?;
+    ffi::eval(&site.factor)?;
+    check(path, site.factor.as_ref())
 }
 
-fn site(model: &Model, path: &str, adapter: &Adapter) -> Result<Site> {
-    let target = model.target(path).ok_or_else(|| failed(path, "the base has no such module"))?;
-    let site = adapter.site(target.weight)?;
-    ffi::eval([&site.a, &site.b].into_iter().chain(&site.factor).chain(&adapter.magnitude))?;
-    if let Some(factor) = &site.factor
-        && ffi::read::<f32>(factor)?.iter().any(|c| !c.is_finite())
-    {
-        return Err(failed(path, "m / n is not finite with this scale"));
+fn check(path: &str, factor: Option<&Array>) -> Result<()> {
+    match factor {
+        Some(factor) if ffi::read::<f32>(factor)?.iter().any(|c| !c.is_finite()) => {
+            Err(failed(path, "m / n is not finite with this scale"))
+        }
+        _ => Ok(()),
     }
-    Ok(site)
 }
 
 fn failed(path: &str, why: &str) -> Error {

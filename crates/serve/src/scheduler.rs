@@ -6,7 +6,7 @@
 //! wait, one whose adapter has the fewest running comes first, then one whose adapter began a sequence longest ago, then the
 //! oldest; one that was chosen and only lacks memory lets nobody pass.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Mutex, PoisonError};
@@ -16,7 +16,6 @@ use graft_adapters::Table;
 use graft_model::{KvCache, Model, Sampler};
 
 use crate::engine::{Command, EngineConfig, Info};
-use crate::generation::Key;
 use crate::log::LogEvent;
 use crate::pass::{Ahead, begin, caught, chunk};
 use crate::prefixes::Prefixes;
@@ -250,14 +249,17 @@ impl<'a> Scheduler<'a> {
         }
     }
 
-    /// Which sequences take a token together: those of one adapter with one scale share a pass.
+    /// Which sequences take a token together: all but those that a failure has set apart, those of one adapter with one scale
+    /// side by side.
     fn groups(&self) -> Vec<Vec<u64>> {
-        let mut groups: BTreeMap<(Option<Key>, u64), Vec<u64>> = BTreeMap::new();
-        for sequence in self.active.iter().filter(|sequence| sequence.decodes()) {
-            let company = if sequence.alone { sequence.id } else { 0 };
-            groups.entry((sequence.key(), company)).or_default().push(sequence.id);
+        let decodes = self.active.iter().filter(|sequence| sequence.decodes());
+        let (alone, mut shared): (Vec<&Sequence>, Vec<&Sequence>) = decodes.partition(|s| s.alone);
+        shared.sort_by_key(|sequence| (sequence.key(), sequence.id));
+        let mut groups: Vec<Vec<u64>> = alone.iter().map(|sequence| vec![sequence.id]).collect();
+        if !shared.is_empty() {
+            groups.push(shared.iter().map(|sequence| sequence.id).collect());
         }
-        groups.into_values().collect()
+        groups
     }
 
     /// One token for each sequence that can take one.

@@ -11,7 +11,8 @@ use graft_adapters::{AdapterSet, Fingerprint};
 use graft_model::Sampling;
 use graft_quant::Checkpoint;
 use graft_serve::{
-    AdapterPolicy, Defaults, Engine, EngineConfig, LogEvent, LogSink, MAX_BODY_BYTES, MAX_CONCURRENT, MAX_QUEUE, ServeConfig,
+    AdapterPolicy, Defaults, Engine, EngineConfig, LogEvent, LogSink, MAX_BODY_BYTES, MAX_CONCURRENT,
+    MAX_QUEUE, ServeConfig,
 };
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};

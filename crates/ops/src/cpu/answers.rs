@@ -3,52 +3,91 @@
 //!
 //! A decoded token is some hundred operations of a few microseconds each, so each one less counts: first every row of x is
 //! made and rounded and z = s x A computed, then every panel of every W multiplies it and finishes its sixteen outputs,
-//! y = c (W x + z B) + b + h, while they are in registers. There is no gradient: arranged weights have none.
+//! y = c (W x + z B) + b + h, while they are in registers. Rows come in groups, each with updates of its own, so that one
+//! reading of W serves all of them. There is no gradient: arranged weights have none.
 
 use std::ffi::CStr;
+use std::ops::Range;
 
-use super::linears::{Part, places};
-use super::panels::{Job, Panels, by_parts, rounded};
-use super::primitive::{Op, Tensor, apply};
+use super::level::dispatch;
+use super::panels::{Arrangement, Panels, by_parts};
+use super::primitive::{Floats, Op, Tensor, apply};
+use super::rounded::{self, After, Job, LowRankRow, SideRows};
 use super::scratch::{SIDE, scratch};
 use super::source::Source;
-use super::vnni::{self, After};
-use super::weights::Kind;
-use crate::linears::{Input, LinearRef};
+use crate::linears::{Input, LinearRef, RowsUpdates};
 use crate::pool::Shares;
-use crate::{Array, Dtype, Precision, Result, WeightRef, precision};
-
-/// Rows that share the reading of A.
-const TOGETHER: usize = 8;
+use crate::{Array, Dtype, Exception, Precision, Result, WeightRef, precision};
 
 pub(crate) struct Answers {
     source: Source,
+    /// Rows of each group.
+    groups: Vec<usize>,
     parts: Vec<Part>,
 }
 
+/// One linear without its arrays: W, then b and h where they are there, then A, B and c of each group's update.
+struct Part {
+    weight: Arrangement,
+    bias: bool,
+    residual: bool,
+    /// The update of each group.
+    sides: Vec<Option<Side>>,
+}
+
+#[derive(Clone, Copy)]
+struct Side {
+    rank: usize,
+    scale: f32,
+    factor: bool,
+}
+
 impl Answers {
-    /// Whether this operation is the one for such linears.
-    pub(crate) fn fits(linears: &[LinearRef]) -> bool {
-        let arranged = |linear: &LinearRef| {
-            matches!(linear.weight, WeightRef::Arranged(_))
-                && linear.low_rank.is_none_or(|u| u.input.is_none())
-        };
-        precision() == Precision::Int16 && vnni::available() && linears.iter().all(arranged)
+    /// Whether this operation is the one for such a linear.
+    pub(crate) fn fits(linear: &LinearRef) -> bool {
+        precision() == Precision::Int16
+            && matches!(linear.weight, WeightRef::Arranged(_))
+            && linear.low_rank.is_none_or(|update| update.arranged() && update.input.is_none())
+            && rounded::available()
     }
 
-    pub(crate) fn apply(input: Input, linears: &[LinearRef]) -> Result<Vec<Array>> {
+    /// `groups` cover the rows of x and hold an update for each linear; those of the linears themselves are not read.
+    pub(crate) fn apply(input: Input, linears: &[LinearRef], groups: &[RowsUpdates]) -> Result<Vec<Array>> {
         let (source, mut inputs) = Source::of(input);
-        let parts = linears.iter().map(|linear| Part::of(linear, &mut inputs)).collect::<Result<Vec<_>>>()?;
+        let mut parts = Vec::with_capacity(linears.len());
+        for (index, linear) in linears.iter().enumerate() {
+            let WeightRef::Arranged(weight) = linear.weight else {
+                return Err(Exception::custom("linears: expected arranged weights"));
+            };
+            inputs.extend(linear.weight.arrays());
+            inputs.extend(linear.bias);
+            inputs.extend(linear.residual);
+            let mut sides = Vec::with_capacity(groups.len());
+            for update in groups.iter().map(|(_, updates)| updates[index]) {
+                if let Some(update) = &update {
+                    inputs.extend([update.a, update.b]);
+                    inputs.extend(update.factor);
+                }
+                sides.push(update.map(|update| Side {
+                    rank: update.rank() as usize,
+                    scale: update.scale,
+                    factor: update.factor.is_some(),
+                }));
+            }
+            let (bias, residual) = (linear.bias.is_some(), linear.residual.is_some());
+            parts.push(Part { weight: weight.arrangement, bias, residual, sides });
+        }
         let mut shape = inputs[0].shape().to_vec();
         let mut shapes: Vec<Vec<i32>> = Vec::with_capacity(parts.len());
         for part in &parts {
             if let Some(last) = shape.last_mut() {
-                *last = part.kind.out() as i32;
+                *last = part.weight.out as i32;
             }
             shapes.push(shape.clone());
         }
         let outputs: Vec<(&[i32], Dtype)> = shapes.iter().map(|shape| (&shape[..], Dtype::Float32)).collect();
-        apply(Answers { source, parts }, &inputs, &outputs)
+        let groups = groups.iter().map(|(rows, _)| *rows as usize).collect();
+        apply(Answers { source, groups, parts }, &inputs, &outputs)
     }
 }
 
@@ -58,47 +97,73 @@ impl Op for Answers {
     }
 
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
-        let places = places(&self.parts, self.source.arrays());
-        let width = self.parts.first().map_or(1, |part| part.kind.inputs());
+        let width = self.parts.first().map_or(1, |part| part.weight.inputs);
         let m = inputs[0].f32().len() / width.max(1);
         let made = self.source.room(m * width);
-        let ranks = self.parts.iter().map(|part| part.side.map_or(0, |side| side.rank)).sum::<usize>();
-        let mut scratch = scratch(&SIDE, made + m * ranks);
+        let ranks = |part: &Part| {
+            let sides = self.groups.iter().zip(&part.sides);
+            sides.map(|(rows, side)| rows * side.map_or(0, |side| side.rank)).sum::<usize>()
+        };
+        let mut scratch = scratch(&SIDE, made + self.parts.iter().map(ranks).sum::<usize>());
         let (x, mut rest) = scratch.split_at_mut(made);
         let x = self.source.make(inputs, width, x);
+        let mut next = self.source.arrays();
+        let mut sides = Vec::with_capacity(self.parts.len() * self.groups.len());
         let mut jobs = Vec::with_capacity(self.parts.len());
-        for ((part, at), y) in self.parts.iter().zip(&places).zip(outputs) {
-            let Kind::Arranged(of) = part.kind else { unreachable!("only arranged weights come here") };
-            let vector = |place: Option<usize>| place.map(|place| inputs[place].f32());
-            let mut after = After {
-                side: None,
-                factor: vector(at.factor),
-                bias: vector(at.bias),
-                residual: vector(at.residual),
+        for part in &self.parts {
+            let w = Panels::new(part.weight, &inputs[next..]);
+            next += 3;
+            let mut vector = |there: bool| {
+                next += usize::from(there);
+                there.then(|| inputs[next - 1].f32())
             };
-            if let Some(side) = part.side {
-                let (z, others) = rest.split_at_mut(m * side.rank);
+            let (bias, residual) = (vector(part.bias), vector(part.residual));
+            let first = sides.len();
+            let mut row = 0;
+            for (&count, side) in self.groups.iter().zip(&part.sides) {
+                let rows = row..row + count;
+                row = rows.end;
+                let Some(side) = side else { continue };
+                let (z, others) = rest.split_at_mut(count * side.rank);
                 rest = others;
-                let a = inputs[at.a].f32();
-                {
-                    let z = Shares::new(z);
-                    let blocks = m.div_ceil(TOGETHER);
-                    by_parts(blocks, m * width * side.rank >= 1 << 16, |blocks| {
-                        for row in blocks.map(|block| block * TOGETHER) {
-                            let rows = TOGETHER.min(m - row);
-                            // SAFETY: each block of rows belongs to one task; the processor has the instructions.
-                            unsafe {
-                                let z = z.part(row * side.rank, rows * side.rank);
-                                vnni::low_rank(&x[row * width..][..rows * width], a, side.scale, rows, z);
-                            }
-                        }
-                    });
-                }
-                after.side = Some((z, inputs[at.b].f32(), side.rank));
+                low_rank(&x[rows.start * width..rows.end * width], halves(&inputs[next]), *side, z);
+                let b = halves(&inputs[next + 1]);
+                let factor = side.factor.then(|| inputs[next + 2].f32());
+                next += 2 + usize::from(side.factor);
+                sides.push(SideRows { rows, z, b, rank: side.rank, factor });
             }
-            let w = Panels::new(of, &inputs[at.weight..]);
-            jobs.push(Job { w, y: Shares::new(y.f32_mut()), after });
+            jobs.push((w, first..sides.len(), bias, residual));
         }
-        rounded(x, &jobs);
+        let jobs: Vec<Job> = jobs
+            .into_iter()
+            .zip(outputs)
+            .map(|((w, range, bias, residual), y): ((Panels, Range<usize>, _, _), _)| Job {
+                w,
+                y: Shares::new(y.f32_mut()),
+                after: After { sides: &sides[range], bias, residual },
+            })
+            .collect();
+        rounded::products(x, &jobs);
+    }
+}
+
+/// z (rows, R) = s x A for x (rows, in).
+fn low_rank(x: &[f32], a: &[u16], side: Side, z: &mut [f32]) {
+    let (rows, width) = (z.len() / side.rank, a.len() / side.rank);
+    let z = Shares::new(z);
+    by_parts(rows, rows * width * side.rank >= 1 << 16, |range| {
+        for row in range {
+            // SAFETY: each row belongs to one task.
+            let z = unsafe { z.part(row * side.rank, side.rank) };
+            dispatch(LowRankRow { x: &x[row * width..][..width], a, scale: side.scale, z });
+        }
+    });
+}
+
+/// The bits of bf16 numbers, as which updates are arranged.
+fn halves<'a>(tensor: &'a Tensor) -> &'a [u16] {
+    match tensor.floats() {
+        Floats::Bf16(halves) => halves,
+        Floats::F32(_) | Floats::F16(_) => unreachable!("arranged updates are bf16"),
     }
 }

@@ -4,6 +4,8 @@ pub(crate) mod adam;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod answers;
 pub(crate) mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 pub(crate) mod cached;
 pub(crate) mod dora;
 pub(crate) mod gemm;
@@ -16,6 +18,8 @@ pub(crate) mod packed;
 pub(crate) mod panels;
 pub(crate) mod primitive;
 pub(crate) mod rope;
+#[cfg(target_arch = "x86_64")]
+mod rounded;
 mod scratch;
 mod simd;
 mod simd_portable;

@@ -17,7 +17,8 @@ use std::ops::Range;
 use super::gemm::{Right, product, share};
 use super::packed::{Layout, Packed};
 use super::primitive::{Floats, Op, Tensor, apply};
-use super::scratch::{LEFT, scratch};
+#[cfg(target_arch = "x86_64")]
+use super::rounded::{self, Job};
 use super::simd::{Kernel, Simd};
 use crate::pool::{self, Shares};
 use crate::{Array, Dtype, PackedRef, Precision, Result};
@@ -184,66 +185,11 @@ impl<'a> Panels<'a> {
 /// y = x W^T for x (m, inputs): in integers if `precision` and the processor allow, else by panels of floats.
 pub(crate) fn times_transpose(x: &[f32], w: &Panels, y: &mut [f32], precision: Precision) {
     #[cfg(target_arch = "x86_64")]
-    if precision == Precision::Int16 && super::vnni::available() {
-        rounded(x, &[Job { w: *w, y: Shares::new(y), after: Default::default() }]);
+    if precision == Precision::Int16 && rounded::available() {
+        rounded::products(x, &[Job { w: *w, y: Shares::new(y), after: Default::default() }]);
         return;
     }
     product(x, w.arrangement.inputs, w, w.arrangement.out, y, precision, false);
-}
-
-/// A product of x with one W, and what becomes of it.
-#[cfg(target_arch = "x86_64")]
-pub(crate) struct Job<'a> {
-    pub(crate) w: Panels<'a>,
-    /// (m, out)
-    pub(crate) y: Shares<'a, f32>,
-    pub(crate) after: super::vnni::After<'a>,
-}
-
-/// Rows of x that are multiplied by a task's panels before the next are: what is read again and again stays in the cache.
-#[cfg(target_arch = "x86_64")]
-const BAND: usize = 64;
-
-/// All jobs of one x (m, inputs), which is rounded once. The processor must have the instructions.
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn rounded(x: &[f32], jobs: &[Job]) {
-    use super::vnni;
-    let inputs = jobs.first().map_or(1, |job| job.w.arrangement.inputs);
-    let (m, words, blocks) = (x.len() / inputs, inputs / 2, inputs / BLOCK);
-    let mut scratch = scratch(&LEFT, m * (words + 2 * blocks));
-    let (q, rest) = scratch.split_at_mut(m * words);
-    let (factors, sums) = rest.split_at_mut(m * blocks);
-    {
-        let (q, factors, sums) = (Shares::new(q), Shares::new(factors), Shares::new(sums));
-        by_parts(m, m * inputs >= 1 << 15, |rows| {
-            for row in rows {
-                // SAFETY: each row belongs to one task; the processor has the instructions.
-                unsafe {
-                    let q = q.part(row * words, words);
-                    let (factors, sums) =
-                        (factors.part(row * blocks, blocks), sums.part(row * blocks, blocks));
-                    vnni::round_row(&x[row * inputs..][..inputs], q, factors, sums);
-                }
-            }
-        });
-    }
-    let x = vnni::Rounded { m, inputs, q, factors, sums };
-    // The panels of all W, one after another.
-    let panels: usize = jobs.iter().map(|job| job.w.arrangement.panels()).sum();
-    by_parts(panels, m * panels * ROWS * inputs >= 1 << 15, |range| {
-        for row in (0..m).step_by(BAND) {
-            let mut first = 0;
-            for job in jobs {
-                let count = job.w.arrangement.panels();
-                for panel in range.start.max(first)..range.end.min(first + count) {
-                    let rows = row..(row + BAND).min(m);
-                    // SAFETY: each panel's columns of y belong to one task; the processor has the instructions.
-                    unsafe { vnni::multiply(&job.w, panel - first, &x, rows, &job.y, &job.after) };
-                }
-                first += count;
-            }
-        }
-    });
 }
 
 /// Calls `run` with ranges that cover `0..count`, on all threads if it is worth it.
@@ -291,7 +237,7 @@ impl Right for Panels<'_> {
 /// Whether the processor has the instructions that this layout is for.
 pub(crate) fn pays() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return super::vnni::available();
+    return rounded::available();
     #[cfg(not(target_arch = "x86_64"))]
     false
 }

@@ -71,6 +71,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `p` must be valid for reading 32 f32.
     unsafe fn block32(self, p: *const f32) -> Self::Block;
 
+    /// LANES bf16 numbers as f32.
+    /// # Safety
+    /// `p` must be valid for reading LANES of them.
+    unsafe fn load_bf16(self, p: *const u16) -> Self::V;
     /// f16 bits as f32, as many as both hold.
     fn widen_f16(self, from: &[u16], to: &mut [f32]);
 

@@ -156,6 +156,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_bf16(self, p: *const u16) -> [f32; N] {
+        // SAFETY: the caller's promise.
+        std::array::from_fn(|i| f32::from_bits(u32::from(unsafe { p.add(i).read() }) << 16))
+    }
+    #[inline(always)]
     fn widen_f16(self, from: &[u16], to: &mut [f32]) {
         for (to, &from) in to.iter_mut().zip(from) {
             *to = half::f16::from_bits(from).to_f32();

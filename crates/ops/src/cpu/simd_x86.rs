@@ -186,6 +186,13 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn load_bf16(self, p: *const u16) -> __m512 {
+        unsafe {
+            let halves = _mm256_loadu_si256(p.cast());
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+        }
+    }
+    #[inline(always)]
     fn widen_f16(self, from: &[u16], to: &mut [f32]) {
         Avx2(()).widen_f16(from, to);
     }
@@ -457,6 +464,13 @@ impl Simd for Avx2 {
         unsafe { [self.load(p), self.load(p.add(8)), self.load(p.add(16)), self.load(p.add(24))] }
     }
 
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const u16) -> __m256 {
+        unsafe {
+            let halves = _mm_loadu_si128(p.cast());
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
+        }
+    }
     #[inline(always)]
     fn widen_f16(self, from: &[u16], to: &mut [f32]) {
         let n = from.len().min(to.len());

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use super::panels::{BLOCK, Panels, ROWS};
 use super::primitive::Floats;
+use super::rounded::{AHEAD, FINE, Rounded};
 use crate::pool::Shares;
 use crate::{Level, cpu_level};
 
@@ -18,17 +19,7 @@ pub(crate) fn available() -> bool {
     cpu_level() == Level::Avx512 && is_x86_feature_detected!("avx512vnni")
 }
 
-/// Rows of x, rounded: the bytes q of each row, then its bytes r (m, 2, inputs), d (m, inputs / 32), and the sums of
-/// d (254 q + r) in the same blocks.
-pub(crate) struct Rounded<'a> {
-    pub(crate) m: usize,
-    pub(crate) inputs: usize,
-    pub(crate) q: &'a [f32],
-    pub(crate) factors: &'a [f32],
-    pub(crate) sums: &'a [f32],
-}
-
-/// Rounds one row.
+/// Rounds one row: its bytes q, then its bytes r.
 ///
 /// # Safety
 /// The processor must have the instructions.
@@ -63,68 +54,35 @@ pub(crate) unsafe fn round_row(x: &[f32], q: &mut [f32], factors: &mut [f32], su
     }
 }
 
-/// How far ahead of their use codes are asked for, in bytes.
-const AHEAD: usize = 2048;
-
-/// Fine steps in a coarse one.
-const FINE: f32 = 254.0;
-
-/// What becomes of W x before it is stored: y = c (W x + z B) + b + h.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct After<'a> {
-    /// z (m, R), B (R, out) and R.
-    pub(crate) side: Option<(&'a [f32], &'a [f32], usize)>,
-    /// c (out,)
-    pub(crate) factor: Option<&'a [f32]>,
-    /// b (out,)
-    pub(crate) bias: Option<&'a [f32]>,
-    /// h (m, out)
-    pub(crate) residual: Option<&'a [f32]>,
-}
-
 /// Columns `16 panel` and following of rows `rows` of y (m, out).
 ///
 /// # Safety
 /// The processor must have the instructions, and nobody else may use these columns.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c")]
-pub(crate) unsafe fn multiply(
-    w: &Panels,
-    panel: usize,
-    x: &Rounded,
-    rows: Range<usize>,
-    y: &Shares<f32>,
-    after: &After,
-) {
+pub(crate) unsafe fn multiply(w: &Panels, panel: usize, x: &Rounded, rows: Range<usize>, y: &Shares<f32>) {
     let of = w.arrangement;
     assert!(x.inputs == of.inputs && x.q.len() * 2 == x.m * of.inputs && x.sums.len() == x.factors.len());
     assert!(x.factors.len() * BLOCK == x.m * of.inputs && rows.end <= x.m);
-    assert!(after.side.is_none_or(|(z, b, rank)| z.len() == x.m * rank && b.len() == rank * of.out));
-    assert!([after.factor, after.bias].iter().flatten().all(|v| v.len() == of.out));
-    assert!(after.residual.is_none_or(|h| h.len() == x.m * of.out));
     let mut at = rows.start;
     unsafe {
         while rows.end - at >= 8 {
             if of.bits == 4 {
-                tile::<4, 8>(w, panel, x, at, y, after)
+                tile::<4, 8>(w, panel, x, at, y)
             } else {
-                tile::<8, 8>(w, panel, x, at, y, after)
+                tile::<8, 8>(w, panel, x, at, y)
             }
             at += 8;
         }
         while rows.end - at >= 2 {
             if of.bits == 4 {
-                tile::<4, 2>(w, panel, x, at, y, after)
+                tile::<4, 2>(w, panel, x, at, y)
             } else {
-                tile::<8, 2>(w, panel, x, at, y, after)
+                tile::<8, 2>(w, panel, x, at, y)
             }
             at += 2;
         }
         if at < rows.end {
-            if of.bits == 4 {
-                tile::<4, 1>(w, panel, x, at, y, after)
-            } else {
-                tile::<8, 1>(w, panel, x, at, y, after)
-            }
+            if of.bits == 4 { tile::<4, 1>(w, panel, x, at, y) } else { tile::<8, 1>(w, panel, x, at, y) }
         }
     }
 }
@@ -137,7 +95,6 @@ unsafe fn tile<const BITS: usize, const C: usize>(
     x: &Rounded,
     at: usize,
     y: &Shares<f32>,
-    after: &After,
 ) {
     let of = w.arrangement;
     let (blocks, groups) = (of.inputs / BLOCK, of.inputs / of.group);
@@ -194,83 +151,8 @@ unsafe fn tile<const BITS: usize, const C: usize>(
         }
         let column = panel * ROWS;
         let mask = ((1_u32 << ROWS.min(of.out - column)) - 1) as u16;
-        let at_column =
-            |v: &[f32], row: usize| _mm512_maskz_loadu_ps(mask, v.as_ptr().add(row * of.out + column));
-        if let Some((z, b, rank)) = after.side {
-            for r in 0..rank {
-                let b = at_column(b, r);
-                for (c, sum) in sums.iter_mut().enumerate() {
-                    *sum = _mm512_fmadd_ps(_mm512_set1_ps(*z.as_ptr().add((at + c) * rank + r)), b, *sum);
-                }
-            }
-        }
-        for (c, mut sum) in sums.into_iter().enumerate() {
-            if let Some(factor) = after.factor {
-                sum = _mm512_mul_ps(sum, at_column(factor, 0));
-            }
-            if let Some(bias) = after.bias {
-                sum = _mm512_add_ps(sum, at_column(bias, 0));
-            }
-            if let Some(residual) = after.residual {
-                sum = _mm512_add_ps(sum, at_column(residual, at + c));
-            }
+        for (c, sum) in sums.into_iter().enumerate() {
             _mm512_mask_storeu_ps(y.pointer().add((at + c) * of.out + column), mask, sum);
-        }
-    }
-}
-
-/// z (rows, R) = s x A for at most eight rows of x (rows, in) and A (in, R). Each result is two chains of sums, whatever the
-/// number of rows.
-///
-/// # Safety
-/// The processor must have the instructions.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(crate) unsafe fn low_rank(x: &[f32], a: &[f32], scale: f32, rows: usize, z: &mut [f32]) {
-    let (inputs, rank) = (x.len() / rows, z.len() / rows);
-    assert!(rows <= 8 && x.len() == rows * inputs && a.len() == inputs * rank && z.len() == rows * rank);
-    unsafe {
-        if rows == 8 {
-            columns::<8>(x, a, scale, inputs, rank, z);
-        } else {
-            for row in 0..rows {
-                columns::<1>(
-                    &x[row * inputs..][..inputs],
-                    a,
-                    scale,
-                    inputs,
-                    rank,
-                    &mut z[row * rank..][..rank],
-                );
-            }
-        }
-    }
-}
-
-/// C rows of [`low_rank`].
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn columns<const C: usize>(
-    x: &[f32],
-    a: &[f32],
-    scale: f32,
-    inputs: usize,
-    rank: usize,
-    z: &mut [f32],
-) {
-    for column in (0..rank).step_by(16) {
-        let mask = (1_u32 << (rank - column).min(16)) - 1;
-        let mut sums = [[_mm512_setzero_ps(); 2]; C];
-        unsafe {
-            for k in 0..inputs {
-                let a = _mm512_maskz_loadu_ps(mask as u16, a.as_ptr().add(k * rank + column));
-                for (c, sums) in sums.iter_mut().enumerate() {
-                    let x = _mm512_set1_ps(*x.as_ptr().add(c * inputs + k));
-                    sums[k % 2] = _mm512_fmadd_ps(x, a, sums[k % 2]);
-                }
-            }
-            for (c, [even, odd]) in sums.into_iter().enumerate() {
-                let sum = _mm512_mul_ps(_mm512_add_ps(even, odd), _mm512_set1_ps(scale));
-                _mm512_mask_storeu_ps(z.as_mut_ptr().add(c * rank + column), mask as u16, sum);
-            }
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Linears with a side path, a factor and a bias.
 
 use graft_ops::{
-    Array, Dtype, Input, LinearRef, LowRank, Precision, WeightRef, ffi, linears, matmul, set_threads,
-    with_precision,
+    Array, Dtype, Input, LinearRef, LowRank, Precision, RowsUpdates, WeightRef, ffi, linears,
+    linears_of_rows, matmul, set_threads, with_precision,
 };
 use graft_testkit::{assert_close, tolerance};
 
@@ -223,7 +223,7 @@ fn what_does_not_fit_is_an_error() {
         let low_rank = Some(LowRank { a: &a, b: &b, scale: 1.0, factor: None, input: None });
         let parts = [LinearRef { weight: w.view(), bias: None, residual: None, low_rank }];
         let e = linears(&x, &parts).unwrap_err().to_string();
-        assert!(e.contains("A (64, 0) and B (0, 50) have rank 0"), "{e}");
+        assert!(e.contains("A [64, 0] and B [0, 50] have rank 0"), "{e}");
         for (out, inputs) in [(0, 64), (50, 0)] {
             let (w, x) = (random(1, &[out, inputs]), random(2, &[3, inputs]));
             let weight = WeightRef::Dense(&w);
@@ -300,4 +300,54 @@ fn without_an_update_x_is_not_kept_for_the_gradient() {
         let (few, many) = (kept(2), kept(18));
         assert!(many < few + 4 * x.nbytes(), "{few} bytes with 2 layers, {many} with 18");
     });
+}
+
+#[test]
+fn groups_of_rows_give_what_each_gives_alone() {
+    let run = |exactly: bool| {
+        let (w, dense) = (Weights::new(77, 96, 4, 32, Dtype::Float16), random(9, &[77, 96]));
+        let (x, bias, h, c) =
+            (random(1, &[12, 96]), random(2, &[77]), random(3, &[12, 77]), random(4, &[77]));
+        let (a, b) = (random(5, &[96, 5]), random(6, &[5, 77]));
+        let lora = LowRank { a: &a, b: &b, scale: 0.5, factor: None, input: None };
+        let dora = LowRank { scale: 2.0, factor: Some(&c), ..lora };
+        let groups: Vec<RowsUpdates> =
+            vec![(2, vec![Some(lora), Some(dora)]), (7, vec![None, Some(lora)]), (3, vec![Some(dora), None])];
+        let plain = [w.view(), WeightRef::Dense(&dense)].map(|weight| LinearRef {
+            weight,
+            bias: Some(&bias),
+            residual: Some(&h),
+            low_rank: None,
+        });
+        let together = linears_of_rows(&x, &plain, &groups).unwrap();
+        for (index, y) in together.iter().enumerate() {
+            let mut from = 0;
+            for (rows, own) in &groups {
+                let part = |array: &Array| {
+                    array
+                        .take_axis(Array::from_slice(&(from..from + rows).collect::<Vec<i32>>(), &[*rows]), 0)
+                        .unwrap()
+                };
+                let h = part(&h);
+                let linear = LinearRef { residual: Some(&h), low_rank: own[index], ..plain[index] };
+                let alone = linears(&part(&x), &[linear]).unwrap();
+                if exactly {
+                    assert_eq!(bits(&part(y)), bits(&alone[0]), "linear {index}, rows from {from}");
+                } else {
+                    assert_close(&part(y), &alone[0], tolerance::F32_DEEP);
+                }
+                from += rows;
+            }
+        }
+        for wrong in [
+            vec![(2, vec![None, None])],
+            vec![(12, vec![None])],
+            vec![(12, vec![None, None]), (0, vec![None; 2])],
+        ] {
+            let e = linears_of_rows(&x, &plain, &wrong).unwrap_err().to_string();
+            assert!(e.contains("[12, 96]"), "{e}");
+        }
+    };
+    mlx(|| run(true));
+    mlx(|| mlx_form(|| run(false)));
 }

@@ -1,0 +1,217 @@
+//! The product of arranged weights with rounded rows in AVX2.
+//!
+//! A row's numbers v = 254 q + r are held as 16-bit integers, and one instruction multiplies two of them with the codes of two
+//! inputs of each of eight rows of W. In a line of the layout, byte 4 r + j is of input j of row r, so that its words hold
+//! the codes of inputs 0 and 1, then 2 and 3: with a shift and a mask they give a pair such as (0, 2). The numbers of every
+//! eight inputs are therefore stored as 0, 2, 4, 6, 1, 3, 5, 7.
+#![allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "SAFETY, the same for every block: the callers of the two functions have found the instructions, and the \
+              pointers stay inside the slices whose lengths the sizes fix"
+)]
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::panels::{BLOCK, Panels, ROWS};
+use super::primitive::Floats;
+use super::rounded::{AHEAD, FINE, Rounded};
+use crate::pool::Shares;
+
+/// Lanes of a vector: half a panel.
+const HALF: usize = 8;
+
+/// Rounds one row.
+///
+/// # Safety
+/// The processor must have the instructions.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) unsafe fn round_row(x: &[f32], q: &mut [f32], factors: &mut [f32], sums: &mut [f32]) {
+    assert!(q.len() * 2 == x.len() && factors.len() * BLOCK == x.len() && sums.len() == factors.len());
+    for (block, factor) in factors.iter_mut().enumerate() {
+        unsafe {
+            let from = x.as_ptr().add(block * BLOCK);
+            let sign = _mm256_set1_ps(-0.0);
+            let (mut most, mut all) = (_mm256_setzero_ps(), _mm256_setzero_ps());
+            for part in 0..BLOCK / HALF {
+                let part = _mm256_loadu_ps(from.add(part * HALF));
+                most = _mm256_max_ps(most, _mm256_andnot_ps(sign, part));
+                all = _mm256_add_ps(all, part);
+            }
+            let lanes: [f32; HALF] = std::mem::transmute(most);
+            let most = lanes.into_iter().fold(0.0, f32::max);
+            // Zero, unless a number is not finite: a maximum would lose it.
+            let lanes: [f32; HALF] = std::mem::transmute(_mm256_mul_ps(all, _mm256_setzero_ps()));
+            let broken: f32 = lanes.into_iter().sum();
+            let step = most / 127.0;
+            let inverse = _mm256_set1_ps(if most > 0.0 { 127.0 / most } else { 0.0 });
+            let to = q.as_mut_ptr().cast::<i16>().add(block * BLOCK);
+            // Inputs 0, 2, 4, 6, 1, 3, 5, 7 of eight.
+            let order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+            let mut total = _mm256_setzero_si256();
+            for part in 0..BLOCK / HALF {
+                let steps = _mm256_mul_ps(_mm256_loadu_ps(from.add(part * HALF)), inverse);
+                let coarse = _mm256_cvtps_epi32(steps);
+                let rest = _mm256_sub_ps(steps, _mm256_cvtepi32_ps(coarse));
+                let fine = _mm256_cvtps_epi32(_mm256_mul_ps(rest, _mm256_set1_ps(FINE)));
+                let whole = _mm256_mullo_epi32(coarse, _mm256_set1_epi32(FINE as i32));
+                let whole = _mm256_add_epi32(whole, fine);
+                total = _mm256_add_epi32(total, whole);
+                let ordered = _mm256_permutevar8x32_epi32(whole, order);
+                let low = _mm256_castsi256_si128(ordered);
+                let high = _mm256_extracti128_si256::<1>(ordered);
+                _mm_storeu_si128(to.add(part * HALF).cast(), _mm_packs_epi32(low, high));
+            }
+            let lanes: [i32; HALF] = std::mem::transmute(total);
+            *factor = step / FINE + broken;
+            sums[block] = *factor * lanes.into_iter().sum::<i32>() as f32;
+        }
+    }
+}
+
+/// Columns `16 panel` and following of rows `rows` of y (m, out).
+///
+/// # Safety
+/// The processor must have the instructions, and nobody else may use these columns.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) unsafe fn multiply(w: &Panels, panel: usize, x: &Rounded, rows: Range<usize>, y: &Shares<f32>) {
+    let of = w.arrangement;
+    assert!(x.inputs == of.inputs && x.q.len() * 2 == x.m * of.inputs && x.sums.len() == x.factors.len());
+    assert!(x.factors.len() * BLOCK == x.m * of.inputs && rows.end <= x.m);
+    unsafe {
+        if of.bits == 4 {
+            by_rows::<4>(w, panel, x, rows, y);
+        } else {
+            by_rows::<8>(w, panel, x, rows, y);
+        }
+    }
+}
+
+/// Tiles of as many rows as the registers hold: four of them with half a panel, or one with the whole.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn by_rows<const BITS: usize>(
+    w: &Panels,
+    panel: usize,
+    x: &Rounded,
+    rows: Range<usize>,
+    y: &Shares<f32>,
+) {
+    let mut at = rows.start;
+    unsafe {
+        while rows.end - at >= 4 {
+            tile::<BITS, 1, 4>(w, (panel, 0), x, at, y);
+            tile::<BITS, 1, 4>(w, (panel, 1), x, at, y);
+            at += 4;
+        }
+        while at < rows.end {
+            tile::<BITS, 2, 1>(w, (panel, 0), x, at, y);
+            at += 1;
+        }
+    }
+}
+
+/// H halves of a panel, from `half` on, times rows `at`..`at + C` of x. Each result is one chain of sums, whatever the tile.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn tile<const BITS: usize, const H: usize, const C: usize>(
+    w: &Panels,
+    (panel, half): (usize, usize),
+    x: &Rounded,
+    at: usize,
+    y: &Shares<f32>,
+) {
+    let of = w.arrangement;
+    let (blocks, groups) = (of.inputs / BLOCK, of.inputs / of.group);
+    let mut sums = [[_mm256_setzero_ps(); C]; H];
+    unsafe {
+        let mut codes = w.panel(panel).as_ptr().add(half * 32);
+        // Pairs of numbers.
+        let mut q = x.q.as_ptr().cast::<i32>().add(at * of.inputs / 2);
+        let (mut factors, mut totals) =
+            (x.factors.as_ptr().add(at * blocks), x.sums.as_ptr().add(at * blocks));
+        for g in 0..groups {
+            let level = (panel * groups + g) * ROWS + half * HALF;
+            let mut levels = [(_mm256_setzero_ps(), _mm256_setzero_ps()); H];
+            for (h, levels) in levels.iter_mut().enumerate() {
+                *levels = (eight(w.scales, level + h * HALF), eight(w.biases, level + h * HALF));
+            }
+            for _ in 0..of.group / BLOCK {
+                let mut products = [[_mm256_setzero_si256(); C]; H];
+                for t in 0..BLOCK * BITS / 32 {
+                    // With few rows reading W is all there is to do, and it lies in one piece up to the task's last panel.
+                    _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(64 * t + AHEAD).cast());
+                    for (h, products) in products.iter_mut().enumerate() {
+                        let line = _mm256_loadu_si256(codes.add(64 * t + 32 * h).cast());
+                        let (words, first, step) = words::<BITS>(line, t);
+                        for (i, &words) in words.iter().enumerate().take(16 / BITS) {
+                            for (c, product) in products.iter_mut().enumerate() {
+                                let pair = _mm256_set1_epi32(*q.add(c * of.inputs / 2 + first + i * step));
+                                *product = _mm256_add_epi32(*product, _mm256_madd_epi16(words, pair));
+                            }
+                        }
+                    }
+                }
+                codes = codes.add(ROWS * BLOCK * BITS / 8);
+                for (h, sums) in sums.iter_mut().enumerate() {
+                    let (scale, bias) = levels[h];
+                    for (c, sum) in sums.iter_mut().enumerate() {
+                        let whole = _mm256_cvtepi32_ps(products[h][c]);
+                        let factor = _mm256_set1_ps(*factors.add(c * blocks));
+                        *sum = _mm256_fmadd_ps(_mm256_mul_ps(whole, factor), scale, *sum);
+                        *sum = _mm256_fmadd_ps(bias, _mm256_set1_ps(*totals.add(c * blocks)), *sum);
+                    }
+                }
+                q = q.add(BLOCK / 2);
+                factors = factors.add(1);
+                totals = totals.add(1);
+            }
+        }
+        for (h, sums) in sums.into_iter().enumerate() {
+            let column = panel * ROWS + (half + h) * HALF;
+            let columns = HALF.min(of.out.saturating_sub(column));
+            for (c, sum) in sums.into_iter().enumerate() {
+                if columns == HALF {
+                    _mm256_storeu_ps(y.pointer().add((at + c) * of.out + column), sum);
+                } else if columns > 0 {
+                    let lanes: [f32; HALF] = std::mem::transmute(sum);
+                    y.part((at + c) * of.out + column, columns).copy_from_slice(&lanes[..columns]);
+                }
+            }
+        }
+    }
+}
+
+/// Half of line `t` of a block as words of 16 bits, a code each: of 4-bit codes four vectors, of 8-bit codes two; and where
+/// the pair of numbers for the first of them is, and how far apart the next.
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn words<const BITS: usize>(line: __m256i, t: usize) -> ([__m256i; 4], usize, usize) {
+    if BITS == 4 {
+        let low = _mm256_set1_epi16(15);
+        let words = [
+            _mm256_and_si256(line, low),
+            _mm256_and_si256(_mm256_srli_epi16::<4>(line), low),
+            _mm256_and_si256(_mm256_srli_epi16::<8>(line), low),
+            _mm256_srli_epi16::<12>(line),
+        ];
+        (words, 4 * t, 1)
+    } else {
+        let words = [_mm256_and_si256(line, _mm256_set1_epi16(255)), _mm256_srli_epi16::<8>(line)];
+        ([words[0], words[1], words[0], words[1]], t / 2 * 4 + t % 2, 2)
+    }
+}
+
+/// Eight numbers as f32.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+unsafe fn eight(from: Floats, at: usize) -> __m256 {
+    unsafe {
+        match from {
+            Floats::F32(from) => _mm256_loadu_ps(from[at..][..HALF].as_ptr()),
+            Floats::F16(from) => _mm256_cvtph_ps(_mm_loadu_si128(from[at..][..HALF].as_ptr().cast())),
+            Floats::Bf16(from) => {
+                let halves = _mm_loadu_si128(from[at..][..HALF].as_ptr().cast());
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
+            }
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! Products of arranged weights with rows of x rounded to 16 bits: who rounds, multiplies and finishes what.
+//!
+//! The integer products stand in [`super::vnni`] and [`super::avx2`], bit for bit the same; what is added to them is written
+//! once for all levels.
+
+use std::ops::Range;
+
+use super::level::dispatch;
+use super::panels::{BLOCK, Panels, ROWS, by_parts};
+use super::scratch::{LEFT, scratch};
+use super::simd::{Kernel, Simd};
+use super::{avx2, vnni};
+use crate::pool::Shares;
+use crate::{Level, cpu_level};
+
+/// Whether this processor has instructions for such products, and the level in use allows them.
+pub(crate) fn available() -> bool {
+    cpu_level() >= Level::Avx2
+}
+
+/// Rows of x, rounded: numbers of two bytes (m, inputs) in an order of the instructions' own, then for every block of 32 the
+/// step d and the sum of what the numbers stand for (m, inputs / 32).
+pub(crate) struct Rounded<'a> {
+    pub(crate) m: usize,
+    pub(crate) inputs: usize,
+    pub(crate) q: &'a [f32],
+    pub(crate) factors: &'a [f32],
+    pub(crate) sums: &'a [f32],
+}
+
+/// Fine steps in a coarse one: x = d (254 q + r).
+pub(crate) const FINE: f32 = 254.0;
+
+/// How far ahead of their use codes are asked for, in bytes.
+pub(crate) const AHEAD: usize = 2048;
+
+/// A product of x with one W, and what becomes of it.
+pub(crate) struct Job<'a> {
+    pub(crate) w: Panels<'a>,
+    /// (m, out)
+    pub(crate) y: Shares<'a, f32>,
+    pub(crate) after: After<'a>,
+}
+
+/// What becomes of W x: y = c (W x + z B) + b + h, with z, B and c of each row's group.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct After<'a> {
+    /// Of groups of rows that have an update, in order.
+    pub(crate) sides: &'a [SideRows<'a>],
+    /// b (out,)
+    pub(crate) bias: Option<&'a [f32]>,
+    /// h (m, out)
+    pub(crate) residual: Option<&'a [f32]>,
+}
+
+/// The update of some rows.
+pub(crate) struct SideRows<'a> {
+    pub(crate) rows: Range<usize>,
+    /// z (rows, R)
+    pub(crate) z: &'a [f32],
+    /// B (panels, R, 16), the bits of bf16.
+    pub(crate) b: &'a [u16],
+    pub(crate) rank: usize,
+    /// c (out,)
+    pub(crate) factor: Option<&'a [f32]>,
+}
+
+/// Rows of x that are multiplied by a task's panels before the next are: what is read again and again stays in the cache.
+const BAND: usize = 64;
+
+/// All jobs of one x (m, inputs), which is rounded once. The processor must have the instructions.
+pub(crate) fn products(x: &[f32], jobs: &[Job]) {
+    let inputs = jobs.first().map_or(1, |job| job.w.arrangement.inputs);
+    let (m, words, blocks) = (x.len() / inputs, inputs / 2, inputs / BLOCK);
+    // Another thread may choose another level meanwhile, and the order of the numbers depends on it.
+    let wide = vnni::available();
+    let mut scratch = scratch(&LEFT, m * (words + 2 * blocks));
+    let (q, rest) = scratch.split_at_mut(m * words);
+    let (factors, sums) = rest.split_at_mut(m * blocks);
+    {
+        let (q, factors, sums) = (Shares::new(q), Shares::new(factors), Shares::new(sums));
+        by_parts(m, m * inputs >= 1 << 15, |rows| {
+            for row in rows {
+                let x = &x[row * inputs..][..inputs];
+                // SAFETY: each row belongs to one task; the processor has the instructions.
+                unsafe {
+                    let q = q.part(row * words, words);
+                    let (factors, sums) =
+                        (factors.part(row * blocks, blocks), sums.part(row * blocks, blocks));
+                    if wide {
+                        vnni::round_row(x, q, factors, sums);
+                    } else {
+                        avx2::round_row(x, q, factors, sums);
+                    }
+                }
+            }
+        });
+    }
+    let x = Rounded { m, inputs, q, factors, sums };
+    // The panels of all W, one after another.
+    let panels: usize = jobs.iter().map(|job| job.w.arrangement.panels()).sum();
+    by_parts(panels, m * panels * ROWS * inputs >= 1 << 15, |range| {
+        for row in (0..m).step_by(BAND) {
+            let rows = row..(row + BAND).min(m);
+            let mut first = 0;
+            for job in jobs {
+                let count = job.w.arrangement.panels();
+                let own = range.start.clamp(first, first + count) - first
+                    ..range.end.clamp(first, first + count) - first;
+                first += count;
+                for panel in own.clone() {
+                    // SAFETY: each panel's columns of y belong to one task; the processor has the instructions.
+                    unsafe {
+                        if wide {
+                            vnni::multiply(&job.w, panel, &x, rows.clone(), &job.y);
+                        } else {
+                            avx2::multiply(&job.w, panel, &x, rows.clone(), &job.y);
+                        }
+                    }
+                }
+                if !own.is_empty() && !job.after.is_empty() {
+                    dispatch(Finish { job, panels: own, rows: rows.clone(), m });
+                }
+            }
+        }
+    });
+}
+
+impl After<'_> {
+    fn is_empty(&self) -> bool {
+        self.sides.is_empty() && self.bias.is_none() && self.residual.is_none()
+    }
+}
+
+/// [`After`] for some panels and rows of y, which are still in the cache.
+struct Finish<'a> {
+    job: &'a Job<'a>,
+    panels: Range<usize>,
+    rows: Range<usize>,
+    m: usize,
+}
+
+impl Kernel for Finish<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Finish { job: Job { w, y, after }, panels, rows, m } = self;
+        let out = w.arrangement.out;
+        assert!(after.bias.is_none_or(|bias| bias.len() == out));
+        assert!(after.residual.is_none_or(|h| h.len() == m * out));
+        for side in after.sides {
+            assert!(side.rows.end <= m && side.z.len() == side.rows.len() * side.rank);
+            assert!(side.b.len() == w.arrangement.panels() * side.rank * ROWS);
+            assert!(side.factor.is_none_or(|c| c.len() == out));
+        }
+        for panel in panels {
+            let column = panel * ROWS;
+            let columns = ROWS.min(out - column);
+            let part = |of: &'_ [f32], row: usize, to: &mut [f32; ROWS]| {
+                to[..columns].copy_from_slice(&of[row * out + column..][..columns]);
+            };
+            for side in after.sides {
+                let b = &side.b[panel * side.rank * ROWS..][..side.rank * ROWS];
+                let mut c = [1.0; ROWS];
+                if let Some(factor) = side.factor {
+                    part(factor, 0, &mut c);
+                }
+                for row in rows.start.max(side.rows.start)..rows.end.min(side.rows.end) {
+                    let z = &side.z[(row - side.rows.start) * side.rank..][..side.rank];
+                    // SAFETY: these columns of y belong to this task.
+                    let y = unsafe { y.part(row * out + column, columns) };
+                    let mut sums = [0.0; ROWS];
+                    sums[..columns].copy_from_slice(y);
+                    for lane in (0..ROWS).step_by(S::LANES) {
+                        // SAFETY: whole vectors inside arrays of sixteen and rows of B.
+                        unsafe {
+                            let mut sum = s.load(sums.as_ptr().add(lane));
+                            for (r, &z) in z.iter().enumerate() {
+                                let b = s.load_bf16(b.as_ptr().add(r * ROWS + lane));
+                                sum = s.fma(s.splat(z), b, sum);
+                            }
+                            if side.factor.is_some() {
+                                sum = s.mul(sum, s.load(c.as_ptr().add(lane)));
+                            }
+                            s.store(sums.as_mut_ptr().add(lane), sum);
+                        }
+                    }
+                    y.copy_from_slice(&sums[..columns]);
+                }
+            }
+            let (mut bias, mut residual) = ([0.0; ROWS], [0.0; ROWS]);
+            if let Some(b) = after.bias {
+                part(b, 0, &mut bias);
+            }
+            if after.bias.is_none() && after.residual.is_none() {
+                continue;
+            }
+            for row in rows.clone() {
+                if let Some(h) = after.residual {
+                    part(h, row, &mut residual);
+                }
+                // SAFETY: as above.
+                let y = unsafe { y.part(row * out + column, columns) };
+                for ((y, b), h) in y.iter_mut().zip(&bias).zip(&residual) {
+                    *y = *y + b + h;
+                }
+            }
+        }
+    }
+}
+
+/// z (R,) = s x A for a row x (in,) and A turned to (R, in), the bits of bf16. `in` is a whole number of blocks.
+pub(crate) struct LowRankRow<'a> {
+    pub(crate) x: &'a [f32],
+    pub(crate) a: &'a [u16],
+    pub(crate) scale: f32,
+    pub(crate) z: &'a mut [f32],
+}
+
+impl Kernel for LowRankRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let LowRankRow { x, a, scale, z } = self;
+        assert!(x.len().is_multiple_of(BLOCK) && a.len() == x.len() * z.len());
+        for (z, a) in z.chunks_mut(TOGETHER).zip(a.chunks(TOGETHER * x.len())) {
+            // A row beyond the last repeats it; its result is not written.
+            let row = |r: usize| a[r.min(z.len() - 1) * x.len()..].as_ptr();
+            let rows = [row(0), row(1), row(2), row(3)];
+            let mut sums = [s.splat(0.0); TOGETHER];
+            for k in (0..x.len()).step_by(S::LANES) {
+                // SAFETY: whole vectors of x and of rows of A, which are multiples of 32.
+                unsafe {
+                    let x = s.load(x.as_ptr().add(k));
+                    for (sum, row) in sums.iter_mut().zip(rows) {
+                        *sum = s.fma(x, s.load_bf16(row.add(k)), *sum);
+                    }
+                }
+            }
+            for (z, sum) in z.iter_mut().zip(sums) {
+                *z = scale * s.sum(sum);
+            }
+        }
+    }
+}
+
+/// Rows of A that share the reading of x.
+const TOGETHER: usize = 4;
