@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use graft_adapters::{AdapterSet, Route};
+use graft_adapters::{Adapter, AdapterSet, Route, RouteRows};
 use graft_model::{
     Completion, GenerateOptions, Generator, KvCache, Model, PREFILL_STEP, Sampling, generate_all, reusable,
     shareable,
@@ -282,6 +282,51 @@ fn neither_company_nor_order_changes_an_answer() {
                 asked < 2
             };
             assert_eq!(generate_all(&model, &short, 2, &route, &mut once).unwrap(), None);
+        }
+    });
+}
+
+#[test]
+fn rows_of_several_adapters_in_one_pass_equal_each_alone() {
+    arrays(|| {
+        for (tiny, precision) in
+            every_model().flat_map(|tiny| [Precision::F32, Precision::Int16].map(|p| (tiny.clone(), p)))
+        {
+            let dir = tiny_model(&tiny);
+            let model = with_precision(precision, || load(dir.path()));
+            let embed = model.embedding().path.clone();
+            let tables = [(false, 4), (true, 6), (true, 3)].map(|(dora, rank)| {
+                let files = tiny_adapter(dir.path(), &tiny, dora, rank, rank as u64);
+                let mut set = AdapterSet::load(files.path()).unwrap();
+                if rank == 4 {
+                    let (vocab, hidden) = model.target(&embed).unwrap().shape();
+                    let random =
+                        |shape: &[i32]| mlx_rs::random::normal::<f32>(shape, None, 0.05, None).unwrap();
+                    let (a, b) = (random(&[vocab, 4]), random(&[4, hidden]));
+                    set.adapters.insert(embed.clone(), Adapter { a, b, scale: 1.0, magnitude: None });
+                }
+                set.table(files.path(), |path| model.target(path)).unwrap()
+            });
+            let texts = [ids(5, 1), ids(1, 2), ids(9, 3), ids(2, 4)];
+            let own = [Some(&tables[0]), None, Some(&tables[1]), Some(&tables[2])];
+            let groups: Vec<RouteRows> = texts
+                .iter()
+                .zip(own)
+                .map(|(text, table)| RouteRows { rows: text.len() as i32, table })
+                .collect();
+            let (rows, route) = (Rows::new(groups.iter().map(|g| g.rows).collect()), Route::Mixed(&groups));
+            let together = with_precision(precision, || {
+                let h = model.hidden(&tokens(&texts.concat()), &rows, None, &route).unwrap();
+                model.logits(&h, &route).unwrap()
+            });
+            let mut from = 0;
+            for (text, table) in texts.iter().zip(own) {
+                let route = table.map_or(Route::Base, Route::Table);
+                let alone = with_precision(precision, || logits(&model, text, &route));
+                let to = from + text.len() as i32;
+                assert_close(&together.split_at_indices(&[from, to], 0).unwrap()[1], &alone, F32_DEEP);
+                from = to;
+            }
         }
     });
 }

@@ -183,7 +183,7 @@ pub fn linears_of_rows<'a>(
         for ((_, updates), rows) in groups.iter().zip(ranges(groups)) {
             let mut part = y.take_axis(&rows, 0)?;
             if let Some(update) = &updates[index] {
-                part = updated(part, &x.take_axis(&rows, 0)?.as_dtype(Dtype::Float32)?, update)?;
+                part = updated(&part, &x.take_axis(&rows, 0)?.as_dtype(Dtype::Float32)?, update)?;
             }
             parts.push(part);
         }
@@ -267,16 +267,19 @@ fn mlx_linear(x: &Array, x32: &Array, linear: &LinearRef) -> Result<Array> {
     let mut y = matmul(x, linear.weight)?;
     if let Some(update) = &linear.low_rank {
         let own = update.input.map(|own| own.as_dtype(Dtype::Float32)).transpose()?;
-        y = updated(y, own.as_ref().unwrap_or(x32), update)?;
+        y = updated(&y, own.as_ref().unwrap_or(x32), update)?;
     }
     finished(y, linear)
 }
 
 /// c (y + s (x A) B) for y = W x; the scale where it costs least, at R columns.
-fn updated(y: Array, x32: &Array, update: &LowRank) -> Result<Array> {
+fn updated(y: &Array, x32: &Array, update: &LowRank) -> Result<Array> {
     let z = ops::matmul(x32, update.a)?.multiply(Array::from_f32(update.scale))?;
     let y = y.add(ops::matmul(&z, update.b)?.as_dtype(y.dtype())?)?;
-    update.factor.map_or(Ok(y.clone()), |c| y.multiply(c.as_dtype(y.dtype())?))
+    match update.factor {
+        Some(c) => y.multiply(c.as_dtype(y.dtype())?),
+        None => Ok(y),
+    }
 }
 
 /// y + b + h.

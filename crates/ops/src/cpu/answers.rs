@@ -161,7 +161,7 @@ fn low_rank(x: &[f32], a: &[u16], side: Side, z: &mut [f32]) {
 }
 
 /// The bits of bf16 numbers, as which updates are arranged.
-fn halves<'a>(tensor: &'a Tensor) -> &'a [u16] {
+fn halves(tensor: &Tensor) -> &[u16] {
     match tensor.floats() {
         Floats::Bf16(halves) => halves,
         Floats::F32(_) | Floats::F16(_) => unreachable!("arranged updates are bf16"),
