@@ -1,10 +1,10 @@
 //! Programs and folders that must not outlive us, whether a task ends well, fails or is interrupted.
 
-use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, ExitStatus};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -50,7 +50,7 @@ pub(crate) fn end_at_signals() -> Result<()> {
 pub(crate) struct Process {
     id: u32,
     line: String,
-    peak: Cell<u64>,
+    peak: AtomicU64,
 }
 
 impl Process {
@@ -60,7 +60,7 @@ impl Process {
         let mut ours = ours();
         let mut child = command.spawn().with_context(|| format!("cannot start {line}"))?;
         let stdout = child.stdout.take();
-        let process = Self { id: child.id(), line, peak: Cell::new(0) };
+        let process = Self { id: child.id(), line, peak: AtomicU64::new(0) };
         ours.children.push(child);
         Ok((process, stdout))
     }
@@ -82,8 +82,8 @@ impl Process {
 
     /// Its peak resident memory in bytes, as last seen while it ran; 0 where the system does not say (only Linux does).
     pub(crate) fn peak_memory(&self) -> u64 {
-        self.peak.set(self.peak.get().max(self.fact("VmHWM:") * 1024));
-        self.peak.get()
+        let now = self.fact("VmHWM:") * 1024;
+        self.peak.fetch_max(now, Ordering::Relaxed).max(now)
     }
 
     /// Its resident memory in bytes at present; 0 as above.

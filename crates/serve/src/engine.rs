@@ -150,7 +150,7 @@ impl Engine {
             let known = started.iter().find(|(_, own)| own.content() == content).map(|(_, own)| own.clone());
             let generation = match known {
                 Some(generation) => generation,
-                None => engine.take_in(&path, stored).map_err(|e| unfit(&name, e))?,
+                None => engine.take_in(&path, stored, content).map_err(|e| unfit(&name, e))?,
             };
             started.push((name, generation));
         }
@@ -182,22 +182,28 @@ impl Engine {
         stored.check(origin, |path| self.info.modules.get(path).copied())
     }
 
-    /// Hands over an adapter that was checked; `done` is told on the engine's thread when it can be used. Without the
-    /// version that is returned the engine lets it go again.
-    pub(crate) fn adopt(&self, stored: StoredSet, done: Adopted) -> Arc<Generation> {
+    /// Hands over an adapter that was checked, with its hash; `done` is told on the engine's thread when it can be used.
+    /// Without the version that is returned the engine lets it go again.
+    pub(crate) fn adopt(&self, stored: StoredSet, content: String, done: Adopted) -> Arc<Generation> {
         let slot = self.slots.fetch_add(1, Ordering::Relaxed);
         let commands = self.commands.as_ref().map(Arc::downgrade).unwrap_or_default();
-        let generation = Arc::new(Generation::new(slot, &stored, commands));
+        let generation = Arc::new(Generation::new(slot, content, &stored, commands));
         // If the thread has ended, `done` is dropped, which says so.
         let _ended = self.send(Command::Adopt(slot, stored.adapters, done));
         generation
     }
 
     /// Takes in an adapter and waits until it can be used.
-    fn take_in(&self, origin: &Path, stored: StoredSet) -> graft_adapters::Result<Arc<Generation>> {
+    fn take_in(
+        &self,
+        origin: &Path,
+        stored: StoredSet,
+        content: String,
+    ) -> graft_adapters::Result<Arc<Generation>> {
         self.check(origin, &stored)?;
         let (done, result) = sync_channel(1);
-        let generation = self.adopt(stored, Box::new(move |result| done.send(result).unwrap_or_default()));
+        let done = move |result| done.send(result).unwrap_or_default();
+        let generation = self.adopt(stored, content, Box::new(done));
         match result.recv() {
             Ok(result) => result.map(|()| generation),
             Err(_) => {
@@ -351,4 +357,21 @@ pub(crate) fn load(config: &EngineConfig) -> Result<(Model, Info)> {
         fingerprint: config.fingerprint.clone(),
     };
     Ok((model, info))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_panics_is_seen_to_have_ended() {
+        let alive = Arc::new(AtomicBool::new(true));
+        let life = Life(alive.clone());
+        let thread = std::thread::spawn(move || {
+            let life = life;
+            assert!(!life.0.load(Ordering::Relaxed), "as if the model had panicked");
+        });
+        assert!(thread.join().is_err());
+        assert!(!alive.load(Ordering::Relaxed));
+    }
 }

@@ -24,9 +24,15 @@ pub struct Generation {
 }
 
 impl Generation {
-    pub(crate) fn new(slot: u64, stored: &StoredSet, commands: Weak<Sender<Command>>) -> Self {
+    /// The version that `stored` is, whose hash is `content`.
+    pub(crate) fn new(
+        slot: u64,
+        content: String,
+        stored: &StoredSet,
+        commands: Weak<Sender<Command>>,
+    ) -> Self {
         Self {
-            content: stored.content(),
+            content,
             slot,
             dora: stored.adapters.values().any(|adapter| adapter.magnitude.is_some()),
             rank: stored.rank(),

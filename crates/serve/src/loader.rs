@@ -63,7 +63,7 @@ async fn steps(state: &Arc<State>, load: Load) -> Result<Loaded, ApiError> {
         Some(generation) => generation,
         None => {
             registry.fits(&load.name, stored.rank(), stored.nbytes())?;
-            adopt(state, stored).await?
+            adopt(state, stored, content).await?
         }
     };
     registry.fits(&load.name, generation.rank(), 0)?;
@@ -73,11 +73,11 @@ async fn steps(state: &Arc<State>, load: Load) -> Result<Loaded, ApiError> {
     Ok(Loaded { generation, replaced })
 }
 
-async fn adopt(state: &State, stored: StoredSet) -> Result<Arc<Generation>, ApiError> {
+async fn adopt(state: &State, stored: StoredSet, content: String) -> Result<Arc<Generation>, ApiError> {
     let (sender, receiver) = tokio::sync::oneshot::channel();
     // If nobody waits any more, the version is let go at once.
     let done = move |result| sender.send(result).unwrap_or_default();
-    let generation = state.engine.adopt(stored, Box::new(done));
+    let generation = state.engine.adopt(stored, content, Box::new(done));
     match receiver.await {
         Ok(Ok(())) => Ok(generation),
         Ok(Err(e)) => Err(unusable(format!("The adapter cannot be served: {e}"))),

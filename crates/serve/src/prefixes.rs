@@ -61,10 +61,10 @@ impl Prefixes {
             prefix.used = self.clock;
             return;
         }
-        let Ok(length) = i32::try_from(tokens.len()) else { return };
+        let Some(length) = i32::try_from(tokens.len()).ok().filter(|length| *length > 0) else { return };
         let cache = cache.fork(length);
         let bytes = cache.nbytes();
-        if tokens.is_empty() || bytes > room {
+        if bytes > room {
             return;
         }
         // What this one says, too.

@@ -17,8 +17,8 @@ const MAX_NAME: usize = 256;
 /// What a name may be.
 const NAME: &str = "an adapter's name has 1 to 256 bytes and no control characters";
 
-/// Which adapters may come, from where, and who may send for them.
-#[derive(Debug, Clone)]
+/// Which adapters may come, from where, and who may send for them. It holds a secret, so it cannot be printed.
+#[derive(Clone)]
 pub struct AdapterPolicy {
     /// Directory below which adapters lie: a name that is not known is looked for here, and nothing is loaded from elsewhere
     /// while the server runs.
@@ -103,7 +103,6 @@ pub(crate) struct Published<'a> {
 }
 
 /// Names and what they stand for.
-#[derive(Debug)]
 pub(crate) struct Registry {
     base: String,
     default: Option<String>,
