@@ -72,7 +72,7 @@ pub(crate) fn task(args: &[String]) -> Result<()> {
                 })
             })
             .collect();
-        let swap = || -> Result<usize> {
+        let mut swap = || -> Result<usize> {
             // The other versions are trained while the first one answers.
             for (dir, seed) in dirs.iter().zip(0..).skip(1) {
                 train(&graft, &base, dir, seed, seed == 1)?;

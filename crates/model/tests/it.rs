@@ -179,7 +179,7 @@ fn a_prefix_that_is_taken_over_gives_the_same_bits() {
                     let (a, b) = (read_on(&model, &mut forked, &own), read_on(&model, &mut cold, &own));
                     assert_eq!(a, b, "{kept} of {total} after {donor}, {precision:?}, {tiny:?}");
                     let longer = [&own[..], &[7]].concat();
-                    let mut next = |cache| read_on(&model, cache, &longer);
+                    let next = |cache| read_on(&model, cache, &longer);
                     assert_eq!(next(&mut forked), next(&mut cold), "a token after it");
                     // Who gave it goes on as before.
                     let longer = [&text[..], &[9]].concat();
