@@ -1,9 +1,10 @@
-"""Compares graft with mlx-lm on a real model: flags, converted words, logits, greedy text, losses, files both ways.
+"""Compares graft with mlx-lm on a real model: flags, converted words, logits, greedy text, losses, files both ways; and with llama.cpp,
+which must run what graft exports.
 
-usage: conformance.py --graft BIN --logits BIN --proxies BIN --model DIR --work DIR [--only NAME ...]
+usage: conformance.py --graft BIN --logits BIN --proxies BIN --tiny BIN --model DIR --work DIR [--llama DIR] [--only NAME ...]
 
-`--graft` is the graft binary, `--logits` and `--proxies` the examples of those names in crates/model and crates/train, `--model` a packed base (the demo's), `--work` a
-scratch folder. Needs mlx-lm at the pinned version. Each check prints one line with what was measured and its limit; the exit status is
+`--graft` is the graft binary, `--logits`, `--proxies` and `--tiny` the examples of those names in crates/model, crates/train and crates/testkit, `--model`
+a packed base (the demo's), `--work` a scratch folder, `--llama` where llama-server is; `gguf` needs it. Needs mlx-lm at the pinned version. Each check prints one line with what was measured and its limit; the exit status is
 1 when one of them fails. Everything runs on the CPU in float32, where both sides compute the same sums.
 """
 
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import llama_cpp
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
@@ -288,14 +290,20 @@ def check_proxies(a):
     proxies.check(report, root)
 
 
+def check_gguf(a):
+    """llama.cpp runs every file that graft exports."""
+    llama_cpp.check(a, report, run, fresh)
+
+
 # The last one switches mx.compile off for good.
-CHECKS = {"flags": check_flags, "convert": check_convert, "logits": check_logits, "training": check_training, "bits": check_bits, "proxies": check_proxies}
+CHECKS = {"flags": check_flags, "convert": check_convert, "logits": check_logits, "training": check_training, "bits": check_bits, "gguf": check_gguf, "proxies": check_proxies}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("graft", "logits", "proxies", "model", "work"):
+    for name in ("graft", "logits", "proxies", "tiny", "model", "work"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--llama", type=Path)
     parser.add_argument("--only", nargs="*", choices=CHECKS, default=list(CHECKS))
     a = parser.parse_args()
     mx.set_default_device(mx.cpu)

@@ -7,6 +7,7 @@
 mod bench;
 mod cache;
 mod children;
+mod clients;
 mod data;
 mod elf;
 mod figures;
@@ -54,7 +55,16 @@ const TASKS: &[Task] = &[
     ("model", "print the directory of the demo's base model, made at the first call", model::task),
     ("data", "write the rows of the demo's data set from its grammar", data::task),
     ("golden", "write the golden values of the tests anew with mlx-lm", reference::golden),
-    ("conformance", "compare with mlx-lm on the demo's base [--only NAME ...]", reference::conformance),
+    (
+        "clients",
+        "run OpenAI's and Anthropic's packages and schemathesis against graft server [--only NAME ...]",
+        clients::task,
+    ),
+    (
+        "conformance",
+        "compare with mlx-lm and llama.cpp on the demo's base and with PEFT [--only NAME ...]",
+        reference::conformance,
+    ),
 ];
 
 fn main() -> ExitCode {

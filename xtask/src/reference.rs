@@ -1,4 +1,4 @@
-//! `cargo xtask golden` and `cargo xtask conformance`: what mlx-lm computes, written down or compared live.
+//! `cargo xtask golden` and `cargo xtask conformance`: what mlx-lm, PEFT and llama.cpp compute, written down or compared live.
 //!
 //! The Python side lives in xtask/reference; mlx-lm and its MLX are pinned, because a golden value is one of a version.
 
@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::{cache, model, setup, sh};
+use crate::{cache, model, peers, setup, sh};
 
 pub(crate) const MLX_LM: &str = "0.32.2";
 pub(crate) const MLX: &str = "0.32.4";
@@ -28,18 +28,33 @@ pub(crate) fn golden(args: &[String]) -> Result<()> {
     sh::run(python()?.arg(root.join("crates/model/tests/data/text.py")))
 }
 
-/// Compares graft with mlx-lm on the demo's base; arguments (`--only NAME ...`) go to the script.
+/// Compares graft with mlx-lm and llama.cpp on the demo's base, and with PEFT on a small model; arguments (`--only NAME ...`) go to the
+/// script of mlx-lm, but for `peft`, which is a script of its own as the two share no environment.
 pub(crate) fn conformance(args: &[String]) -> Result<()> {
     setup::run()?;
     let graft = sh::graft()?;
     let examples =
-        sh::build(&["--workspace", "--example", "logits", "--example", "proxies"])?.join("examples");
+        sh::build(&["--workspace", "--example", "logits", "--example", "proxies", "--example", "tiny"])?
+            .join("examples");
+    let (peft, others): (Vec<&String>, Vec<&String>) = args.iter().partition(|name| *name == "peft");
+    if args.is_empty() || !peft.is_empty() {
+        let mut script = peers::peft()?;
+        script.arg(sh::root().join("xtask/reference/peft_check.py")).arg("--graft").arg(&graft);
+        script.arg("--logits").arg(examples.join("logits")).arg("--work");
+        sh::run(script.arg(sh::target()?.join("conformance-peft")))?;
+    }
+    if !peft.is_empty() && others.iter().all(|name| *name == "--only") {
+        return Ok(());
+    }
     let mut script = python()?;
     script.arg(sh::root().join("xtask/reference/conformance.py"));
     script.arg("--graft").arg(&graft).arg("--logits").arg(examples.join("logits"));
-    script.arg("--proxies").arg(examples.join("proxies"));
+    script.arg("--proxies").arg(examples.join("proxies")).arg("--tiny").arg(examples.join("tiny"));
+    if args.is_empty() || args.iter().any(|arg| arg == "gguf") {
+        script.arg("--llama").arg(peers::llama()?);
+    }
     script.arg("--model").arg(model::dir(&graft)?).arg("--work").arg(sh::target()?.join("conformance"));
-    sh::run(script.args(args))
+    sh::run(script.args(others))
 }
 
 /// A Python with mlx-lm, in a virtual environment of its own in the cache.

@@ -1,6 +1,7 @@
 //! One low-rank update: its tensors and the formulas that every other place uses.
 
-use graft_ops::{Array, Dtype, Result, row_factor, row_norms};
+use graft_ops::linalg::svd_of_product;
+use graft_ops::{Array, Dtype, Result, ffi, row_factor, row_norms};
 use graft_quant::Weight;
 
 use crate::{Site, Target};
@@ -112,10 +113,19 @@ impl Adapter {
     /// # Errors
     /// When an array operation fails.
     pub fn fused(&self, weight: &Array, kind: Kind) -> Result<Array> {
+        Ok(self.fused_by(weight, kind)?.0)
+    }
+
+    /// [`Adapter::fused`], and DoRA's factor c, f32 (out,), by which its rows were multiplied.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn fused_by(&self, weight: &Array, kind: Kind) -> Result<(Array, Option<Array>)> {
         let sum = weight.as_dtype(Dtype::Float32)?.add(self.delta(kind)?)?;
-        let Some(m) = &self.magnitude else { return Ok(sum) };
+        let Some(m) = &self.magnitude else { return Ok((sum, None)) };
         let n = sum.square()?.sum_axis(1, false)?.sqrt()?;
-        sum.multiply(row_factor(m, &n)?.expand_dims(1)?)
+        let factor = row_factor(m, &n)?;
+        Ok((sum.multiply(factor.expand_dims(1)?)?, Some(factor)))
     }
 
     /// DoRA's factor c = m / n on `weight`, f32 (out,); none for LoRA.
@@ -123,8 +133,19 @@ impl Adapter {
     /// # Errors
     /// When an array operation fails.
     pub fn factor(&self, weight: &Weight) -> Result<Option<Array>> {
+        if self.magnitude.is_none() {
+            return Ok(None);
+        }
+        self.factor_with(weight, &weight.row_norms_squared()?)
+    }
+
+    /// The same where [`Weight::row_norms_squared`] is known already.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn factor_with(&self, weight: &Weight, n0: &Array) -> Result<Option<Array>> {
         let Some(m) = &self.magnitude else { return Ok(None) };
-        let n = row_norms(&self.a, &self.b, self.scale, weight.as_ref(), &weight.row_norms_squared()?)?;
+        let n = row_norms(&self.a, &self.b, self.scale, weight.as_ref(), n0)?;
         Ok(Some(row_factor(m, &n)?))
     }
 
@@ -140,6 +161,15 @@ impl Adapter {
         };
         let (a, b) = arranged.unwrap_or_else(|| (self.a.clone(), self.b.clone()));
         Ok(Site { a, b, scale: self.scale, factor, dropout: None })
+    }
+
+    /// The singular values of s A B, from the largest down; there are R of them, or fewer where the matrix has fewer.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn spectrum(&self) -> Result<Vec<f32>> {
+        let s = svd_of_product(&self.a, &self.b)?.s;
+        Ok(ffi::read::<f32>(&s)?.iter().map(|s| s * self.scale.abs()).collect())
     }
 
     /// All arrays of the adapter, for evaluation.

@@ -66,6 +66,18 @@ pub struct AdapterConfig {
 const EXTRA: &str = "graft";
 
 impl AdapterConfig {
+    /// The config of an adapter on the modules `paths` of the last `num_layers` blocks, s = 1.
+    pub fn plain<'a>(
+        kind: FineTuneType,
+        num_layers: i32,
+        rank: i32,
+        paths: impl Iterator<Item = &'a str>,
+    ) -> Self {
+        let parameters = LoraParameters { rank, scale: 1.0, dropout: 0.0, keys: Some(block_keys(paths)) };
+        let (scales, raw) = (BTreeMap::new(), Map::new());
+        Self { fine_tune_type: kind, num_layers, parameters: Some(parameters), scales, raw }
+    }
+
     /// Reads mlx-lm's form.
     ///
     /// # Errors
@@ -178,6 +190,19 @@ impl AdapterConfig {
     pub fn extra(&self, key: &str) -> Option<&Value> {
         self.raw.get(EXTRA)?.get(key)
     }
+}
+
+/// Block-relative keys (`self_attn.q_proj`), each once, as mlx-lm's `keys` wants them.
+pub(crate) fn block_keys<'a>(paths: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let mut keys: Vec<String> = paths
+        .map(|path| {
+            let inner = path.split_once(".layers.").and_then(|(_, rest)| rest.split_once('.'));
+            inner.map_or_else(|| path.to_owned(), |(_, key)| key.to_owned())
+        })
+        .collect();
+    keys.sort();
+    keys.dedup();
+    keys
 }
 
 /// The shortest decimal that reads back as this f32, so that 0.1 is not written as 0.10000000149.

@@ -1,6 +1,7 @@
 //! What ties an adapter to the base it was trained on.
 
 use std::collections::BTreeMap;
+use std::io::Read as _;
 use std::path::Path;
 
 use graft_quant::Checkpoint;
@@ -8,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
-use crate::AdapterConfig;
+use crate::{AdapterConfig, Result};
 
 /// Facts about a base, compared when an adapter is loaded or fused.
 ///
@@ -71,6 +72,22 @@ impl Fingerprint {
             return Some(format!("it was trained on {}, whose tokenizer differs", self.lineage));
         }
         None
+    }
+}
+
+/// SHA-256 of a file's bytes in hexadecimal, as `sha256sum` prints it. Takes a megabyte at a time.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn file_hash(file: &Path) -> Result<String> {
+    let fail = |source| crate::Error::Io { path: file.to_path_buf(), source };
+    let mut reader = std::fs::File::open(file).map_err(fail)?;
+    let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
+    loop {
+        match reader.read(&mut buffer).map_err(fail)? {
+            0 => return Ok(hex(&hash.finalize())),
+            n => hash.update(&buffer[..n]),
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use mlx_rs::ops::concatenate;
 use crate::{Route, Site};
 
 /// y = W x + b, where an adapter may act.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Linear {
     /// W (out, in), dense or packed; always frozen.
     pub weight: Weight,
@@ -136,7 +136,7 @@ impl Norm {
 }
 
 /// Token embedding E (V, E), also the output head where the two are tied.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Embedding {
     /// E (V, E), dense or packed.
     pub weight: Weight,

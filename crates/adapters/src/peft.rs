@@ -8,21 +8,35 @@
 //! | `<prefix><path>.lora_magnitude_vector[.weight]` (out,) | m |
 //! | alpha / R, or alpha / sqrt(R) with `use_rslora` | scale, by module where patterns say so |
 //!
-//! The prefix is `base_model.model.`. Source: PEFT's `tuners/lora` and `utils/save_and_load.py`.
+//! | `<prefix><path>.weight`, `.bias` (`modules_to_save`) | whole weights beside the updates |
+//!
+//! The prefix is `base_model.model.`. Source: PEFT's `tuners/lora` and `utils/save_and_load.py`. What our form has no place
+//! for goes into the metadata of the tensors, so that `peft_write` gives the same bytes again.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use graft_quant::Tensor;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
+use crate::config::block_keys;
+use crate::set::{WHOLE, note_dtypes};
 use crate::stored::unusable;
 use crate::{AdapterConfig, Error, FineTuneType, LoraParameters, Result, StoredAdapter, StoredSet};
 
-const TENSORS: &str = "adapter_model.safetensors";
+/// PEFT's name of the tensors.
+pub(crate) const TENSORS: &str = "adapter_model.safetensors";
+/// What PEFT puts before a module's path.
+pub(crate) const PREFIX: &str = "base_model.model.";
+/// Keys in the metadata of our tensors: PEFT's config as text, and names of tensors that are not the usual ones, by ours.
+pub(crate) const PEFT_CONFIG: &str = "peft_config";
+pub(crate) const PEFT_NAMES: &str = "peft_names";
+/// Keys in the metadata of PEFT's tensors, written by us: our config and metadata.
+pub(crate) const GRAFT_CONFIG: &str = "graft_config";
+pub(crate) const GRAFT_METADATA: &str = "graft_metadata";
 
 /// Options that change the maths in a way that W + s B A (and m) cannot express, with the reason.
-const REFUSED: [(&str, &str); 12] = [
+const REFUSED: [(&str, &str); 11] = [
     ("fan_in_fan_out", "the base stores its weights transposed"),
     ("lora_bias", "the update has a bias of its own"),
     ("use_qalora", "A acts on pooled inputs"),
@@ -30,7 +44,6 @@ const REFUSED: [(&str, &str); 12] = [
     ("layer_replication", "the base is not the stored one"),
     ("trainable_token_indices", "single embedding rows were trained"),
     ("target_parameters", "expert weights were adapted"),
-    ("modules_to_save", "whole weights are part of the adapter"),
     ("use_bdlora", "the update is block-diagonal"),
     ("kasa_config", "the update has singular values of its own"),
     ("arrow_config", "several adapters are routed per token"),
@@ -47,14 +60,13 @@ pub(crate) fn load(dir: &Path, file: &Path, raw: Map<String, Value>) -> Result<S
     if !tensors_file.is_file() {
         return Err(Error::NotAnAdapter { dir: dir.to_path_buf(), missing: TENSORS.into() });
     }
-    let (tensors, metadata) = graft_quant::read_safetensors(&tensors_file)?;
+    let (tensors, theirs) = graft_quant::read_safetensors(&tensors_file)?;
     let scaling = Scaling::read(file, &raw)?;
-    let dora = raw.get("use_dora").and_then(Value::as_bool).unwrap_or(false);
+    let dora = uses_dora(&raw);
 
-    let (parts, mut problems) = sort_parts(&tensors);
+    let Sorted { parts, whole, mut names, mut problems } = sort(&tensors);
     problems.extend(unusable(&tensors));
-    let mut adapters = BTreeMap::new();
-    let mut scales = BTreeMap::new();
+    let (mut adapters, mut dtypes) = (BTreeMap::new(), BTreeMap::new());
     for (path, part) in parts {
         let (Some(a), Some(b)) = (part.a, part.b) else {
             problems.push(format!("{path}: lora_A and lora_B must come together"));
@@ -75,9 +87,11 @@ pub(crate) fn load(dir: &Path, file: &Path, raw: Map<String, Value>) -> Result<S
             problems.push(format!("{path}: DoRA on an embedding has no counterpart in mlx-lm's form"));
         }
         let scale = scaling.of(&path, a.shape[0]);
+        for (tensor, own) in [(Some(a), "lora_a"), (Some(b), "lora_b"), (part.m, "m")] {
+            dtypes.extend(tensor.map(|tensor| (format!("{path}.{own}"), tensor.dtype)));
+        }
         let (a, b, magnitude) = (a.clone(), b.clone(), part.m.cloned());
-        adapters.insert(path.clone(), StoredAdapter { a, b, turned: true, scale, magnitude });
-        scales.insert(path, scale);
+        adapters.insert(path, StoredAdapter { a, b, turned: true, scale, magnitude });
     }
     if adapters.is_empty() && problems.is_empty() {
         problems.push("the file holds no lora_A / lora_B tensors".into());
@@ -85,20 +99,64 @@ pub(crate) fn load(dir: &Path, file: &Path, raw: Map<String, Value>) -> Result<S
     if !problems.is_empty() {
         return Err(Error::Mismatch { file: tensors_file, problems });
     }
+    if let Some(set) = ours(&theirs, &adapters, &whole, &dtypes) {
+        return Ok(set);
+    }
 
     let common = scaling.alpha_over(scaling.rank, scaling.alpha);
-    scales.retain(|_, s| *s != common);
-    let fine_tune_type = if dora { FineTuneType::Dora } else { FineTuneType::Lora };
+    let scales = adapters.iter().map(|(path, a)| (path.clone(), a.scale)).filter(|(_, s)| *s != common);
     let parameters = Some(LoraParameters {
         rank: i32::try_from(scaling.rank).unwrap_or(i32::MAX),
         scale: common,
         dropout: raw.get("lora_dropout").and_then(Value::as_f64).unwrap_or(0.0) as f32,
-        keys: Some(block_keys(adapters.keys())),
+        keys: Some(block_keys(adapters.keys().map(String::as_str))),
     });
-    // What PEFT said is kept, but apart: with its keys at the top the directory would be taken for PEFT's again.
+    let fine_tune_type = if dora { FineTuneType::Dora } else { FineTuneType::Lora };
+    let scales = scales.collect();
     let mut config = AdapterConfig { fine_tune_type, num_layers: -1, parameters, scales, raw: Map::new() };
-    config.set_extra("peft", raw.into());
-    Ok(StoredSet { adapters, weights: BTreeMap::new(), config, metadata })
+    if !whole.is_empty() {
+        config.set_extra(WHOLE, whole.keys().cloned().collect::<Vec<_>>().into());
+    }
+    let text =
+        std::fs::read_to_string(file).map_err(|source| Error::Io { path: file.to_path_buf(), source })?;
+    let mut metadata =
+        BTreeMap::from([("format".to_owned(), "mlx".to_owned()), (PEFT_CONFIG.to_owned(), text)]);
+    // The usual metadata of PEFT's file is written anew; another one is kept beside the names.
+    if theirs != usual_metadata() {
+        names.insert(String::new(), json!(theirs).to_string());
+    }
+    if !names.is_empty() {
+        metadata.insert(PEFT_NAMES.into(), json!(names).to_string());
+    }
+    note_dtypes(&mut metadata, &dtypes);
+    Ok(StoredSet { adapters, weights: whole, config, metadata })
+}
+
+/// What PEFT's own file says beside its tensors.
+pub(crate) fn usual_metadata() -> BTreeMap<String, String> {
+    BTreeMap::from([("format".to_owned(), "pt".to_owned())])
+}
+
+/// The set as we exported it, if the file still is that export: what it says fits the tensors.
+fn ours(
+    theirs: &BTreeMap<String, String>,
+    adapters: &BTreeMap<String, StoredAdapter>,
+    whole: &BTreeMap<String, Tensor>,
+    dtypes: &BTreeMap<String, graft_quant::StoredDtype>,
+) -> Option<StoredSet> {
+    let raw = serde_json::from_str(theirs.get(GRAFT_CONFIG)?).ok()?;
+    let config = AdapterConfig::from_map(Path::new(GRAFT_CONFIG), raw).ok()?;
+    let mut metadata: BTreeMap<String, String> = serde_json::from_str(theirs.get(GRAFT_METADATA)?).ok()?;
+    if adapters.iter().any(|(path, adapter)| config.scale_of(path) != adapter.scale) {
+        return None;
+    }
+    note_dtypes(&mut metadata, dtypes);
+    Some(StoredSet { adapters: adapters.clone(), weights: whole.clone(), config, metadata })
+}
+
+/// Whether a PEFT config says DoRA.
+pub(crate) fn uses_dora(raw: &Map<String, Value>) -> bool {
+    raw.get("use_dora").and_then(Value::as_bool).unwrap_or(false)
 }
 
 /// The tensors of one module.
@@ -110,32 +168,81 @@ struct Parts<'a> {
     embedding: bool,
 }
 
-/// Tensors by module path, and a sentence on each that is none of ours.
-fn sort_parts(tensors: &BTreeMap<String, Tensor>) -> (BTreeMap<String, Parts<'_>>, Vec<String>) {
-    let mut parts: BTreeMap<String, Parts> = BTreeMap::new();
-    let mut problems = Vec::new();
+/// The tensors of a file by what they are.
+#[derive(Default)]
+struct Sorted<'a> {
+    /// By module path.
+    parts: BTreeMap<String, Parts<'a>>,
+    /// Whole weights by name, without the prefix.
+    whole: BTreeMap<String, Tensor>,
+    /// Names that are not as PEFT writes them today, by ours.
+    names: BTreeMap<String, String>,
+    /// A sentence on each tensor that is none of these.
+    problems: Vec<String>,
+}
+
+fn sort(tensors: &BTreeMap<String, Tensor>) -> Sorted<'_> {
+    let mut sorted = Sorted::default();
     for (name, tensor) in tensors {
-        let bare = name.strip_prefix("base_model.model.").unwrap_or(name);
-        let bare = bare.strip_suffix(".weight").unwrap_or(bare);
-        match bare.rsplit_once('.') {
-            Some((path, "lora_A")) => parts.entry(path.into()).or_default().a = Some(tensor),
-            Some((path, "lora_B")) => parts.entry(path.into()).or_default().b = Some(tensor),
-            Some((path, "lora_magnitude_vector")) => parts.entry(path.into()).or_default().m = Some(tensor),
-            Some((path, side @ ("lora_embedding_A" | "lora_embedding_B"))) => {
-                let entry = parts.entry(path.into()).or_default();
-                entry.embedding = true;
-                if side.ends_with('A') { entry.a = Some(tensor) } else { entry.b = Some(tensor) }
+        let bare = name.strip_prefix(PREFIX).unwrap_or(name);
+        let stem = bare.strip_suffix(".weight").unwrap_or(bare);
+        let (path, part) = stem.rsplit_once('.').unwrap_or(("", stem));
+        let own = match part {
+            "lora_A" | "lora_embedding_A" => format!("{path}.lora_a"),
+            "lora_B" | "lora_embedding_B" => format!("{path}.lora_b"),
+            "lora_magnitude_vector" => format!("{path}.m"),
+            _ if bare.ends_with(".base_layer.weight") => {
+                sorted.problems.push(format!(
+                    "{name}: a copy of the base's own weight beside its update; save the adapter with \
+                     save_embedding_layers=False"
+                ));
+                continue;
             }
-            _ => problems.push(format!(
-                "{name}: not a LoRA or DoRA tensor (whole weights beside an adapter are not supported)"
-            )),
+            _ if !bare.contains(".lora_") && (bare.ends_with(".weight") || bare.ends_with(".bias")) => {
+                sorted.whole.insert(bare.to_owned(), tensor.clone());
+                if *name != format!("{PREFIX}{bare}") {
+                    sorted.names.insert(bare.to_owned(), name.clone());
+                }
+                continue;
+            }
+            _ => {
+                sorted
+                    .problems
+                    .push(format!("{name}: not a LoRA or DoRA tensor, nor a whole weight or bias"));
+                continue;
+            }
+        };
+        let embedding = part.starts_with("lora_embedding");
+        let parts = sorted.parts.entry(path.to_owned()).or_default();
+        parts.embedding |= embedding;
+        match part.strip_prefix("lora_embedding_").or(part.strip_prefix("lora_")) {
+            Some("A") => parts.a = Some(tensor),
+            Some("B") => parts.b = Some(tensor),
+            _ => parts.m = Some(tensor),
+        }
+        if *name != tensor_name(&own, embedding) {
+            sorted.names.insert(own, name.clone());
         }
     }
-    (parts, problems)
+    sorted
+}
+
+/// PEFT's name of one of our tensors; A and B of an embedding have names of their own.
+pub(crate) fn tensor_name(own: &str, embedding: bool) -> String {
+    let (path, part) = own.rsplit_once('.').unwrap_or(("", own));
+    let part = match (part, embedding) {
+        ("lora_a", false) => "lora_A.weight",
+        ("lora_b", false) => "lora_B.weight",
+        ("lora_a", true) => "lora_embedding_A",
+        ("lora_b", true) => "lora_embedding_B",
+        ("m", _) => "lora_magnitude_vector",
+        (other, _) => other,
+    };
+    format!("{PREFIX}{path}.{part}")
 }
 
 /// alpha, rank and their patterns: s of each module.
-struct Scaling {
+pub(crate) struct Scaling {
     rank: usize,
     alpha: f64,
     rslora: bool,
@@ -143,7 +250,7 @@ struct Scaling {
 }
 
 impl Scaling {
-    fn read(file: &Path, raw: &Map<String, Value>) -> Result<Self> {
+    pub(crate) fn read(file: &Path, raw: &Map<String, Value>) -> Result<Self> {
         let number = |field: &str, default: f64| match raw.get(field) {
             None | Some(Value::Null) => Ok(default),
             Some(v) => v.as_f64().filter(|x| *x > 0.0).ok_or_else(|| Error::Config {
@@ -177,7 +284,7 @@ impl Scaling {
     }
 
     /// s of a module; its rank is read off the tensor, which a rank pattern must agree with anyway.
-    fn of(&self, path: &str, rank: usize) -> f32 {
+    pub(crate) fn of(&self, path: &str, rank: usize) -> f32 {
         let alpha =
             self.alphas.iter().find(|(regex, _)| regex.is_match(path)).map_or(self.alpha, |(_, a)| *a);
         self.alpha_over(rank, alpha)
@@ -222,17 +329,4 @@ fn refuse(file: &Path, raw: &Map<String, Value>) -> Result<()> {
         ));
     }
     Ok(())
-}
-
-/// Block-relative keys (`self_attn.q_proj`), each once, as mlx-lm's `keys` wants them.
-fn block_keys<'a>(paths: impl Iterator<Item = &'a String>) -> Vec<String> {
-    let mut keys: Vec<String> = paths
-        .map(|path| {
-            let inner = path.split_once(".layers.").and_then(|(_, rest)| rest.split_once('.'));
-            inner.map_or_else(|| path.clone(), |(_, key)| key.to_owned())
-        })
-        .collect();
-    keys.sort();
-    keys.dedup();
-    keys
 }

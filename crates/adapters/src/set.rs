@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use graft_ops::Dtype;
-use graft_quant::{Tensor, Weight};
+use graft_quant::{StoredDtype, Tensor, Weight};
 use serde_json::{Map, Value};
 
 use crate::{Adapter, AdapterConfig, Error, FineTuneType, Fingerprint, Kind, Result, StoredSet, Table};
@@ -13,6 +13,11 @@ use crate::{Adapter, AdapterConfig, Error, FineTuneType, Fingerprint, Kind, Resu
 pub const ADAPTER_FILE: &str = "adapters.safetensors";
 /// The name of the config, mlx-lm's and PEFT's alike.
 pub const CONFIG_FILE: &str = "adapter_config.json";
+
+/// The key in graft's part of the config that names the whole weights beside low-rank updates.
+pub(crate) const WHOLE: &str = "weights";
+/// The key in a set's metadata, in memory only, under which types other than f32 stand by tensor.
+const DTYPES: &str = "dtypes";
 
 /// A module of a base that an adapter may act on.
 #[derive(Debug, Clone, Copy)]
@@ -35,11 +40,11 @@ impl Target<'_> {
 pub struct AdapterSet {
     /// Low-rank updates by module path.
     pub adapters: BTreeMap<String, Adapter>,
-    /// Whole weights by tensor name (`full` fine-tuning only).
+    /// Whole weights by tensor name: all of a `full` fine-tune; beside low-rank updates, PEFT's `modules_to_save`.
     pub weights: BTreeMap<String, Tensor>,
     /// The config.
     pub config: AdapterConfig,
-    /// Metadata of the tensor file.
+    /// Metadata of the tensor file; while in memory also the types of tensors that were not f32.
     pub metadata: BTreeMap<String, String>,
 }
 
@@ -72,7 +77,8 @@ impl AdapterSet {
         StoredSet::from_file(file, config)?.arrays()
     }
 
-    /// mlx-lm's tensors: `<path>.lora_a`, `.lora_b`, `.m`, or the whole weights.
+    /// mlx-lm's tensors: `<path>.lora_a`, `.lora_b`, `.m`, and the whole weights; in the types they were read in, where
+    /// those still hold the values.
     ///
     /// # Errors
     /// When an array cannot be evaluated.
@@ -85,7 +91,21 @@ impl AdapterSet {
                 tensors.insert(format!("{path}.m"), Tensor::from_array(m)?);
             }
         }
+        let types: BTreeMap<String, String> =
+            self.metadata.get(DTYPES).and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+        for (name, dtype) in types {
+            if let Some(tensor) = tensors.get_mut(&name) {
+                *tensor = tensor.as_stored(&dtype)?;
+            }
+        }
         Ok(tensors)
+    }
+
+    /// The metadata that goes into a file.
+    pub(crate) fn file_metadata(&self) -> BTreeMap<String, String> {
+        let mut metadata = self.metadata.clone();
+        metadata.remove(DTYPES);
+        metadata
     }
 
     /// Writes the config and the tensors, each atomically, the config first: tensors without a config have no meaning.
@@ -95,7 +115,7 @@ impl AdapterSet {
     pub fn save(&self, dir: &Path) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(|source| Error::Io { path: dir.to_path_buf(), source })?;
         self.save_config(dir)?;
-        let bytes = graft_quant::safetensors_bytes(&self.tensors()?, &self.metadata)?;
+        let bytes = graft_quant::safetensors_bytes(&self.tensors()?, &self.file_metadata())?;
         Ok(graft_quant::write_atomic(&dir.join(ADAPTER_FILE), &bytes)?)
     }
 
@@ -127,7 +147,7 @@ impl AdapterSet {
     /// # Errors
     /// When the adapter does not fit the base, or is a `full` one, which has no low-rank form.
     pub fn table<'a>(&self, origin: &Path, target: impl Fn(&str) -> Option<Target<'a>>) -> Result<Table> {
-        refuse_full(origin, &self.config)?;
+        refuse_whole(origin, &self.config, self.weights.keys())?;
         self.check(origin, |path| target(path).map(|t| (t.shape(), t.kind)))?;
         let mut sites = HashMap::new();
         for (path, adapter) in &self.adapters {
@@ -160,16 +180,35 @@ pub(crate) fn read_config(dir: &Path) -> Result<(PathBuf, Map<String, Value>)> {
     }
 }
 
-/// A full fine-tune has no low-rank form.
-pub(crate) fn refuse_full(origin: &Path, config: &AdapterConfig) -> Result<()> {
-    if config.fine_tune_type != FineTuneType::Full {
-        return Ok(());
+/// Remembers the types that are not f32, by our names of the tensors.
+pub(crate) fn note_dtypes(metadata: &mut BTreeMap<String, String>, dtypes: &BTreeMap<String, StoredDtype>) {
+    let others = dtypes.iter().filter(|(_, dtype)| **dtype != StoredDtype::F32);
+    let others: BTreeMap<&String, String> = others.map(|(name, dtype)| (name, dtype.to_string())).collect();
+    if !others.is_empty() {
+        metadata.insert(DTYPES.into(), serde_json::json!(others).to_string());
     }
-    Err(Error::Unsupported {
-        file: origin.to_path_buf(),
-        what: "a full fine-tune".into(),
-        why: "it holds whole weights, no low-rank update: fuse it into the base first (graft fuse)".into(),
-    })
+}
+
+/// A full fine-tune has no low-rank form, and neither have whole weights beside one.
+pub(crate) fn refuse_whole<'a>(
+    origin: &Path,
+    config: &AdapterConfig,
+    mut weights: impl Iterator<Item = &'a String>,
+) -> Result<()> {
+    let unsupported = |what: String, why: &str| {
+        let why = format!("{why}: fuse it into the base first (graft fuse)");
+        Err(Error::Unsupported { file: origin.to_path_buf(), what, why })
+    };
+    if config.fine_tune_type == FineTuneType::Full {
+        return unsupported("a full fine-tune".into(), "it holds whole weights, no low-rank update");
+    }
+    match weights.next() {
+        Some(name) => {
+            let what = format!("{name}, a whole weight beside the low-rank updates,");
+            unsupported(what, "it takes the place of the base's own")
+        }
+        None => Ok(()),
+    }
 }
 
 /// Checks updates, given by path, the shapes of A and B, and m's shape, against the modules of a base.

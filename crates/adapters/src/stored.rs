@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use graft_quant::Tensor;
+use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
-use crate::set::{array_f32, check_each, read_config, refuse_full};
+use crate::set::{WHOLE, array_f32, check_each, note_dtypes, read_config, refuse_whole};
 use crate::{ADAPTER_FILE, Adapter, AdapterConfig, AdapterSet, Error, FineTuneType, Kind, Result, peft};
 
 /// The update of one module as it is stored.
@@ -95,7 +96,7 @@ impl StoredSet {
     /// # Errors
     /// As for [`StoredSet::load`].
     pub fn from_file(file: &Path, config: AdapterConfig) -> Result<Self> {
-        let (tensors, metadata) = graft_quant::read_safetensors(file)?;
+        let (mut tensors, mut metadata) = graft_quant::read_safetensors(file)?;
         let problems = unusable(&tensors);
         if !problems.is_empty() {
             return Err(Error::Mismatch { file: file.to_path_buf(), problems });
@@ -103,8 +104,13 @@ impl StoredSet {
         if config.fine_tune_type == FineTuneType::Full {
             return Ok(Self { adapters: BTreeMap::new(), weights: tensors, config, metadata });
         }
+        let mut weights = BTreeMap::new();
+        for name in config.extra(WHOLE).and_then(Value::as_array).into_iter().flatten() {
+            weights.extend(name.as_str().and_then(|name| tensors.remove_entry(name)));
+        }
         let adapters = collect(file, &tensors, &config)?;
-        Ok(Self { adapters, weights: BTreeMap::new(), config, metadata })
+        note_dtypes(&mut metadata, &tensors.iter().map(|(name, t)| (name.clone(), t.dtype)).collect());
+        Ok(Self { adapters, weights, config, metadata })
     }
 
     /// The same as arrays.
@@ -127,7 +133,7 @@ impl StoredSet {
     /// # Errors
     /// With all problems.
     pub fn check(&self, origin: &Path, module: impl Fn(&str) -> Option<((i32, i32), Kind)>) -> Result<()> {
-        refuse_full(origin, &self.config)?;
+        refuse_whole(origin, &self.config, self.weights.keys())?;
         let shape = |m: &Tensor| m.shape.iter().map(|n| i32::try_from(*n).unwrap_or(i32::MAX)).collect();
         let each = self
             .adapters

@@ -41,7 +41,7 @@ fn weights() -> Vec<(String, Weight)> {
     let dense = wave(&[96, 64], 0.11);
     let mut all = vec![("dense".to_owned(), Weight::Dense(dense.clone()))];
     for bits in [2, 3, 4, 5, 6, 8] {
-        let packed = graft_quant::round(&dense, Grid { bits, group_size: 32 }).unwrap();
+        let packed = graft_quant::round(&dense, Grid { bits, group_size: 32 }, None).unwrap();
         all.push((format!("{bits} bits"), Weight::Packed(packed)));
     }
     all
@@ -189,7 +189,7 @@ fn peft_is_read_with_its_scalings_and_the_rest_refused_by_name() {
             assert_eq!(gap(&back.adapters[path].b, &original.b), 0.0);
         }
         for (extra, word) in [
-            (json!({"modules_to_save": ["lm_head"]}), "modules_to_save"),
+            (json!({"trainable_token_indices": [1]}), "trainable_token_indices"),
             (json!({"bias": "all"}), "bias"),
             (json!({"init_lora_weights": "pissa_niter_4"}), "pissa"),
             (json!({"peft_type": "IA3"}), "IA3"),

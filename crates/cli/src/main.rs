@@ -13,7 +13,7 @@ mod settings;
 mod ui;
 
 use anyhow::{Result, anyhow, bail};
-use args::{Command, DataCommand};
+use args::{AdapterCommand, Command, DataCommand, ExportCommand};
 use graft_ops::{Form, Precision};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -71,11 +71,18 @@ fn run(arguments: Vec<String>) -> Result<()> {
         Command::Lora(args) => commands::lora(&args, settings::Defaults::MlxLm),
         Command::Train(args) => commands::lora(&args, settings::Defaults::Recipe),
         Command::Fuse(args) => commands::fuse(&args),
+        Command::Merge(args) => commands::merge(&args, cli.exact),
+        Command::Adapter(AdapterCommand::Import(args)) => commands::adapter::import(&args),
+        Command::Adapter(AdapterCommand::Export(args)) => commands::adapter::export(&args),
+        Command::Adapter(AdapterCommand::Inspect(args)) => commands::adapter::inspect(&args),
+        Command::Adapter(AdapterCommand::Extract(args)) => commands::adapter::extract(&args),
+        Command::Adapter(AdapterCommand::Resize(args)) => commands::adapter::resize(&args),
         Command::Generate(args) => commands::generate(&args),
         Command::Chat(args) => commands::chat(&args),
         Command::Server(args) => commands::server(&args),
         Command::Convert(args) => commands::convert(&args, args.quantize),
         Command::Quantize(args) => commands::convert(&args, true),
+        Command::Export(ExportCommand::Gguf(args)) => commands::export_gguf(&args),
         Command::Perplexity(args) => commands::perplexity(&args),
         Command::Eval(args) => commands::eval(&args),
         Command::Compare(args) => commands::compare(&args, cli.threads, cli.exact),

@@ -1,5 +1,6 @@
 //! What can stand in the way of a fuse: one enum, each message names the file, tensor or module and what to do.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 /// Result of this crate.
@@ -44,6 +45,83 @@ pub enum Error {
         /// s of the adapter.
         scale: f32,
     },
+    /// One of several inputs cannot be used.
+    #[error("{name}: {source}")]
+    Input {
+        /// What it was called.
+        name: String,
+        /// What is wrong with it.
+        source: Box<Error>,
+    },
+    /// The recipe asks for something that does not exist or has no meaning.
+    #[error("{what}: expected {expected}, found {found}")]
+    Recipe {
+        /// The setting.
+        what: String,
+        /// What it may be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+    /// A DoRA adapter was given without the base that its factors depend on.
+    #[error(
+        "{name} is a DoRA adapter, and what it does to a weight depends on the weight: give the base (--model)"
+    )]
+    NeedsBase {
+        /// The adapter.
+        name: String,
+    },
+    /// An input holds what has no low-rank form.
+    #[error("{name}: {what} cannot be merged: {why}")]
+    Unmergeable {
+        /// The adapter.
+        name: String,
+        /// What it holds.
+        what: String,
+        /// The reason, and what to do.
+        why: String,
+    },
+    /// The factors of a row cancel in a sum of DoRA adapters.
+    #[error(
+        "{path}: the factors of row {row} add up to {value:e}, so that no magnitude stands for the row; choose other weights"
+    )]
+    Cancels {
+        /// The module.
+        path: String,
+        /// The row of its weight.
+        row: usize,
+        /// 1 + sum w (c - 1).
+        value: f32,
+    },
+    /// A policy that has nothing to do with this adapter.
+    #[error("--policy fold moves DoRA's row factor into the scales, and this adapter is {kind}: {advice}")]
+    NothingToFold {
+        /// `lora` or `full`.
+        kind: String,
+        /// What to do.
+        advice: String,
+    },
+    /// The inputs of a module could not be observed.
+    #[error("{path}: its inputs could not be observed: {source}")]
+    Inputs {
+        /// The module.
+        path: String,
+        /// Why not.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// There is no room for the result.
+    #[error(
+        "{path}: {source}: the fused model takes {bytes} bytes, and as much again while its files are put together; nothing \
+         was left behind: make room, or choose another place with --save-path"
+    )]
+    Full {
+        /// What was being written.
+        path: PathBuf,
+        /// The system's error.
+        source: std::io::Error,
+        /// Bytes of the tensors.
+        bytes: u64,
+    },
     /// The report could not be written.
     #[error("cannot write the report: {0}")]
     Report(serde_json::Error),
@@ -56,4 +134,21 @@ pub enum Error {
     /// An array operation failed.
     #[error("array operation failed: {0}")]
     Array(#[from] graft_ops::Exception),
+}
+
+impl Error {
+    /// The same, with the size that was asked for where there was no room for it.
+    pub(crate) fn with_size(self, bytes: u64) -> Error {
+        match self {
+            Self::Quant(graft_quant::Error::Io { path, source })
+                if matches!(
+                    source.kind(),
+                    ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
+                ) =>
+            {
+                Self::Full { path, source, bytes }
+            }
+            other => other,
+        }
+    }
 }

@@ -1,17 +1,21 @@
 //! A base and an adapter to a model directory, one weight at a time.
 
-use std::collections::BTreeSet;
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use graft_adapters::{AdapterSet, Fingerprint, Kind};
+use graft_adapters::{ADAPTER_FILE, Adapter, AdapterSet, CONFIG_FILE, FineTuneType, Fingerprint, Kind};
 use graft_ops::Array;
 use graft_quant::convert::{companion_files, is_float};
-use graft_quant::{Checkpoint, DirWriter, Quantization, Tensor, Weight};
-use serde_json::Value;
+use graft_quant::recipe::layer_of;
+use graft_quant::{Checkpoint, DirWriter, Hessian, Made, Quantization, Tensor, Weight};
+use serde_json::{Map, Value, json};
 
 use crate::layer::{Stored, Update, dense, fuse_weight};
-use crate::{Error, FuseReport, LayerReport, Policy, REPORT_FILE, Result, Totals};
+use crate::{
+    Error, FuseReport, LayerReport, Plan, Policy, Provenance, REPORT_FILE, Result, Source, Totals, provenance,
+};
 
 /// How to fuse.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,10 +26,14 @@ pub struct FuseOptions {
     pub dequantize: bool,
     /// Replace the model directory at the target, if there is one.
     pub overwrite: bool,
+    /// The base is meant to be another precision of the one that the adapter was trained on: no warning then.
+    pub other_precision: bool,
     /// What the report calls the base.
     pub base_name: String,
     /// What the report calls the adapter.
     pub adapter_name: String,
+    /// Where the adapter's files are.
+    pub adapter_dir: PathBuf,
 }
 
 /// What happens meanwhile.
@@ -42,51 +50,85 @@ pub enum Event {
     Warning(String),
 }
 
-/// Above this share of the update the loss is worth a warning.
-const LOSS: f64 = 0.1;
+/// The moments of a module's inputs, asked for in the order of the blocks; none where they are not known.
+pub type Inputs<'a> = dyn FnMut(&str) -> std::result::Result<Option<Rc<Hessian>>, Box<dyn std::error::Error + Send + Sync>>
+    + 'a;
 
-/// Fuses `adapter` into the base at `model` and writes the result to `out`, whole or not at all.
+/// What a fuse is told and asked while it runs.
+pub struct Watch<'a> {
+    /// Looked at between two tensors.
+    pub stop: &'a AtomicBool,
+    /// Told of what happens.
+    pub on_event: &'a mut dyn FnMut(Event),
+    /// Asked by `same`.
+    pub inputs: Option<&'a mut Inputs<'a>>,
+}
+
+/// Fuses `adapter` into the base at `model` and writes the result beside `out`, complete, for [`Sibling::place`].
 ///
 /// `W' = W + s (A B)^T`, for DoRA with rows scaled to m, in f32 and rounded once. Biases are as before; a `full` adapter's
-/// weights take the place of the base's. The report is written beside the weights too. `stop` is looked at between two
-/// tensors.
+/// weights take the place of the base's. Dropped, the sibling leaves nothing behind.
 ///
 /// # Errors
 /// When the adapter was trained on another base or does not fit, when the base cannot be read, when the target is the base
-/// or must not be replaced, or when `stop` was set.
+/// or must not be replaced, when there is no room, or when the fuse was stopped.
 pub fn fuse(
     model: &Path,
     adapter: &AdapterSet,
     out: &Path,
     options: &FuseOptions,
-    stop: &AtomicBool,
-    on_event: &mut dyn FnMut(Event),
-) -> Result<FuseReport> {
+    watch: Watch,
+) -> Result<Sibling> {
     let checkpoint = Checkpoint::open(model)?;
     if let (Ok(target), Ok(base)) = (out.canonicalize(), model.canonicalize())
         && target == base
     {
         return Err(Error::IntoBase { path: out.to_path_buf() });
     }
-    check(&checkpoint, adapter, on_event)?;
+    let policy = if options.dequantize { Policy::Dense } else { options.policy };
+    if policy == Policy::Fold && adapter.config.fine_tune_type != FineTuneType::Dora {
+        let kind = adapter.config.fine_tune_type.name().to_owned();
+        return Err(Error::NothingToFold { kind, advice: "choose raise, same or dense".into() });
+    }
+    // The one warning there is says that the precision is another, which is then what was asked for.
+    let expected = options.other_precision;
+    check(&checkpoint, adapter, &mut |event| {
+        if !expected {
+            (watch.on_event)(event)
+        }
+    })?;
+    let plan = Plan::of_fused(&checkpoint, adapter, policy, options.dequantize)?;
+    let config_file = model.join("config.json");
+    let files: Vec<&Path> = std::iter::once(config_file.as_path()).chain(checkpoint.files()).collect();
     let mut job = Job {
         checkpoint: &checkpoint,
         adapter,
         writer: DirWriter::create(out, options.overwrite)?,
         quantization: checkpoint.quantization().clone(),
-        policy: if options.dequantize { Policy::Dense } else { options.policy },
+        policy,
         dequantize: options.dequantize,
         layers: Vec::new(),
+        rest: BTreeMap::new(),
         totals: Totals::default(),
         done: BTreeSet::new(),
-        on_event,
+        watch,
     };
-    job.run(stop)?;
-    job.finish(options)
+    // The hashes take a core for as long as the disk gives; the sums take the others.
+    let (ran, base) = std::thread::scope(|scope| {
+        let base = scope.spawn(|| Source::model(&options.base_name, &files, checkpoint.config()));
+        (job.run(), base.join())
+    });
+    ran.map_err(|error| error.with_size(plan.bytes))?;
+    let base = base.map_err(|_| Error::Stopped)??;
+    let sources = (base, Source::adapter(&options.adapter_name, &options.adapter_dir)?);
+    job.complete(out, options, plan, sources).map_err(|error| error.with_size(plan.bytes))
 }
 
 /// Refuses an adapter of another base, with everything that does not fit.
-fn check(checkpoint: &Checkpoint, adapter: &AdapterSet, on_event: &mut dyn FnMut(Event)) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Foreign`], [`Error::Mismatch`] or the adapter's own list.
+pub fn check(checkpoint: &Checkpoint, adapter: &AdapterSet, on_event: &mut dyn FnMut(Event)) -> Result<()> {
     let model = checkpoint.dir();
     if let Some(trained) = Fingerprint::read(&adapter.config) {
         let base = Fingerprint::of(checkpoint, &model.display().to_string());
@@ -127,12 +169,12 @@ fn check(checkpoint: &Checkpoint, adapter: &AdapterSet, on_event: &mut dyn FnMut
 }
 
 /// Which of the two orientations a module's adapter has; the base's names decide, as no network is built here.
-fn kind_of(path: &str) -> Kind {
+pub(crate) fn kind_of(path: &str) -> Kind {
     if path.ends_with("embed_tokens") { Kind::Embedding } else { Kind::Linear }
 }
 
 /// A fuse under way.
-struct Job<'a> {
+struct Job<'a, 'w> {
     checkpoint: &'a Checkpoint,
     adapter: &'a AdapterSet,
     writer: DirWriter,
@@ -140,21 +182,27 @@ struct Job<'a> {
     policy: Policy,
     dequantize: bool,
     layers: Vec<LayerReport>,
+    /// What `fold` leaves to an adapter.
+    rest: BTreeMap<String, Adapter>,
     totals: Totals,
     /// Parts of packed weights that were written, or left away, together with their codes.
     done: BTreeSet<String>,
-    on_event: &'a mut dyn FnMut(Event),
+    watch: Watch<'w>,
 }
 
-impl<'a> Job<'a> {
-    fn run(&mut self, stop: &AtomicBool) -> Result<()> {
+impl<'a> Job<'a, '_> {
+    fn run(&mut self) -> Result<()> {
         let checkpoint = self.checkpoint;
-        // Weights first: whatever comes with one is then known to be dealt with.
-        let (weights, others): (Vec<&String>, Vec<&String>) =
+        // Weights first: whatever comes with one is then known to be dealt with. Block by block, as inputs are observed; the
+        // head, which has no number, last.
+        let (mut weights, others): (Vec<&String>, Vec<&String>) =
             checkpoint.names().partition(|name| name.ends_with(".weight"));
+        weights.sort_by_key(|name| {
+            layer_of(name).unwrap_or(if name.contains("embed_tokens") { 0 } else { usize::MAX })
+        });
         let total = weights.len() + others.len();
         for (done, name) in weights.into_iter().chain(others).enumerate() {
-            if stop.load(Ordering::Relaxed) {
+            if self.watch.stop.load(Ordering::Relaxed) {
                 return Err(Error::Stopped);
             }
             self.totals.base_bytes +=
@@ -164,7 +212,7 @@ impl<'a> Job<'a> {
                 // Buffers of the sizes just used are of no use to the next tensor.
                 mlx_rs::memory::clear_cache()?;
             }
-            (self.on_event)(Event::Tensor { done: done + 1, total });
+            (self.watch.on_event)(Event::Tensor { done: done + 1, total });
         }
         Ok(())
     }
@@ -176,15 +224,18 @@ impl<'a> Job<'a> {
         if update.is_none() && !self.dequantize {
             return self.copy(name);
         }
-        let weight = match self.checkpoint.grid(path)? {
+        let grid = self.checkpoint.grid(path)?;
+        let weight = match grid {
             None if update.is_none() => return self.copy(name),
             None => Weight::Dense(matrix(&self.checkpoint.array(name)?)?),
             Some(_) => self.checkpoint.weight(path)?,
         };
         let mut stored = None;
         if let Some(update) = update {
-            let fused = fuse_weight(path, &weight, &update, self.policy)?;
+            let hessian = if grid.is_some() { self.hessian(path, &update)? } else { None };
+            let fused = fuse_weight(path, &weight, &update, self.policy, hessian.as_deref())?;
             self.layers.push(fused.report);
+            self.rest.extend(fused.rest.map(|rest| (path.to_owned(), rest)));
             stored = fused.stored;
         }
         match (stored, weight) {
@@ -202,6 +253,17 @@ impl<'a> Job<'a> {
         }
         let whole = self.adapter.weights.get(name);
         whole.map(|tensor| Ok(Update::Whole(matrix(&tensor.to_array()?)?))).transpose()
+    }
+
+    /// The moments of the inputs of a linear that keeps its bits.
+    fn hessian(&mut self, path: &str, update: &Update) -> Result<Option<Rc<Hessian>>> {
+        let wanted = self.policy == Policy::Same && matches!(update, Update::LowRank(_, Kind::Linear));
+        match &mut self.watch.inputs {
+            Some(inputs) if wanted => {
+                inputs(path).map_err(|source| Error::Inputs { path: path.to_owned(), source })
+            }
+            _ => Ok(None),
+        }
     }
 
     fn copy(&mut self, name: &str) -> Result<()> {
@@ -232,63 +294,118 @@ impl<'a> Job<'a> {
         Ok(self.writer.add(name, tensor)?)
     }
 
-    /// Config, other files and the report; then the directory takes its place.
-    fn finish(mut self, options: &FuseOptions) -> Result<FuseReport> {
+    /// Config and other files; then the directory is complete but for its report.
+    fn complete(
+        mut self,
+        out: &Path,
+        options: &FuseOptions,
+        plan: Plan,
+        sources: (Source, Source),
+    ) -> Result<Sibling> {
         let model = self.checkpoint.dir();
         self.layers.sort_by(|a, b| a.path.cmp(&b.path));
         self.totals.sum_up(&self.layers);
-        self.warn();
         if self.dequantize {
             self.quantization = Quantization::default();
         }
-        if self.quantization == *self.checkpoint.quantization() {
-            self.writer.copy_file(&model.join("config.json"), "config.json")?;
-        } else {
-            let mut config = self.checkpoint.config().clone();
+        let mut config = self.checkpoint.config().clone();
+        if self.quantization != *self.checkpoint.quantization() {
             self.quantization.to_config(&mut config);
-            self.writer.write_config(&config)?;
         }
         for file in companion_files(model)? {
             let name = file.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             self.writer.copy_file(&file, name)?;
         }
+        let (base, adapter) = sources;
+        let provenance = Provenance {
+            made_by: "fuse".into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            base,
+            adapters: vec![adapter],
+            recipe: json!({"policy": self.policy.name(), "dequantize": self.dequantize, "other_precision": options.other_precision}),
+            summary: None,
+        };
         let report = FuseReport {
             schema: 1,
             kind: "fuse".into(),
-            version: env!("CARGO_PKG_VERSION").into(),
+            version: provenance.version.clone(),
             base: options.base_name.clone(),
             adapter: options.adapter_name.clone(),
             fine_tune_type: self.adapter.config.fine_tune_type.name().into(),
             policy: self.policy.name().into(),
             dequantize: self.dequantize,
+            low_rank_left: self.rest.len(),
+            plan,
+            verify: "layers".into(),
+            judged_by: String::new(),
             totals: self.totals,
+            model: None,
+            seconds: 0.0,
+            peak_memory_bytes: 0,
+            provenance,
             layers: self.layers,
         };
-        let json = serde_json::to_vec_pretty(&report).map_err(Error::Report)?;
-        self.writer.write_file(REPORT_FILE, &json)?;
-        self.writer.finish()?;
-        Ok(report)
+        let described = Provenance { summary: Some(report.summary()), ..report.provenance.clone() };
+        self.writer.describe(provenance::KEY, serde_json::to_string(&described).map_err(Error::Report)?);
+        self.writer.write_config(&config)?;
+        let mut sibling = Sibling { made: self.writer.complete()?, report, config };
+        sibling.write_rest(self.adapter, self.rest, out)?;
+        Ok(sibling)
+    }
+}
+
+/// A fused model that stands complete beside its place.
+#[derive(Debug)]
+pub struct Sibling {
+    made: Made,
+    config: Map<String, Value>,
+    /// The report so far; whoever verifies the model adds what was found.
+    pub report: FuseReport,
+}
+
+impl Sibling {
+    /// Where it is for now: a model directory, and the adapter that `fold` left, if it did.
+    pub fn path(&self) -> &Path {
+        self.made.path()
     }
 
-    /// Says so when storing the sum cost a good part of the update.
-    fn warn(&mut self) {
-        let totals = &self.totals;
-        let percent = 100.0 * totals.relative_error;
-        let repacked =
-            |layer: &&LayerReport| layer.changed() && layer.to == layer.from && layer.to.contains("bits");
-        let repacked = self.layers.iter().filter(repacked).count();
-        if self.policy == Policy::Same && repacked > 0 {
-            (self.on_event)(Event::Warning(format!(
-                "{repacked} packed weights were rounded to the bits they had, which may lose the adapter: the error is \
-                 {percent:.1} % of the update; --policy raise stores them at 8 bits, --policy dense as floats"
-            )));
-        } else if totals.relative_error > LOSS {
-            (self.on_event)(Event::Warning(format!(
-                "storing the fused weights cost {percent:.1} % of the update (most in {}), which is small beside the steps \
-                 in which they are stored: serve the adapter on its base instead, or fuse it into a base of finer steps",
-                totals.worst.as_deref().unwrap_or("none")
-            )));
+    /// Writes the report and puts the model in its place.
+    ///
+    /// # Errors
+    /// When writing or renaming fails; what stood at the target is then untouched.
+    pub fn place(mut self) -> Result<FuseReport> {
+        self.report.judged_by = self.report.judge().0.into();
+        self.report.provenance.summary = Some(self.report.summary());
+        self.made
+            .write_file(REPORT_FILE, &serde_json::to_vec_pretty(&self.report).map_err(Error::Report)?)?;
+        let provenance = serde_json::to_value(&self.report.provenance).map_err(Error::Report)?;
+        self.config.insert(provenance::KEY.into(), provenance);
+        let sorted: BTreeMap<&String, &Value> = self.config.iter().collect();
+        self.made.write_file("config.json", &graft_quant::pretty(&json!(sorted))?)?;
+        self.made.place()?;
+        Ok(self.report)
+    }
+
+    /// The low-rank part that `fold` left, as an adapter in the same directory, on the model in it.
+    fn write_rest(
+        &mut self,
+        adapter: &AdapterSet,
+        rest: BTreeMap<String, Adapter>,
+        out: &Path,
+    ) -> Result<()> {
+        if rest.is_empty() {
+            return Ok(());
         }
+        let mut config = adapter.config.clone();
+        config.fine_tune_type = FineTuneType::Lora;
+        config.raw.insert("model".into(), out.display().to_string().into());
+        let folded = Fingerprint::of(&Checkpoint::open(self.path())?, &out.display().to_string());
+        config.set_extra(Fingerprint::KEY, serde_json::to_value(folded).map_err(Error::Report)?);
+        let metadata = adapter.metadata.clone();
+        let set = AdapterSet { adapters: rest, weights: BTreeMap::new(), config, metadata };
+        let bytes = graft_quant::safetensors_bytes(&set.tensors()?, &set.metadata)?;
+        self.made.write_file(ADAPTER_FILE, &bytes)?;
+        Ok(self.made.write_file(CONFIG_FILE, &graft_quant::pretty(&Value::Object(set.config.to_map()))?)?)
     }
 }
 

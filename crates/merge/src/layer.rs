@@ -1,42 +1,55 @@
-//! One weight: the exact sum in f32, how it is stored, and what that costs.
+//! One weight: the exact sum in f32, the forms in which it may be stored, and what that costs.
 
 use graft_adapters::{Adapter, Kind};
+use graft_ops::ffi::read;
 use graft_ops::{Array, Dtype};
-use graft_quant::{Grid, Levels, Packed, Tensor, Weight, round_nearest};
+use graft_quant::{Grid, Hessian, Levels, Packed, Tensor, Weight, round_compensated, round_nearest};
 
-use crate::{Error, LayerReport, Result};
+use crate::sums::Sums;
+use crate::{ENOUGH, Error, LayerReport, Result};
 
 /// What a packed weight with an adapter becomes. A dense one stays dense in its own type whatever the policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Policy {
-    /// 8 bits in the groups it had, so that a small update is not lost between two steps.
+    /// 8 bits in the groups it had, so that a small update is not lost between two steps; dense in the type of its scales
+    /// where 8 bits keep too little of it.
     Raise,
     /// Dense, in the type of its scales.
     Dense,
-    /// The bits it had. Each group keeps its scale and bias unless new ones come nearer.
+    /// The bits it had, with errors made good by later columns where the inputs are known. Each group keeps its scale and
+    /// bias unless new ones come nearer.
     Same,
+    /// The codes it had: DoRA's row factor goes into scales and biases, the low-rank part stays an adapter. As `Raise` where
+    /// the rounding of 16-bit scales costs too much.
+    Fold,
 }
 
 impl Policy {
+    /// All of them.
+    pub const ALL: [Policy; 4] = [Policy::Raise, Policy::Dense, Policy::Same, Policy::Fold];
+
     /// Its name on the command line and in the report.
     pub fn name(self) -> &'static str {
         match self {
             Self::Raise => "raise",
             Self::Dense => "dense",
             Self::Same => "same",
+            Self::Fold => "fold",
         }
     }
 
     /// The policy of that name.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Raise, Self::Dense, Self::Same].into_iter().find(|policy| policy.name() == name)
+        Self::ALL.into_iter().find(|policy| policy.name() == name)
     }
 }
 
 /// The width of a raised weight.
-const RAISED: i32 = 8;
+pub(crate) const RAISED: i32 = 8;
 /// Below this share of ||W|| an update is the rounding of f32: a DoRA adapter at its start has m = n up to that.
-const NOTHING: f64 = 3e-7;
+const NOTHING: f64 = 1.1e-6;
+/// What a row factor in 16-bit scales must keep of the update.
+const FOLDED: f64 = 0.99;
 
 /// What an adapter does to a weight.
 pub(crate) enum Update<'a> {
@@ -47,12 +60,58 @@ pub(crate) enum Update<'a> {
 }
 
 impl Update<'_> {
-    /// Rows `ids` (N,) of W' in f32, where `rows` are those of W.
-    fn apply(&self, rows: &Array, ids: &Array) -> Result<Array> {
+    /// Rows `ids` (N,) of W' in f32, where `rows` are those of W, and DoRA's factor of each.
+    fn apply(&self, rows: &Array, ids: &Array) -> Result<(Array, Option<Array>)> {
         Ok(match self {
-            Self::LowRank(adapter, kind) => adapter.rows(*kind, ids)?.fused(rows, *kind)?,
-            Self::Whole(whole) => whole.take_axis(ids, 0)?.as_dtype(Dtype::Float32)?,
+            Self::LowRank(adapter, kind) => adapter.rows(*kind, ids)?.fused_by(rows, *kind)?,
+            Self::Whole(whole) => (whole.take_axis(ids, 0)?.as_dtype(Dtype::Float32)?, None),
         })
+    }
+
+    fn folds(&self) -> bool {
+        matches!(self, Self::LowRank(adapter, _) if adapter.magnitude.is_some())
+    }
+}
+
+/// A form in which a weight may be stored.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Form {
+    /// Floats.
+    Dense(Dtype),
+    /// Codes of this grid.
+    Packed(Grid),
+    /// The codes as they are, with new scales and biases; the rest of the update stays an adapter.
+    Folded,
+}
+
+impl Form {
+    /// The forms that a policy tries, in this order, until one keeps enough.
+    pub(crate) fn of(policy: Policy, weight: &Weight, folds: bool) -> Result<Vec<Form>> {
+        let packed = match weight {
+            Weight::Dense(w) => return Ok(vec![Form::Dense(w.dtype())]),
+            Weight::Packed(packed) => packed,
+            Weight::Arranged(_) => return Err(not_stored()),
+        };
+        let dense = Form::Dense(packed.scales.dtype());
+        let raised = Form::Packed(Grid { bits: packed.grid.bits.max(RAISED), ..packed.grid });
+        Ok(match policy {
+            Policy::Dense => vec![dense],
+            Policy::Same => vec![Form::Packed(packed.grid)],
+            Policy::Fold if folds => vec![Form::Folded, raised, dense],
+            Policy::Raise | Policy::Fold => vec![raised, dense],
+        })
+    }
+
+    fn enough(self) -> f64 {
+        if self == Form::Folded { FOLDED } else { ENOUGH }
+    }
+
+    fn name(self) -> String {
+        match self {
+            Form::Dense(dtype) => format!("{dtype:?}").to_lowercase(),
+            Form::Packed(grid) => format!("{} bits", grid.bits),
+            Form::Folded => "scales with the row factor".into(),
+        }
     }
 }
 
@@ -103,51 +162,177 @@ fn not_stored() -> Error {
 /// A weight after its update; nothing to store if the update is nothing.
 pub(crate) struct Fused {
     pub(crate) stored: Option<Stored>,
+    /// What of the update is not in the weight and stays an adapter on it.
+    pub(crate) rest: Option<Adapter>,
     pub(crate) report: LayerReport,
 }
 
-/// Fuses one matrix. Beside the weight itself and its result, a block of rows is in memory.
-pub(crate) fn fuse_weight(path: &str, weight: &Weight, update: &Update, policy: Policy) -> Result<Fused> {
-    let mut stored = Stored::default();
-    let mut to = form(weight);
-    let mut sums = Sums::default();
-    for ids in weight.row_blocks() {
-        let rows = weight.slice(&ids)?;
-        let before = rows.dequantize(Dtype::Float32)?;
-        let exact = update.apply(&before, &ids)?;
-        let delta = exact.subtract(&before)?;
-        let new = store(&exact, &rows, policy)?;
-        let error = new.dequantize(Dtype::Float32)?.subtract(&exact)?;
-        sums.weight += sum(&before.square()?)?;
-        sums.delta += sum(&delta.square()?)?;
-        sums.error += sum(&error.square()?)?;
-        sums.along += sum(&error.multiply(&delta)?)?;
-        stored.push(&new)?;
-        to = form(&new);
-    }
-    let (weight_norm, delta_norm, error_norm) = (sums.weight.sqrt(), sums.delta.sqrt(), sums.error.sqrt());
+/// A form that was tried.
+struct Attempt {
+    form: Form,
+    to: String,
+    stored: Stored,
+    sums: Sums,
+    /// Rows whose errors were made good by later columns, where that was tried.
+    compensated: Option<usize>,
+    /// DoRA's factor of all rows, where it went into the scales.
+    factor: Option<Array>,
+}
+
+/// Fuses one matrix. Beside the weight itself and its results, a block of rows is in memory.
+pub(crate) fn fuse_weight(
+    path: &str,
+    weight: &Weight,
+    update: &Update,
+    policy: Policy,
+    hessian: Option<&Hessian>,
+) -> Result<Fused> {
     let (kind, rank, scale) = match update {
         Update::LowRank(a, _) if a.magnitude.is_some() => ("dora", Some(a.rank()), Some(a.scale)),
         Update::LowRank(a, _) => ("lora", Some(a.rank()), Some(a.scale)),
         Update::Whole(_) => ("full", None, None),
     };
-    if !(delta_norm.is_finite() && error_norm.is_finite()) {
-        return Err(Error::NotFinite { path: path.to_owned(), scale: scale.unwrap_or(1.0) });
+    let mut best: Option<Attempt> = None;
+    let mut reasons = Vec::new();
+    for form in Form::of(policy, weight, update.folds())? {
+        let found = attempt(weight, update, form, hessian)?;
+        if !found.sums.is_finite() {
+            return Err(Error::NotFinite { path: path.to_owned(), scale: scale.unwrap_or(1.0) });
+        }
+        let done = found.sums.is_nothing(NOTHING) || found.sums.kept() >= form.enough();
+        let kept = 100.0 * found.sums.kept();
+        // Of forms that all keep too little, the one that keeps most.
+        if done || best.as_ref().is_none_or(|best| found.sums.error < best.sums.error) {
+            best = Some(found);
+        }
+        if done {
+            break;
+        }
+        reasons.push(format!("{} kept {kept:.1} % of the update", form.name()));
     }
-    let changed = delta_norm > NOTHING * weight_norm;
+    let Some(Attempt { form: chosen, to, stored, sums, compensated, factor }) = best else {
+        return Err(not_stored());
+    };
+    let changed = !sums.is_nothing(NOTHING);
+    let rest = match update {
+        Update::LowRank(adapter, _) if chosen == Form::Folded && changed && sums.low_rank > 0.0 => {
+            let b = factor.map_or_else(|| Ok(adapter.b.clone()), |factor| adapter.b.multiply(factor))?;
+            Some(Adapter { a: adapter.a.clone(), b, scale: adapter.scale, magnitude: None })
+        }
+        _ => None,
+    };
+    let rows = f64::from(weight.out_features());
+    let when = |value: f64, nothing: f64| if changed { value } else { nothing };
     let report = LayerReport {
         path: path.to_owned(),
         kind: kind.into(),
         rank,
         scale,
-        from: form(weight),
-        to: if changed { to } else { form(weight) },
-        weight_norm,
-        delta_norm: if changed { delta_norm } else { 0.0 },
-        relative_error: if changed { error_norm / delta_norm } else { 0.0 },
-        survival: if changed { 1.0 + sums.along / sums.delta } else { 1.0 },
+        from: self::form(weight),
+        to: if changed { to } else { self::form(weight) },
+        weight_norm: sums.weight.sqrt(),
+        delta_norm: when(sums.delta.sqrt(), 0.0),
+        delta_steps: sums.delta_steps().filter(|_| changed),
+        relative_error: when((sums.error / sums.delta).sqrt(), 0.0),
+        kept: when(sums.kept(), 1.0),
+        cosine: when(sums.cosine(), 1.0),
+        codes_changed: when(sums.changed / sums.count, 0.0),
+        effect_norm: sums.effect.map(|effect| effect.delta.sqrt()).filter(|_| changed),
+        effect_kept: sums.effect_kept().filter(|_| changed),
+        compensated: compensated.map(|n| n as f64 / rows).filter(|_| changed),
+        reason: Some(reasons.join("; ")).filter(|reason| changed && !reason.is_empty()),
     };
-    Ok(Fused { stored: changed.then_some(stored), report })
+    Ok(Fused { stored: changed.then_some(stored), rest, report })
+}
+
+/// Stores a weight in one form and adds up what that costs.
+fn attempt(weight: &Weight, update: &Update, form: Form, hessian: Option<&Hessian>) -> Result<Attempt> {
+    let (mut stored, mut sums) = (Stored::default(), Sums::default());
+    let (mut to, mut compensated, mut factors) = (self::form(weight), None, Vec::new());
+    for ids in weight.row_blocks() {
+        let rows = weight.slice(&ids)?;
+        let before = rows.dequantize(Dtype::Float32)?;
+        let (exact, factor) = update.apply(&before, &ids)?;
+        let new = match (form, &rows) {
+            (Form::Dense(dtype), _) => Weight::Dense(exact.as_dtype(dtype)?),
+            (Form::Packed(grid), Weight::Packed(packed)) => {
+                let (new, own) = pack(&exact, factor.as_ref(), packed, grid, hessian)?;
+                compensated = own.map(|own| own + compensated.unwrap_or(0)).or(compensated);
+                Weight::Packed(new)
+            }
+            (Form::Folded, Weight::Packed(packed)) => fold(packed, factor.as_ref())?,
+            _ => return Err(not_stored()),
+        };
+        let mut after = new.dequantize(Dtype::Float32)?;
+        if let (Form::Folded, Some(factor)) = (form, &factor) {
+            // What the adapter that stays adds to it.
+            let rest = exact.subtract(before.multiply(factor.expand_dims(1)?)?)?;
+            sums.low_rank +=
+                read::<f32>(&rest.square()?.sum_axis(1, false)?)?.iter().map(|x| f64::from(*x)).sum::<f64>();
+            after = after.add(rest)?;
+            factors.push(factor.clone());
+        }
+        let steps = match &rows {
+            Weight::Packed(packed) => Some((packed.scales.as_dtype(Dtype::Float32)?, packed.grid.group_size)),
+            _ => None,
+        };
+        graft_ops::ffi::eval([&before, &exact, &after])?;
+        sums.add([&before, &exact, &after], steps.as_ref().map(|(scales, group)| (scales, *group)))?;
+        if let Some(hessian) = hessian {
+            sums.add_effect(hessian, &exact.subtract(&before)?, &after.subtract(&exact)?)?;
+        }
+        stored.push(&new)?;
+        to = self::form(&new);
+    }
+    let factor = if factors.is_empty() { None } else { Some(mlx_rs::ops::concatenate(&factors, 0)?) };
+    Ok(Attempt { form, to, stored, sums, compensated, factor })
+}
+
+/// Rows of the exact weight in a grid, and in how many of them errors were made good by later columns.
+fn pack(
+    exact: &Array,
+    factor: Option<&Array>,
+    packed: &Packed,
+    grid: Grid,
+    hessian: Option<&Hessian>,
+) -> Result<(Packed, Option<usize>)> {
+    let dtype = packed.scales.dtype();
+    let own = if grid.bits > packed.grid.bits {
+        Levels::finer(packed, grid.bits)?
+    } else {
+        Levels { scales: packed.scales.clone(), biases: packed.biases.clone() }
+    };
+    // DoRA's rows are those of W + s A B times a factor: so are the levels on which W lies. Codes are chosen for the levels as
+    // stored, which rounds once where packing first and multiplying then would round twice.
+    let scaled = factor.map(|factor| own.scaled(factor)).transpose()?;
+    let start = scaled.clone().unwrap_or_else(|| own.clone());
+    let mut levels = vec![own];
+    levels.extend(scaled);
+    levels.push(Levels::fresh(exact, grid, dtype)?);
+    let plain = round_nearest(exact, grid, &levels)?;
+    let Some(hessian) = hessian else { return Ok((plain, None)) };
+    let better = round_compensated(exact, grid, &start, hessian)?;
+    let cost = |packed: &Packed| -> Result<Array> {
+        Ok(hessian.cost(&packed.dequantize(Dtype::Float32)?.subtract(exact)?)?)
+    };
+    let cheaper = cost(&better)?.lt(cost(&plain)?)?;
+    let rows = read::<bool>(&cheaper)?.iter().filter(|row| **row).count();
+    let cheaper = cheaper.expand_dims(1)?;
+    let pick = |new: &Array, old: &Array| mlx_rs::ops::select(&cheaper, new, old);
+    let chosen = Packed {
+        codes: pick(&better.codes, &plain.codes)?,
+        scales: pick(&better.scales, &plain.scales)?,
+        biases: pick(&better.biases, &plain.biases)?,
+        grid,
+    };
+    Ok((chosen, Some(rows)))
+}
+
+/// Rows with the factor in their scales and biases.
+fn fold(packed: &Packed, factor: Option<&Array>) -> Result<Weight> {
+    let levels = Levels { scales: packed.scales.clone(), biases: packed.biases.clone() };
+    let Levels { scales, biases } = factor.map_or(Ok(levels.clone()), |factor| levels.scaled(factor))?;
+    Ok(Weight::Packed(Packed { codes: packed.codes.clone(), scales, biases, grid: packed.grid }))
 }
 
 /// A packed matrix made dense, in the type of its scales.
@@ -158,38 +343,4 @@ pub(crate) fn dense(weight: &Packed) -> Result<Stored> {
         stored.push(&Weight::Dense(weight.slice(&ids)?.dequantize(dtype)?))?;
     }
     Ok(stored)
-}
-
-/// Rows of the exact weight in the form that the policy gives them.
-fn store(exact: &Array, rows: &Weight, policy: Policy) -> Result<Weight> {
-    let packed = match rows {
-        Weight::Dense(w) => return Ok(Weight::Dense(exact.as_dtype(w.dtype())?)),
-        Weight::Packed(packed) => packed,
-        Weight::Arranged(_) => return Err(not_stored()),
-    };
-    let dtype = packed.scales.dtype();
-    let old = Levels { scales: packed.scales.clone(), biases: packed.biases.clone() };
-    let (grid, old) = match policy {
-        Policy::Dense => return Ok(Weight::Dense(exact.as_dtype(dtype)?)),
-        Policy::Same => (packed.grid, old),
-        Policy::Raise if packed.grid.bits >= RAISED => (packed.grid, old),
-        Policy::Raise => (Grid { bits: RAISED, ..packed.grid }, Levels::finer(packed, RAISED)?),
-    };
-    let fresh = Levels::fresh(exact, grid, dtype)?;
-    Ok(Weight::Packed(round_nearest(exact, grid, &[old, fresh])?))
-}
-
-/// Sums of squares over a matrix: W, W' - W, stored - W', and the product of the last two.
-#[derive(Default)]
-struct Sums {
-    weight: f64,
-    delta: f64,
-    error: f64,
-    along: f64,
-}
-
-/// The sum of a matrix: rows in f32, the rows' sums in f64.
-fn sum(array: &Array) -> Result<f64> {
-    let rows = Tensor::from_array(&array.sum_axis(-1, false)?)?;
-    Ok(rows.to_f32()?.into_iter().map(f64::from).sum())
 }

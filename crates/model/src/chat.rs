@@ -17,7 +17,7 @@ use crate::tokenizer::{read_json_object, special_tokens, token_text};
 use crate::{Error, Result};
 
 /// Name of the template in the environment.
-const DEFAULT: &str = "default";
+pub(crate) const DEFAULT: &str = "default";
 /// Name of the template that is used where tools are given and the model has a separate one for them.
 const TOOL_USE: &str = "tool_use";
 /// Templates come with models, so from anywhere: what one may compute and how wide it may indent has an end. A long
@@ -34,7 +34,7 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     tokens: Map<String, Value>,
     source: String,
-    tool_use: bool,
+    tool_use: Option<String>,
 }
 
 impl ChatTemplate {
@@ -86,13 +86,18 @@ impl ChatTemplate {
             let message = format!("expected a template named `default`, found {names:?}");
             return Err(Error::Template { file, message });
         };
-        let (source, tool_use) = (source.clone(), named(TOOL_USE).is_some());
+        let (source, tool_use) = (source.clone(), named(TOOL_USE).map(|(_, text)| text.clone()));
         Ok(Self { file, environment, tokens, source, tool_use })
     }
 
     /// The text of the (default) template.
     pub fn source(&self) -> &str {
         &self.source
+    }
+
+    /// The text of the template that is used where tools are given.
+    pub fn tool_source(&self) -> &str {
+        self.tool_use.as_ref().unwrap_or(&self.source)
     }
 
     /// The text of `messages` (objects with `role` and `content`), with `tools` (a list of JSON schemas) where the
@@ -115,9 +120,14 @@ impl ChatTemplate {
         variables.insert("documents".into(), Value::Null);
         variables.insert("add_generation_prompt".into(), add_generation_prompt.into());
         variables.extend(extra.iter().map(|(k, v)| (k.clone(), v.clone())));
-        let name = if tools.is_some() && self.tool_use { TOOL_USE } else { DEFAULT };
+        let name = if tools.is_some() && self.tool_use.is_some() { TOOL_USE } else { DEFAULT };
         let template = self.environment.get_template(name).map_err(|e| error(&self.file, &e))?;
         template.render(jinja(&Value::Object(variables))).map_err(|e| error(&self.file, &e))
+    }
+
+    /// The named texts of a model directory; none where it has no template.
+    pub(crate) fn texts(dir: &Path) -> Result<Option<Vec<(String, String)>>> {
+        Ok(Self::find(dir, &special_tokens(dir)?)?.map(|(_, texts)| texts))
     }
 
     /// Where the template is, and its named texts.
@@ -245,7 +255,8 @@ fn tolerate_generation(text: &str) -> String {
     while let Some(start) = rest.find("{%") {
         let (before, tag) = rest.split_at(start);
         out.push_str(before);
-        let Some(end) = tag.find("%}") else {
+        // Not of the tag's own beginning, as in `{%}`.
+        let Some(end) = tag[2..].find("%}").map(|at| at + 2) else {
             out.push_str(tag);
             return out;
         };

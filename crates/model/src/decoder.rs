@@ -13,8 +13,8 @@ use graft_ops::{Array, Dtype, Head, Input, RopeTable, Rows};
 use crate::cache::rows_of;
 use crate::{DecoderConfig, Error, KvCache, Result};
 
-/// Tokens per chunk of the head, so that no (N, V) logits are held.
-const HEAD_CHUNK: i32 = 256;
+/// Rows of hidden states of which the head makes logits at a time where the loss needs them, so that no (N, V) logits are held.
+pub const HEAD_CHUNK: i32 = 256;
 
 /// A decoder with its weights. They are frozen; what a pass changes comes with its route.
 #[derive(Debug)]
@@ -56,11 +56,31 @@ pub(crate) struct Mlp {
     pub(crate) down: Linear,
 }
 
+/// Told of the input of linears that share one, before they read it.
+pub(crate) type Seen<'a> = dyn Fn(&[&Linear], Input) -> Result<()> + 'a;
+
 /// What all blocks of one pass share.
-struct Pass<'a> {
+pub(crate) struct Pass<'a> {
     rows: &'a Rows,
     head: Head<'a>,
     route: &'a Route<'a>,
+    seen: Option<&'a Seen<'a>>,
+}
+
+impl<'a> Pass<'a> {
+    /// A pass of a network with this head dim and these positions, which `seen` watches.
+    pub(crate) fn new(
+        (dim, rope): (i32, &'a RopeTable),
+        rows: &'a Rows,
+        route: &'a Route<'a>,
+        seen: Option<&'a Seen<'a>>,
+    ) -> Self {
+        Pass { rows, head: Head { dim, scale: 1.0 / (dim as f32).sqrt(), rope: Some(rope) }, route, seen }
+    }
+
+    fn see(&self, linears: &[&Linear], input: Input) -> Result<()> {
+        self.seen.map_or(Ok(()), |seen| seen(linears, input))
+    }
 }
 
 impl Attention {
@@ -70,6 +90,7 @@ impl Attention {
             Some(norm) => norm.forward(&y, pass.route),
             None => Ok(y),
         };
+        pass.see(&[&self.q, &self.k, &self.v], x)?;
         let [q, k, v] = Linear::forward_each([&self.q, &self.k, &self.v], x, pass.route)?;
         let (q, k) = (normed(q, &self.q_norm)?, normed(k, &self.k_norm)?);
         let y = match caches {
@@ -79,20 +100,24 @@ impl Attention {
                 graft_ops::attention_cached(&q, &k, &v, &mut layers, pass.rows, pass.head)?
             }
         };
+        pass.see(&[&self.o], (&y).into())?;
         Ok(self.o.forward_onto(h, &y, pass.route)?)
     }
 }
 
 impl Block {
-    fn forward(&self, h: &Array, pass: &Pass, caches: Caches, index: usize) -> Result<Array> {
+    pub(crate) fn forward(&self, h: &Array, pass: &Pass, caches: Caches, index: usize) -> Result<Array> {
         let x = self.input_norm.of(h, pass.route);
         let h = self.attention.forward(h, x, pass, caches, index)?;
         let x = self.post_norm.of(&h, pass.route);
+        pass.see(&[&self.mlp.gate, &self.mlp.up], x)?;
         let [gate, up] = Linear::forward_each([&self.mlp.gate, &self.mlp.up], x, pass.route)?;
-        Ok(self.mlp.down.forward_onto(&h, Input::Swiglu { gate: &gate, up: &up }, pass.route)?)
+        let x = Input::Swiglu { gate: &gate, up: &up };
+        pass.see(&[&self.mlp.down], x)?;
+        Ok(self.mlp.down.forward_onto(&h, x, pass.route)?)
     }
 
-    fn linears(&self) -> [&Linear; 7] {
+    pub(crate) fn linears(&self) -> [&Linear; 7] {
         let (a, m) = (&self.attention, &self.mlp);
         [&a.q, &a.k, &a.v, &a.o, &m.gate, &m.up, &m.down]
     }
@@ -104,7 +129,7 @@ impl Block {
 }
 
 /// The caches of all rows of a pass, one a row.
-type Caches<'a, 'b> = Option<&'a mut [&'b mut KvCache]>;
+pub(crate) type Caches<'a, 'b> = Option<&'a mut [&'b mut KvCache]>;
 
 impl Model {
     /// The values of config.json.
@@ -158,9 +183,7 @@ impl Model {
     }
 
     fn pass<'a>(&'a self, rows: &'a Rows, route: &'a Route<'a>) -> Pass<'a> {
-        let dim = self.config.head_dim;
-        let head = Head { dim, scale: 1.0 / (dim as f32).sqrt(), rope: Some(&self.rope) };
-        Pass { rows, head, route }
+        Pass::new((self.config.head_dim, &self.rope), rows, route, None)
     }
 
     /// Tokens (N,) of all rows to hidden states (N, E) after the final norm.
@@ -244,6 +267,11 @@ impl Model {
         })
     }
 
+    /// Path of the module that is the head: the embedding, where the two are tied.
+    pub fn head_path(&self) -> &str {
+        self.head.as_ref().map_or(&self.embed.path, |head| &head.path)
+    }
+
     /// Loss in nats (M,), f32, of `targets` (M,) given hidden states (M, E): logsumexp of the logits minus the target's.
     ///
     /// No (M, V) logits are held: the plain head goes through one operation with a gradient to h; a head that the route
@@ -252,11 +280,11 @@ impl Model {
     /// # Errors
     /// When an array operation fails.
     pub fn losses(&self, h: &Array, targets: &Array, route: &Route) -> Result<Array> {
-        let (path, weight, bias) = match &self.head {
-            Some(head) => (&head.path, &head.weight, head.bias.as_ref()),
-            None => (&self.embed.path, &self.embed.weight, None),
+        let (weight, bias) = match &self.head {
+            Some(head) => (&head.weight, head.bias.as_ref()),
+            None => (&self.embed.weight, None),
         };
-        if !route.changes(path) && bias.is_none() {
+        if !route.changes(self.head_path()) && bias.is_none() {
             return Ok(graft_ops::linear_cross_entropy(h, weight.as_ref(), targets, HEAD_CHUNK)?);
         }
         let mut parts = Vec::new();

@@ -29,7 +29,7 @@ const BLOCK_MODULES: [(&str, &str); 11] = [
     ("mlp.down_proj", "ffn_down"),
 ];
 /// Factors (D/2,) by which the rotary frequencies are divided; config.json says them by their formula.
-const ROPE_FACTORS: &str = "rope_freqs.weight";
+pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
 /// The factors are made in f32 by others; a wrong formula is off by far more.
 const ROPE_TOLERANCE: f32 = 1e-4;
 
@@ -46,10 +46,11 @@ pub struct GgufImport {
 }
 
 /// Where a tensor of the file belongs.
-struct Place {
-    name: String,
-    shape: Vec<usize>,
-    paired: bool,
+pub(crate) struct Place {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+    /// Its rows are in pairs in the file.
+    pub(crate) paired: bool,
 }
 
 impl GgufImport {
@@ -293,7 +294,7 @@ fn llama3(
 }
 
 /// Every tensor that the file should have, by llama.cpp's name. `pairs`: the rows of q and k are in pairs.
-fn places(config: &DecoderConfig, pairs: bool) -> BTreeMap<String, Place> {
+pub(crate) fn places(config: &DecoderConfig, pairs: bool) -> BTreeMap<String, Place> {
     let mut places = BTreeMap::new();
     for part in parts(config) {
         let module = module(&part.path);
@@ -313,7 +314,7 @@ fn places(config: &DecoderConfig, pairs: bool) -> BTreeMap<String, Place> {
 }
 
 /// llama.cpp's name of a module. One that has none keeps its own, and is then missed in the file.
-fn module(path: &str) -> String {
+pub(crate) fn module(path: &str) -> String {
     let theirs = |table: &[(&str, &'static str)], ours: &str| {
         table.iter().find(|(name, _)| *name == ours).map(|(_, theirs)| *theirs)
     };
@@ -326,7 +327,7 @@ fn module(path: &str) -> String {
 
 /// For rows that rotate in pairs (i, i + d/2) of each head of d: Hugging Face has all first members, then all second
 /// ones; llama.cpp has the members of a pair side by side. Row i of ours is row `[i]` of the file.
-fn halves_from_pairs(rows: usize, head_dim: usize) -> Vec<usize> {
+pub(crate) fn halves_from_pairs(rows: usize, head_dim: usize) -> Vec<usize> {
     let from = |row: usize| {
         let (head, at) = (row / head_dim * head_dim, row % head_dim);
         let (half, pair) = (at / (head_dim / 2), at % (head_dim / 2));

@@ -13,18 +13,19 @@ use crate::gguf::Keys;
 use crate::{Result, Tokenizer};
 
 /// Kinds of tokens, `tokenizer.ggml.token_type`.
-const NORMAL: u64 = 1;
-const UNKNOWN: u64 = 2;
-const CONTROL: u64 = 3;
-const USER_DEFINED: u64 = 4;
-const UNUSED: u64 = 5;
+pub(crate) const NORMAL: u64 = 1;
+pub(crate) const UNKNOWN: u64 = 2;
+pub(crate) const CONTROL: u64 = 3;
+pub(crate) const USER_DEFINED: u64 = 4;
+pub(crate) const UNUSED: u64 = 5;
+pub(crate) const BYTE: u64 = 6;
 
 /// sentencepiece's space.
-const SPACE: &str = "\u{2581}";
+pub(crate) const SPACE: &str = "\u{2581}";
 
 /// How text is split before it is merged.
 #[derive(Clone, Copy)]
-enum Split {
+pub(crate) enum Split {
     /// GPT-2's words.
     Words,
     /// The same, digits one by one.
@@ -34,16 +35,16 @@ enum Split {
 }
 
 /// A byte-level tokenizer, by the names that `tokenizer.ggml.pre` has for it.
-struct Pre {
-    names: &'static [&'static str],
+pub(crate) struct Pre {
+    pub(crate) names: &'static [&'static str],
     split: Split,
     /// Composes characters first.
-    nfc: bool,
+    pub(crate) nfc: bool,
     /// A piece that is a token is not merged; and a text begins with the first token unless the file says otherwise.
-    whole: bool,
+    pub(crate) whole: bool,
 }
 
-const PRES: [Pre; 5] = [
+pub(crate) const PRES: [Pre; 5] = [
     Pre { names: &["gpt-2", "default"], split: Split::Words, nfc: false, whole: false },
     Pre { names: &["smollm", "starcoder", "refact"], split: Split::WordsAndDigits, nfc: false, whole: false },
     Pre {
@@ -75,6 +76,22 @@ const PRES: [Pre; 5] = [
         whole: false,
     },
 ];
+
+impl Pre {
+    /// The pre-tokenizer in tokenizer.json.
+    pub(crate) fn pre_tokenizer(&self) -> Value {
+        let both =
+            |first: Value, use_regex| json!({"type": "Sequence", "pretokenizers": [first, bytes(use_regex)]});
+        match self.split {
+            Split::Words => bytes(true),
+            Split::WordsAndDigits => both(json!({"type": "Digits", "individual_digits": true}), true),
+            Split::Matches(expression) => both(
+                json!({"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": false}),
+                false,
+            ),
+        }
+    }
+}
 
 /// The files, for a model whose embedding has `rows` rows.
 ///
@@ -113,10 +130,10 @@ fn pretty(map: Map<String, Value>) -> Vec<u8> {
 }
 
 /// The tokens by id.
-struct Vocabulary<'a> {
-    tokens: Vec<&'a str>,
-    kinds: Vec<u64>,
-    ids: HashMap<&'a str, usize>,
+pub(crate) struct Vocabulary<'a> {
+    pub(crate) tokens: Vec<&'a str>,
+    pub(crate) kinds: Vec<u64>,
+    pub(crate) ids: HashMap<&'a str, usize>,
 }
 
 impl<'a> Vocabulary<'a> {
@@ -214,16 +231,6 @@ fn byte_level(keys: &Keys, vocabulary: &Vocabulary) -> Result<(Value, bool)> {
     let name = keys.required(key, &expected, Meta::as_str)?;
     let pre = PRES.iter().find(|pre| pre.names.contains(&name));
     let pre = pre.ok_or_else(|| keys.wrong(key, &expected, name))?;
-    let both =
-        |first: Value, use_regex| json!({"type": "Sequence", "pretokenizers": [first, bytes(use_regex)]});
-    let pre_tokenizer = match pre.split {
-        Split::Words => bytes(true),
-        Split::WordsAndDigits => both(json!({"type": "Digits", "individual_digits": true}), true),
-        Split::Matches(expression) => both(
-            json!({"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": false}),
-            false,
-        ),
-    };
     let normalizer = if pre.nfc { json!({"type": "NFC"}) } else { Value::Null };
     let key = "tokenizer.ggml.merges";
     let merges = keys.required(key, "an array of texts", Meta::as_array)?;
@@ -234,7 +241,8 @@ fn byte_level(keys: &Keys, vocabulary: &Vocabulary) -> Result<(Value, bool)> {
     };
     let merges = merges.iter().map(pair).collect::<Result<Vec<_>>>()?;
     let model = json!({"ignore_merges": pre.whole, "merges": merges});
-    Ok((tokenizer_json(vocabulary, [normalizer, pre_tokenizer, bytes(true), bytes(true)], model), pre.whole))
+    let parts = [normalizer, pre.pre_tokenizer(), bytes(true), bytes(true)];
+    Ok((tokenizer_json(vocabulary, parts, model), pre.whole))
 }
 
 /// sentencepiece as transformers converts it: BPE over characters, bytes for those that are no piece.
@@ -264,7 +272,7 @@ fn sentencepiece(keys: &Keys, vocabulary: &Vocabulary) -> Result<Value> {
 
 /// Every way to make a piece of two others, the piece with the highest score first. Of pieces with one score, runs of
 /// spaces, the longer left part goes first: then they grow from the left, as sentencepiece has them grow.
-fn merges_by_score<'a>(vocabulary: &Vocabulary<'a>, scores: &[f64]) -> Vec<[&'a str; 2]> {
+pub(crate) fn merges_by_score<'a>(vocabulary: &Vocabulary<'a>, scores: &[f64]) -> Vec<[&'a str; 2]> {
     let is_normal = |id: usize| vocabulary.kinds[id] == NORMAL;
     let mut normal = (0..scores.len()).filter(|id| is_normal(*id));
     let first = normal.next().map(|id| scores[id]);

@@ -13,10 +13,15 @@ mod config;
 mod decoder;
 mod error;
 mod families;
+mod fidelity;
 mod generate;
 mod gguf;
+mod gguf_adapter;
+mod gguf_export;
 mod gguf_tokenizer;
+mod gguf_vocabulary;
 mod load;
+mod observe;
 mod python;
 mod rope;
 mod sample;
@@ -26,15 +31,19 @@ mod tokenizer;
 pub use cache::KvCache;
 pub use chat::ChatTemplate;
 pub use config::{DecoderConfig, RopeConfig, RopeScaling};
-pub use decoder::Model;
+pub use decoder::{HEAD_CHUNK, Model};
 pub use error::{Error, Result};
 pub use families::{Family, GgufFamily, config_from_map, family_names};
+pub use fidelity::{Gap, Run, Text, compare};
 pub use generate::{
     Completion, GenerateOptions, Generator, MAX_TOGETHER, PREFILL_STEP, Prefill, Token, generate_all,
     reusable, shareable,
 };
 pub use gguf::GgufImport;
+pub use gguf_adapter::GgufAdapter;
+pub use gguf_export::GgufExport;
 pub use load::{Part, PartKind, parts};
+pub use observe::Observer;
 pub use sample::{Sampler, Sampling};
 pub use stream::TextStream;
 pub use tokenizer::{THINKING, Tokenizer};

@@ -87,21 +87,25 @@ impl Model {
     /// # Errors
     /// As [`Model::load`].
     pub fn from_checkpoint(checkpoint: &Checkpoint, dtype: Dtype) -> Result<Self> {
-        let mut config = config_from_map(&checkpoint.dir().join("config.json"), checkpoint.config())?;
-        if !checkpoint.config().contains_key("tie_word_embeddings") {
-            // The default of this key differs between libraries and versions; the files know.
-            config.tied = checkpoint.info("lm_head.weight").is_none();
-        }
-        verify(checkpoint, &config)?;
-        let source = Source { checkpoint, dtype, kinds: kinds(&config) };
+        let (source, config) = Source::open(checkpoint, dtype)?;
         let blocks = (0..config.layers).map(|i| source.block(&config, i)).collect::<Result<_>>()?;
-        let embed_path = "model.embed_tokens";
-        let embed = Embedding { weight: source.weight(embed_path)?, path: embed_path.into() };
+        let embed = source.embedding()?;
         let norm = source.norm(&config, "model.norm".into())?;
         let head = if config.tied { None } else { Some(source.linear("lm_head".into())?) };
         let rope = rope::table(&config)?;
         Ok(Self { config, dtype, embed, blocks, norm, head, rope })
     }
+}
+
+/// What config.json says, once the tensors are known to be those that it promises.
+pub(crate) fn checked_config(checkpoint: &Checkpoint) -> Result<DecoderConfig> {
+    let mut config = config_from_map(&checkpoint.dir().join("config.json"), checkpoint.config())?;
+    if !checkpoint.config().contains_key("tie_word_embeddings") {
+        // The default of this key differs between libraries and versions; the files know.
+        config.tied = checkpoint.info("lm_head.weight").is_none();
+    }
+    verify(checkpoint, &config)?;
+    Ok(config)
 }
 
 fn kinds(config: &DecoderConfig) -> BTreeMap<String, PartKind> {
@@ -161,13 +165,29 @@ fn verify(checkpoint: &Checkpoint, config: &DecoderConfig) -> Result<()> {
 }
 
 /// Where the parts of a model come from.
-struct Source<'a> {
+pub(crate) struct Source<'a> {
     checkpoint: &'a Checkpoint,
     dtype: Dtype,
     kinds: BTreeMap<String, PartKind>,
 }
 
-impl Source<'_> {
+impl<'a> Source<'a> {
+    /// A checkpoint that holds exactly what its config.json promises.
+    pub(crate) fn open(checkpoint: &'a Checkpoint, dtype: Dtype) -> Result<(Self, DecoderConfig)> {
+        let mut config = config_from_map(&checkpoint.dir().join("config.json"), checkpoint.config())?;
+        if !checkpoint.config().contains_key("tie_word_embeddings") {
+            // The default of this key differs between libraries and versions; the files know.
+            config.tied = checkpoint.info("lm_head.weight").is_none();
+        }
+        verify(checkpoint, &config)?;
+        Ok((Self { checkpoint, dtype, kinds: kinds(&config) }, config))
+    }
+
+    pub(crate) fn embedding(&self) -> Result<Embedding> {
+        let path = "model.embed_tokens";
+        Ok(Embedding { weight: self.weight(path)?, path: path.into() })
+    }
+
     fn weight(&self, path: &str) -> Result<Weight> {
         let weight = match self.checkpoint.weight(path)? {
             Weight::Dense(w) => Weight::Dense(w.as_dtype(self.dtype)?),
@@ -184,17 +204,17 @@ impl Source<'_> {
         Ok(array)
     }
 
-    fn linear(&self, path: String) -> Result<Linear> {
+    pub(crate) fn linear(&self, path: String) -> Result<Linear> {
         let bias = self.kinds.get(&path) == Some(&PartKind::Linear { bias: true });
         let bias = if bias { Some(self.vector(&format!("{path}.bias"))?) } else { None };
         Ok(Linear { weight: self.weight(&path)?, bias, path })
     }
 
-    fn norm(&self, config: &DecoderConfig, path: String) -> Result<Norm> {
+    pub(crate) fn norm(&self, config: &DecoderConfig, path: String) -> Result<Norm> {
         Ok(Norm { weight: self.vector(&format!("{path}.weight"))?, eps: config.norm_eps, path })
     }
 
-    fn block(&self, config: &DecoderConfig, index: i32) -> Result<Block> {
+    pub(crate) fn block(&self, config: &DecoderConfig, index: i32) -> Result<Block> {
         let at = |name: &str| format!("model.layers.{index}.{name}");
         let qk_norm = |name: &str| {
             if config.qk_norm { self.norm(config, at(name)).map(Some) } else { Ok(None) }

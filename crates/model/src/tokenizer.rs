@@ -133,6 +133,12 @@ impl Tokenizer {
         added.into_iter().filter(|(_, token)| token.special).map(|(id, token)| (id, token.content)).collect()
     }
 
+    /// The added tokens by id, special or not.
+    pub fn added_tokens(&self) -> BTreeMap<u32, String> {
+        let added = self.shared.tokenizer.get_added_tokens_decoder();
+        added.into_iter().map(|(id, token)| (id, token.content)).collect()
+    }
+
     /// The id of a token as it stands in the vocabulary.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.shared.tokenizer.token_to_id(token)

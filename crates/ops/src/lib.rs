@@ -12,6 +12,7 @@ mod adam;
 mod attention;
 #[cfg(graft_cpu)]
 mod blas;
+mod cholesky;
 #[cfg(graft_cpu)]
 mod cpu;
 mod dora;
@@ -19,6 +20,7 @@ pub mod ffi;
 mod form;
 pub mod info;
 mod level;
+pub mod linalg;
 mod linears;
 mod loss;
 mod low_rank;
@@ -30,6 +32,7 @@ mod weight;
 
 pub use adam::{AdamStep, adam, squared_norm};
 pub use attention::{Head, KeyValues, attention, attention_cached};
+pub use cholesky::inverse_factor;
 pub use dora::{row_factor, row_norms};
 pub use form::{Form, Precision, form, precision, set_allocator, set_form, set_precision, with_precision};
 pub use level::{Level, best_cpu_level, cpu_level, set_cpu_level};

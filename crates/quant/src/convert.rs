@@ -269,7 +269,7 @@ fn layers_in<'a>(names: impl Iterator<Item = &'a str>) -> usize {
 }
 
 /// The tensor `name`, with its scales and biases if it is packed; none for those, which come with their weight.
-fn read_block(checkpoint: &Checkpoint, name: &str) -> Result<Option<Block>> {
+pub(crate) fn read_block(checkpoint: &Checkpoint, name: &str) -> Result<Option<Block>> {
     if let Some((path, part)) = name.rsplit_once('.') {
         let grid = match part {
             "weight" | "scales" | "biases" => checkpoint.grid(path)?,
@@ -369,7 +369,7 @@ impl<'a> Sink<'a> {
         let grid = path.and_then(|path| self.grid_for(path, tensor.shape[1]));
         let (Some(path), Some(grid)) = (path, grid) else { return self.add(name, &tensor) };
         self.report.packed += 1;
-        let packed = round(&tensor.to_array()?, grid)?;
+        let packed = round(&tensor.to_array()?, grid, None)?;
         drop(tensor);
         self.add_packed(path, &packed)
     }

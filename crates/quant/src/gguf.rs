@@ -1,6 +1,6 @@
-//! GGUF, llama.cpp's container: metadata, tensors and the block types that are exactly affine.
+//! GGUF, llama.cpp's container, read and written: metadata, tensors and the block types that are exactly affine.
 //!
-//! A file is someone else's, so every length in it is checked against what is left of the file before it is used.
+//! A file that is read is someone else's, so every length in it is checked against what is left of the file before it is used.
 //! Blocks of 32 weights map onto MLX's groups of 32 without loss: `w = scale * code + bias` with
 //!
 //! | type | block | code | scale | bias |
@@ -18,13 +18,22 @@ use std::path::{Path, PathBuf};
 
 use half::f16;
 
+pub use self::export::{ExportParts, ExportReport, Exported, Placed, export_gguf};
 use self::header::Header;
+pub use self::writer::{Field, GgufWriter, Planned};
 use crate::{Error, Grid, Result, StoredDtype, Tensor};
 
+mod export;
 mod header;
+mod pack;
+mod writer;
 
 /// Weights in a block of Q4_0, Q4_1 and Q8_0.
 const BLOCK: usize = 32;
+/// How a file begins.
+const MAGIC: &[u8; 4] = b"GGUF";
+/// Tensors begin at multiples of this, unless a file says otherwise.
+const ALIGNMENT: u64 = 32;
 
 /// A value of the metadata; the widths of the file's number types are not kept.
 #[derive(Debug, Clone, PartialEq)]
@@ -164,6 +173,29 @@ impl Kind {
         KINDS.iter().find(|k| k.0 == self.number()).map(|k| (k.2, k.3))
     }
 
+    /// The type of that name in lower case, if graft writes it.
+    pub fn from_name(name: &str) -> Option<Self> {
+        let kinds = [Self::F32, Self::F16, Self::BF16, Self::Q4_0, Self::Q4_1, Self::Q8_0];
+        kinds.into_iter().find(|kind| kind.to_string().eq_ignore_ascii_case(name))
+    }
+
+    /// Bytes of a tensor of this shape; none if its rows are not whole blocks, or the type is not known.
+    fn bytes_of(self, shape: &[usize]) -> Option<u64> {
+        let (weights, bytes) = self.block()?;
+        let whole = shape.last().copied().unwrap_or(1).is_multiple_of(weights);
+        let total = shape.iter().try_fold(1_usize, |product, &dim| product.checked_mul(dim))?;
+        Some((total / weights).checked_mul(bytes)? as u64).filter(|_| whole)
+    }
+
+    /// llama.cpp's number of a file that is mostly of this type.
+    fn file_type(self) -> u32 {
+        match self {
+            Self::Q8_0 => 7,
+            Self::BF16 => 32,
+            other => other.number(),
+        }
+    }
+
     /// The grid of the block types that are exactly affine.
     pub fn grid(self) -> Option<Grid> {
         match self {
@@ -242,7 +274,7 @@ impl Gguf {
         let handle = file.try_clone().map_err(Error::io(path))?;
         let mut header = Header::new(path, handle, length);
         let magic = header.array::<4>("the word GGUF")?;
-        if magic != *b"GGUF" {
+        if magic != *MAGIC {
             let what = format!("a file that begins with \"{}\", not with \"GGUF\",", magic.escape_ascii());
             let hint = "give a GGUF file or a model directory".to_owned();
             return Err(Error::Unsupported { file: path.to_path_buf(), what, hint });
@@ -269,7 +301,7 @@ impl Gguf {
             }
         }
         let alignment = match metadata.get("general.alignment") {
-            None => 32,
+            None => ALIGNMENT,
             Some(value) => {
                 value.as_u64().filter(|a| a.is_power_of_two() && *a <= 1 << 20).ok_or_else(|| {
                     header.damaged(format!("general.alignment: expected a power of two, found {value:?}"))
@@ -319,7 +351,8 @@ impl Gguf {
         // The rows of a vector are its elements.
         let row_bytes = if info.shape.len() == 1 { bytes } else { inputs / weights * bytes };
         if let Some(rows) = rows {
-            data = self.reorder(info, &data, rows, row_bytes)?;
+            data = in_order(&data, rows, row_bytes)
+                .map_err(|(expected, found)| self.tensor_error(info, &expected, &found))?;
         }
         if let Some(grid) = info.kind.grid() {
             return self.unpack(info, grid, &data, bytes).map(Block::Packed);
@@ -342,24 +375,6 @@ impl Gguf {
                    (llama-quantize --pure keeps to one)"
                 .to_owned(),
         })
-    }
-
-    /// The rows of `data` in the order asked for.
-    fn reorder(&self, info: &TensorInfo, data: &[u8], rows: &[usize], row_bytes: usize) -> Result<Vec<u8>> {
-        let count = data.len().checked_div(row_bytes).unwrap_or(0);
-        let mut seen = vec![false; count];
-        let mut out = Vec::with_capacity(data.len());
-        for &row in rows {
-            if row >= count || std::mem::replace(&mut seen[row], true) {
-                return Err(self.tensor_error(info, &"each row once", &format!("row {row} of {count}")));
-            }
-            out.extend_from_slice(&data[row * row_bytes..(row + 1) * row_bytes]);
-        }
-        if rows.len() == count {
-            Ok(out)
-        } else {
-            Err(self.tensor_error(info, &format!("{count} rows"), &rows.len()))
-        }
     }
 
     /// Blocks to codes, scales and biases.
@@ -412,6 +427,20 @@ impl Gguf {
             found: found.to_string(),
         }
     }
+}
+
+/// The rows of `data` in the order asked for, or what was expected and found instead.
+fn in_order(data: &[u8], rows: &[usize], row_bytes: usize) -> std::result::Result<Vec<u8>, (String, String)> {
+    let count = data.len().checked_div(row_bytes).unwrap_or(0);
+    let mut seen = vec![false; count];
+    let mut out = Vec::with_capacity(data.len());
+    for &row in rows {
+        if row >= count || std::mem::replace(&mut seen[row], true) {
+            return Err(("each row once".into(), format!("row {row} of {count}")));
+        }
+        out.extend_from_slice(&data[row * row_bytes..(row + 1) * row_bytes]);
+    }
+    if rows.len() == count { Ok(out) } else { Err((format!("{count} rows"), rows.len().to_string())) }
 }
 
 /// 16 bytes with weights 0..16 in the low and 16..32 in the high nibbles, to 16 bytes with two neighbours each.

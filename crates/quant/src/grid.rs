@@ -78,6 +78,11 @@ impl Grid {
         all.first().copied()
     }
 
+    /// The highest code.
+    pub(crate) fn top(self) -> f32 {
+        ((1u32 << self.bits) - 1) as f32
+    }
+
     /// Bits per weight with 16-bit scales and biases.
     pub fn bits_per_weight(self) -> f64 {
         f64::from(self.bits) + 32.0 / f64::from(self.group_size)

@@ -1,9 +1,9 @@
 //! Rounding to scales that are given, so that a weight which has them already keeps what it can of its grid.
 
-use graft_ops::ffi::array_from_bytes;
+use graft_ops::ffi::{array_from_bytes, read};
 use graft_ops::{Array, Dtype};
 
-use crate::{Error, Grid, Packed, Result, Tensor, round};
+use crate::{Error, Grid, Packed, Result, round};
 
 /// Scales and biases for the groups of a weight, (out, groups) each, in the type in which they are stored.
 #[derive(Debug, Clone)]
@@ -20,7 +20,7 @@ impl Levels {
     /// # Errors
     /// As [`round()`].
     pub fn fresh(w: &Array, grid: Grid, dtype: Dtype) -> Result<Levels> {
-        let packed = round(&w.as_dtype(Dtype::Float32)?, grid)?;
+        let packed = round(&w.as_dtype(Dtype::Float32)?, grid, None)?;
         Ok(Levels { scales: packed.scales.as_dtype(dtype)?, biases: packed.biases.as_dtype(dtype)? })
     }
 
@@ -32,6 +32,26 @@ impl Levels {
         let finer = Array::from_f32(0.5_f32.powi(bits - packed.grid.bits)).as_dtype(packed.scales.dtype())?;
         Ok(Levels { scales: packed.scales.multiply(finer)?, biases: packed.biases.clone() })
     }
+
+    /// The levels of the same rows, each multiplied by its `factor` (out,) f32: multiplied in f32, rounded once to the type
+    /// in which they are stored.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn scaled(&self, factor: &Array) -> Result<Levels> {
+        let factor = factor.expand_dims(1)?;
+        let times =
+            |levels: &Array| levels.as_dtype(Dtype::Float32)?.multiply(&factor)?.as_dtype(levels.dtype());
+        Ok(Levels { scales: times(&self.scales)?, biases: times(&self.biases)? })
+    }
+
+    /// Scales and biases in f32, row-major.
+    pub(crate) fn host(&self) -> Result<[Vec<f32>; 2]> {
+        let wide = |levels: &Array| -> Result<Vec<f32>> {
+            Ok(read::<f32>(&levels.as_dtype(Dtype::Float32)?)?.to_vec())
+        };
+        Ok([wide(&self.scales)?, wide(&self.biases)?])
+    }
 }
 
 /// Rounds W (out, in) so that each group takes the candidate which comes nearest to it in squares, the first if equal.
@@ -42,6 +62,77 @@ impl Levels {
 /// # Errors
 /// When the grid does not fit, or there is no candidate.
 pub fn round_nearest(w: &Array, grid: Grid, candidates: &[Levels]) -> Result<Packed> {
+    let (out, input) = shape_for(w, grid)?;
+    let Some(first) = candidates.first() else {
+        return Err(Error::Request("no scales were given to round to".into()));
+    };
+    let levels = candidates.iter().map(Levels::host).collect::<Result<Vec<_>>>()?;
+    let w = w.as_dtype(Dtype::Float32)?;
+    let values = read::<f32>(&w)?;
+    let (group, groups) = (grid.group_size as usize, grid.groups(input));
+    let mut codes = vec![0u8; out * input];
+    let mut chosen = vec![[0f32; 2]; out * groups];
+    let rows = out.div_ceil(graft_ops::threads()).max(1);
+    std::thread::scope(|scope| {
+        let parts = codes.chunks_mut(rows * input).zip(chosen.chunks_mut(rows * groups)).enumerate();
+        for (part, (codes, chosen)) in parts {
+            let (levels, values) = (&levels, &values[part * rows * input..]);
+            scope.spawn(move || {
+                let mut other = vec![0u8; group];
+                let all = codes.chunks_exact_mut(group).zip(values.chunks_exact(group)).zip(chosen);
+                for (index, ((codes, w), chosen)) in all.enumerate() {
+                    let at = part * rows * groups + index;
+                    let mut best = f32::INFINITY;
+                    for [scales, biases] in levels {
+                        let own = [scales[at], biases[at]];
+                        let error = nearest(w, own, grid.top(), &mut other);
+                        // A group with values that are no numbers takes the first, and is refused by whoever looks.
+                        if error < best || best == f32::INFINITY {
+                            (best, *chosen) = (error, own);
+                            codes.copy_from_slice(&other);
+                        }
+                    }
+                }
+            });
+        }
+    });
+    let part = |index: usize, like: &Array| -> Result<Array> {
+        let all = Array::from_iter(chosen.iter().map(|own| own[index]), &[out as i32, groups as i32]);
+        Ok(all.as_dtype(like.dtype())?)
+    };
+    Ok(Packed {
+        codes: pack(&codes, out, input, grid)?,
+        scales: part(0, &first.scales)?,
+        biases: part(1, &first.biases)?,
+        grid,
+    })
+}
+
+/// The nearest codes of a group, and the sum of the squared errors.
+fn nearest(w: &[f32], [scale, bias]: [f32; 2], top: f32, codes: &mut [u8]) -> f32 {
+    let mut lanes = [0f32; 8];
+    for (w, codes) in w.chunks_exact(8).zip(codes.chunks_exact_mut(8)) {
+        for (lane, (w, code)) in lanes.iter_mut().zip(w.iter().zip(codes)) {
+            let level = code_of(*w, scale, bias, top);
+            let error = w - (scale * level + bias);
+            *lane += error * error;
+            *code = level as u8;
+        }
+    }
+    lanes.iter().sum()
+}
+
+/// The code nearest to `w`, half to even, as a number.
+#[inline]
+pub(crate) fn code_of(w: f32, scale: f32, bias: f32, top: f32) -> f32 {
+    /// 1.5 * 2^23: added to a number below 2^22 and taken away again, it leaves the nearest whole number.
+    const ROUND: f32 = 12_582_912.0;
+    let step = if scale == 0.0 { 1.0 } else { scale };
+    ((w - bias) / step).clamp(0.0, top) + ROUND - ROUND
+}
+
+/// Rows and columns of a matrix that the grid divides.
+pub(crate) fn shape_for(w: &Array, grid: Grid) -> Result<(usize, usize)> {
     grid.check()?;
     let &[out, input] = w.shape() else {
         return Err(Error::Request(format!("expected a matrix to pack, found shape {:?}", w.shape())));
@@ -52,38 +143,32 @@ pub fn round_nearest(w: &Array, grid: Grid, candidates: &[Levels]) -> Result<Pac
             grid.group_size
         )));
     }
-    let grouped = w.as_dtype(Dtype::Float32)?.reshape(&[out, input / grid.group_size, grid.group_size])?;
-    let top = Array::from_f32(2_f32.powi(grid.bits) - 1.0);
-    let (zero, one) = (Array::from_f32(0.0), Array::from_f32(1.0));
-    let mut best: Option<(Array, Array, Levels)> = None;
-    for levels in candidates {
-        let wide = |array: &Array| array.as_dtype(Dtype::Float32)?.expand_dims(2);
-        let (scales, biases) = (wide(&levels.scales)?, wide(&levels.biases)?);
-        let step = mlx_rs::ops::select(scales.eq(&zero)?, &one, &scales)?;
-        let codes = mlx_rs::ops::round(grouped.subtract(&biases)?.divide(step)?, 0)?;
-        let codes = mlx_rs::ops::clip(codes, (&zero, &top))?;
-        let error = grouped.subtract(scales.multiply(&codes)?.add(&biases)?)?.square()?.sum_axis(2, false)?;
-        let next = match best {
-            None => (codes, error, levels.clone()),
-            Some((old_codes, old_error, old)) => {
-                let nearer = error.lt(&old_error)?;
-                let pick = |new: &Array, old: &Array| mlx_rs::ops::select(&nearer, new, old);
-                let codes = mlx_rs::ops::select(nearer.expand_dims(2)?, codes, old_codes)?;
-                let scales = pick(&levels.scales, &old.scales)?;
-                let biases = pick(&levels.biases, &old.biases)?;
-                (codes, pick(&error, &old_error)?, Levels { scales, biases })
-            }
-        };
-        graft_ops::ffi::eval([&next.0, &next.1, &next.2.scales, &next.2.biases])?;
-        best = Some(next);
+    Ok((out as usize, input as usize))
+}
+
+/// Codes (out, in), one a byte, as MLX's words.
+pub(crate) fn pack(codes: &[u8], out: usize, input: usize, grid: Grid) -> Result<Array> {
+    let words = [out as i32, grid.words(input) as i32];
+    if grid.bits == 8 {
+        return Ok(array_from_bytes(codes, &words, Dtype::Uint32)?);
     }
-    let Some((codes, _, levels)) = best else {
-        return Err(Error::Request("no scales were given to round to".into()));
-    };
-    let codes = Tensor::from_array(&codes.as_dtype(Dtype::Uint8)?)?.data;
-    let words = [out, grid.words(input as usize) as i32];
-    let codes = array_from_bytes(&bit_stream(&codes, grid.bits), &words, Dtype::Uint32)?;
-    Ok(Packed { codes, scales: levels.scales, biases: levels.biases, grid })
+    Ok(array_from_bytes(&bit_stream(codes, grid.bits), &words, Dtype::Uint32)?)
+}
+
+/// The codes of such a stream, one a byte: the inverse of [`bit_stream`].
+pub(crate) fn codes_of(bytes: &[u8], bits: i32) -> Vec<u8> {
+    let mut codes = Vec::with_capacity(bytes.len() * 8 / bits.max(1) as usize);
+    let (mut pending, mut held) = (0_u32, 0);
+    for &byte in bytes {
+        pending |= u32::from(byte) << held;
+        held += 8;
+        while held >= bits {
+            codes.push((pending & ((1 << bits) - 1)) as u8);
+            pending >>= bits;
+            held -= bits;
+        }
+    }
+    codes
 }
 
 /// Code i in bits `[i b, (i + 1) b)`. Rows are whole words, so that the rows of a matrix are one stream.
@@ -100,4 +185,17 @@ fn bit_stream(codes: &[u8], bits: i32) -> Vec<u8> {
         }
     }
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_come_back_out_of_the_stream() {
+        for bits in Grid::BITS {
+            let codes: Vec<u8> = (0..96_u32).map(|i| (i * 37 % (1 << bits)) as u8).collect();
+            assert_eq!(codes_of(&bit_stream(&codes, bits), bits), codes, "{bits} bits");
+        }
+    }
 }

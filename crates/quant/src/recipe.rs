@@ -59,6 +59,6 @@ impl Recipe {
 }
 
 /// The first number in a path, which is that of its block.
-pub(crate) fn layer_of(path: &str) -> Option<usize> {
+pub fn layer_of(path: &str) -> Option<usize> {
     path.split('.').find_map(|part| part.parse().ok())
 }

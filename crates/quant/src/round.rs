@@ -1,17 +1,18 @@
 //! The one rounding function.
 
-use graft_ops::Array;
 use graft_ops::ffi::{Mode, quantize};
+use graft_ops::{Array, Dtype};
 
-use crate::{Error, Grid, Packed, Result};
+use crate::{Error, Grid, Hessian, Levels, Packed, Result, round_compensated};
 
-/// Rounds W (out, in) to `grid`, each group on its own: MLX's affine rounding, so the same words as mlx-lm's.
+/// Rounds W (out, in) to `grid`, each group on its own: MLX's affine rounding, so the same words as mlx-lm's. With a Hessian the
+/// scales are the same and the codes are chosen by [`round_compensated`].
 ///
-/// The scales and biases have W's type; cast W first to choose it. Nothing is evaluated.
+/// The scales and biases have W's type; cast W first to choose it. Nothing is evaluated without a Hessian.
 ///
 /// # Errors
 /// When the grid does not exist or does not divide W's rows.
-pub fn round(w: &Array, grid: Grid) -> Result<Packed> {
+pub fn round(w: &Array, grid: Grid, hessian: Option<&Hessian>) -> Result<Packed> {
     grid.check()?;
     let inputs = w.shape().last().copied().unwrap_or(0);
     if !grid.fits(inputs as usize) {
@@ -24,5 +25,10 @@ pub fn round(w: &Array, grid: Grid) -> Result<Packed> {
     let (Some(codes), Some(scales), Some(biases)) = (parts.next(), parts.next(), parts.next()) else {
         return Err(Error::Request("MLX returned fewer than codes, scales and biases".into()));
     };
-    Ok(Packed { codes, scales, biases, grid })
+    match hessian {
+        None => Ok(Packed { codes, scales, biases, grid }),
+        Some(hessian) => {
+            round_compensated(&w.as_dtype(Dtype::Float32)?, grid, &Levels { scales, biases }, hessian)
+        }
+    }
 }

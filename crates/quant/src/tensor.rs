@@ -103,6 +103,20 @@ impl Tensor {
         })
     }
 
+    /// The elements in another float type, named as in a safetensors header, where that holds each of them exactly; as they
+    /// are where it does not.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn as_stored(&self, dtype: &str) -> Result<Tensor> {
+        let wanted = [StoredDtype::F16, StoredDtype::BF16, StoredDtype::F32].into_iter();
+        let Some(dtype) = wanted.into_iter().find(|own| own.to_string() == dtype).and_then(mlx_dtype) else {
+            return Ok(self.clone());
+        };
+        let narrow = Tensor::from_array(&self.to_array()?.as_dtype(dtype)?)?;
+        Ok(if narrow.to_f32()? == self.to_f32()? { narrow } else { self.clone() })
+    }
+
     /// How many elements it has.
     pub fn len(&self) -> usize {
         self.shape.iter().product()

@@ -5,8 +5,9 @@ use std::fs::File;
 use std::io::{BufWriter, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::FlockOperation;
 use serde_json::{Map, Value, json};
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir};
 
 use crate::tensor::{Entry, header};
 use crate::{Error, Result, Tensor};
@@ -16,13 +17,41 @@ use crate::{Error, Result, Tensor};
 /// # Errors
 /// When writing, syncing or renaming fails; the old file is then untouched.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    let dir = parent(path);
-    let mut file = tempfile::NamedTempFile::new_in(dir).map_err(Error::io(path))?;
-    file.write_all(bytes).map_err(Error::io(path))?;
-    file.as_file().sync_all().map_err(Error::io(path))?;
-    readable_by_all(file.path())?;
-    file.persist(path).map_err(|error| Error::Io { path: path.to_path_buf(), source: error.error })?;
-    sync_dir(dir)
+    let mut file = AtomicFile::create(path)?;
+    file.write(bytes)?;
+    file.persist()
+}
+
+/// A file in the making beside its place; dropped before [`AtomicFile::persist`], it leaves nothing behind.
+#[derive(Debug)]
+pub(crate) struct AtomicFile {
+    file: BufWriter<NamedTempFile>,
+    path: PathBuf,
+}
+
+impl AtomicFile {
+    pub(crate) fn create(path: &Path) -> Result<Self> {
+        let file = NamedTempFile::new_in(parent(path)).map_err(Error::io(path))?;
+        Ok(Self { file: BufWriter::new(file), path: path.to_path_buf() })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(Error::io(&self.path))
+    }
+
+    /// Synced and renamed to its place.
+    pub(crate) fn persist(self) -> Result<()> {
+        let path = self.path;
+        let file = self.file.into_inner().map_err(|error| Error::io(&path)(error.into_error()))?;
+        file.as_file().sync_all().map_err(Error::io(&path))?;
+        readable_by_all(file.path())?;
+        file.persist(&path).map_err(|error| Error::Io { path: path.clone(), source: error.error })?;
+        sync_dir(parent(&path))
+    }
 }
 
 /// Whether [`write_atomic`] could write `path`, found out before the work that it is to hold. What is no regular file, such
@@ -35,7 +64,7 @@ pub fn check_writable(path: &Path) -> Result<()> {
         let why = "it is there already and no regular file, so it is not replaced";
         return Err(Error::Io { path: path.to_path_buf(), source: std::io::Error::other(why) });
     }
-    tempfile::NamedTempFile::new_in(parent(path)).map(drop).map_err(Error::io(path))
+    NamedTempFile::new_in(parent(path)).map(drop).map_err(Error::io(path))
 }
 
 /// The directory in which `path` stands.
@@ -57,13 +86,26 @@ fn readable_by_all(path: &Path) -> Result<()> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(Error::io(path))
 }
 
-/// A model directory in the making. Dropped before [`DirWriter::finish`], it leaves nothing behind.
+/// A model or adapter directory in the making. Dropped before [`DirWriter::finish`], it leaves nothing behind; a process that is killed
+/// leaves a hidden directory beside the target, which the next writer of the same target removes.
 #[derive(Debug)]
 pub struct DirWriter {
     target: PathBuf,
     temp: TempDir,
     shards: Vec<Shard>,
     metadata: BTreeMap<String, String>,
+    /// The one file of tensors, where there are to be no shards and no index.
+    single: Option<String>,
+    /// Locks the directory while this process lives.
+    lock: File,
+}
+
+/// A model directory that is complete beside its place. Dropped before [`Made::place`], it leaves nothing behind.
+#[derive(Debug)]
+pub struct Made {
+    target: PathBuf,
+    temp: TempDir,
+    _lock: File,
 }
 
 /// Tensors of one file, their data collected apart because the header, which comes first, is known last.
@@ -87,12 +129,31 @@ impl DirWriter {
         let dir = parent(target);
         std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
         let name = target.file_name().and_then(|name| name.to_str()).unwrap_or("model");
-        let temp = tempfile::Builder::new()
-            .prefix(&format!(".{name}.part-"))
-            .tempdir_in(dir)
-            .map_err(Error::io(dir))?;
+        let prefix = format!(".{name}.part-");
+        remove_abandoned(dir, &prefix);
+        let temp = tempfile::Builder::new().prefix(&prefix).tempdir_in(dir).map_err(Error::io(dir))?;
+        let lock = File::open(temp.path()).map_err(Error::io(temp.path()))?;
+        // A file system without locks leaves what a killed process wrote; that is no reason to refuse it.
+        let _ = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive);
         let metadata = BTreeMap::from([("format".to_owned(), "mlx".to_owned())]);
-        Ok(DirWriter { target: target.to_path_buf(), temp, shards: Vec::new(), metadata })
+        Ok(DirWriter { target: target.to_path_buf(), temp, shards: Vec::new(), metadata, single: None, lock })
+    }
+
+    /// Puts all tensors into one file of that name, without an index, as adapters have it.
+    #[must_use]
+    pub fn single(mut self, name: &str) -> DirWriter {
+        self.single = Some(name.to_owned());
+        self
+    }
+
+    /// What the header of each file of tensors says beside them.
+    pub fn set_metadata(&mut self, metadata: BTreeMap<String, String>) {
+        self.metadata = metadata;
+    }
+
+    /// Adds an entry to the metadata of every file of tensors.
+    pub fn describe(&mut self, key: &str, value: String) {
+        self.metadata.insert(key.to_owned(), value);
     }
 
     /// Appends a tensor.
@@ -111,7 +172,8 @@ impl DirWriter {
             )));
         }
         let size = tensor.data.len() as u64;
-        if self.shards.last().is_none_or(|shard| shard.bytes + size > MAX_SHARD && shard.bytes > 0) {
+        let limit = if self.single.is_some() { u64::MAX - size } else { MAX_SHARD };
+        if self.shards.last().is_none_or(|shard| shard.bytes + size > limit && shard.bytes > 0) {
             let path = self.data_path(self.shards.len());
             let file = File::create_new(&path).map_err(Error::io(&path))?;
             self.shards.push(Shard { data: BufWriter::new(file), entries: Vec::new(), bytes: 0 });
@@ -138,9 +200,7 @@ impl DirWriter {
     /// # Errors
     /// When writing fails.
     pub fn write_file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        let path = self.temp.path().join(name);
-        let mut file = File::create(&path).map_err(Error::io(&path))?;
-        file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(&path))
+        write_synced(&self.temp.path().join(name), bytes)
     }
 
     /// Writes config.json as mlx-lm does: keys sorted, four spaces.
@@ -156,29 +216,34 @@ impl DirWriter {
     ///
     /// # Errors
     /// When writing or renaming fails; what stood at the target is then untouched.
-    pub fn finish(mut self) -> Result<()> {
+    pub fn finish(self) -> Result<()> {
+        self.complete()?.place()
+    }
+
+    /// Completes the files; the directory stays beside its place, to be looked at first.
+    ///
+    /// # Errors
+    /// When writing fails.
+    pub fn complete(mut self) -> Result<Made> {
         let shards = std::mem::take(&mut self.shards);
         let count = shards.len();
         let (mut weight_map, mut total) = (BTreeMap::new(), 0);
         for (index, shard) in shards.into_iter().enumerate() {
-            let name = match count {
-                1 => "model.safetensors".to_owned(),
-                _ => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
+            let name = match (&self.single, count) {
+                (Some(name), _) => name.clone(),
+                (None, 1) => "model.safetensors".to_owned(),
+                (None, _) => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
             };
             total += shard.bytes;
             weight_map.extend(shard.entries.iter().map(|(tensor, ..)| (tensor.clone(), name.clone())));
             self.assemble(index, shard, &name)?;
         }
-        if count > 0 {
+        if count > 0 && self.single.is_none() {
             let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
             let bytes = pretty(&index)?;
             self.write_file("model.safetensors.index.json", &bytes)?;
         }
-        sync_dir(self.temp.path())?;
-        readable_by_all(self.temp.path())?;
-        place(self.temp.path(), &self.target)?;
-        // After an exchange the old directory stands where the new one was made, and goes with it.
-        sync_dir(parent(&self.target))
+        Ok(Made { target: self.target, temp: self.temp, _lock: self.lock })
     }
 
     fn data_path(&self, index: usize) -> PathBuf {
@@ -206,6 +271,61 @@ impl DirWriter {
         }
         file.sync_all().map_err(Error::io(&to))?;
         std::fs::remove_file(&from).map_err(Error::io(&from))
+    }
+}
+
+impl Made {
+    /// Where the directory is for now.
+    pub fn path(&self) -> &Path {
+        self.temp.path()
+    }
+
+    /// Writes a file into the directory, or replaces one.
+    ///
+    /// # Errors
+    /// When writing fails.
+    pub fn write_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        write_synced(&self.temp.path().join(name), bytes)
+    }
+
+    /// Puts the directory in its place.
+    ///
+    /// # Errors
+    /// When renaming fails; what stood at the target is then untouched.
+    pub fn place(self) -> Result<()> {
+        sync_dir(self.temp.path())?;
+        readable_by_all(self.temp.path())?;
+        place(self.temp.path(), &self.target)?;
+        // After an exchange the old directory stands where the new one was made, and goes with it.
+        sync_dir(parent(&self.target))
+    }
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = File::create(path).map_err(Error::io(path))?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(path))
+}
+
+/// What a killed process may leave is removed when nobody has held it for as long as it takes to make and lock a directory.
+const ABANDONED: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// Removes the directories of that prefix whose processes are no more; what cannot be removed stays.
+fn remove_abandoned(dir: &Path, prefix: &str) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let ours = entry.file_name().to_str().is_some_and(|name| name.starts_with(prefix));
+        let age = entry
+            .metadata()
+            .ok()
+            .filter(std::fs::Metadata::is_dir)
+            .and_then(|m| m.modified().ok()?.elapsed().ok());
+        if !ours || age.is_none_or(|age| age < ABANDONED) {
+            continue;
+        }
+        let held = |file: &File| rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).is_err();
+        if File::open(&path).is_ok_and(|file| !held(&file)) {
+            let _ = std::fs::remove_dir_all(&path);
+        }
     }
 }
 

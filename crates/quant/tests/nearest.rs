@@ -24,7 +24,7 @@ fn values_on_a_grid_keep_their_codes_at_every_width() {
         for bits in Grid::BITS {
             for dtype in [Dtype::Float32, Dtype::Float16, Dtype::Bfloat16] {
                 let grid = Grid { bits, group_size: 64 };
-                let old = round(&weights(1).as_dtype(dtype).unwrap(), grid).unwrap();
+                let old = round(&weights(1).as_dtype(dtype).unwrap(), grid, None).unwrap();
                 let w = old.dequantize(Dtype::Float32).unwrap();
                 let levels = Levels { scales: old.scales.clone(), biases: old.biases.clone() };
                 let fresh = Levels::fresh(&w, grid, dtype).unwrap();
@@ -50,7 +50,7 @@ fn never_worse_than_mlx() {
                 let grid = Grid { bits, group_size: 32 };
                 let w = weights(2);
                 let stored = |a: Array| a.as_dtype(dtype).unwrap();
-                let plain = round(&w, grid).unwrap();
+                let plain = round(&w, grid, None).unwrap();
                 let plain = Packed { scales: stored(plain.scales), biases: stored(plain.biases), ..plain };
                 let ours = round_nearest(&w, grid, &[Levels::fresh(&w, grid, dtype).unwrap()]).unwrap();
                 assert_eq!(ours.scales.dtype(), dtype);

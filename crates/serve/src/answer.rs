@@ -3,17 +3,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::{Instant, MissedTickBehavior};
 
-use crate::engine::Info;
 use crate::loader::resolve;
 use crate::log::Record;
+use crate::prompt::{Ready, Source, ready};
 use crate::reply::{Choice, Kind, Reply};
 use crate::serve::State;
 use crate::sse::{Stream, Writer};
-use crate::{ApiError, ChatRequest, Common, CompletionRequest, Event, Finish, Job, Lease, Prompt, Usage};
+use crate::{ApiError, ChatRequest, Common, CompletionRequest, Event, Job, Lease, Usage, anthropic};
 
 /// Events a sequence may be ahead of its reader before the engine lets it wait.
 const EVENTS_AHEAD: usize = 32;
@@ -23,7 +23,7 @@ pub(crate) enum Answer {
     /// All of it.
     Whole(Value),
     /// What a stream begins with.
-    Stream(Start),
+    Stream(Box<Start>),
 }
 
 /// A stream whose status line has not been sent.
@@ -42,12 +42,6 @@ impl Start {
     }
 }
 
-/// What has to become token ids.
-enum Source {
-    Chat(Box<ChatRequest>),
-    Prompts(Vec<Prompt>),
-}
-
 /// Answers a request. Everything that can be wrong with it is found before the engine sees it.
 pub(crate) async fn generate(
     state: &Arc<State>,
@@ -58,11 +52,9 @@ pub(crate) async fn generate(
     state.available()?;
     let info = state.engine.info();
     let defaults = &state.config.defaults;
-    let (common, source, count) = match kind {
-        Kind::Chat => {
-            let request = ChatRequest::parse(&body, defaults, info.vocab)?;
-            (request.common.clone(), Source::Chat(Box::new(request)), 1)
-        }
+    let (mut common, source, prompts) = match kind {
+        Kind::Chat => chat_source(&body, state)?,
+        Kind::Message => chat_source(&anthropic::chat_request(&body, false)?, state)?,
         Kind::Completion => {
             let request = CompletionRequest::parse(&body, defaults, info.vocab)?;
             let count = request.prompts.len();
@@ -70,24 +62,44 @@ pub(crate) async fn generate(
         }
     };
     drop(body);
-    let permits = state.engine.admit(count)?;
+    let count = prompts * common.choices;
+    let permits = state.engine.admit(count).map_err(|e| match (e.status, common.choices) {
+        (400, 2..) => ApiError {
+            param: Some("n".into()),
+            message: "`n`: that many answers at a time are more \
+            than this server takes"
+                .into(),
+            ..e
+        },
+        _ => e,
+    })?;
     let (lease, model) = resolve(state, common.model.as_deref(), common.adapter_scale).await?;
     record.log.model = Some(model.clone());
     state.fair(lease.as_ref(), count)?;
     let generation = lease.as_ref().map(|lease| lease.generation().content().to_owned());
-    let (prompts, permits) = tokens(info.clone(), source, permits).await?;
-    let events = submit(state, &common, lease.as_ref(), prompts, permits)?;
+    let (ready, permits) = prepared(state, &common, source, permits).await?;
     let reply = Reply {
         kind,
-        id: state.unique(if kind == Kind::Chat { "chatcmpl-" } else { "cmpl-" }),
+        id: state.unique(match kind {
+            Kind::Chat => "chatcmpl-",
+            Kind::Completion => "cmpl-",
+            Kind::Message => "msg_",
+        }),
         created: state.seconds(),
         model,
         fingerprint: format!("graft-{}", env!("CARGO_PKG_VERSION")),
         generation,
+        shape: ready.shape.clone(),
+        choices: common.choices,
+        prompt_tokens: ready.prompts.iter().map(Vec::len).sum(),
+        stops: common.params.stop.clone(),
+        seed: state.random(),
     };
+    common.params.stop.extend(ready.stops.iter().cloned());
+    let events = submit(state, &common, lease.as_ref(), &ready, permits)?;
     if common.stream {
         let writer = Writer::new(reply, count, common.include_usage);
-        hold(events, writer, state.config.ping_interval).await.map(Answer::Stream)
+        hold(events, writer, state.config.ping_interval).await.map(|start| Answer::Stream(Box::new(start)))
     } else {
         collect(events, &reply, count, common.params.sampling.logprobs.is_some(), record)
             .await
@@ -95,99 +107,63 @@ pub(crate) async fn generate(
     }
 }
 
-/// Template and tokenizer can take seconds on a long text, so they run beside the server's own threads. The permits go
-/// along: a client that leaves does not make room while its work still runs.
-async fn tokens(
-    info: Arc<Info>,
+fn chat_source(body: &Map<String, Value>, state: &State) -> Result<(Common, Source, usize), ApiError> {
+    let request = ChatRequest::parse(body, &state.config.defaults, state.engine.info().vocab)?;
+    Ok((request.common.clone(), Source::Chat(Box::new(request)), 1))
+}
+
+/// How many tokens the messages of a request in Anthropic's form have.
+pub(crate) async fn count_tokens(state: &Arc<State>, body: Map<String, Value>) -> Result<Value, ApiError> {
+    state.available()?;
+    let (common, source, count) = chat_source(&anthropic::chat_request(&body, true)?, state)?;
+    state.registry.resolve(common.model.as_deref(), common.adapter_scale)?;
+    let permits = state.engine.admit(count)?;
+    let (ready, _permits) = prepared(state, &common, source, permits).await?;
+    Ok(json!({"input_tokens": ready.prompts.iter().map(Vec::len).sum::<usize>()}))
+}
+
+/// [`ready`] beside the server's own threads. The permits go along: a client that leaves does not make room while its
+/// work still runs.
+async fn prepared(
+    state: &Arc<State>,
+    common: &Common,
     source: Source,
     permits: Vec<OwnedSemaphorePermit>,
-) -> Result<(Vec<Vec<u32>>, Vec<OwnedSemaphorePermit>), ApiError> {
-    let work = move || {
-        let prompts = match source {
-            Source::Chat(request) => vec![chat_prompt(&info, &request)?],
-            Source::Prompts(prompts) => {
-                prompts.into_iter().map(|prompt| plain_prompt(&info, prompt)).collect::<Result<_, _>>()?
-            }
-        };
-        Ok((prompts, permits))
-    };
+) -> Result<(Ready, Vec<OwnedSemaphorePermit>), ApiError> {
+    let (state, common) = (state.clone(), common.clone());
+    let work = move || Ok((ready(state.engine.info(), &state.guides, &common, source)?, permits));
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(_) => Err(ApiError::server("the prompt could not be read")),
     }
 }
 
-fn chat_prompt(info: &Info, request: &ChatRequest) -> Result<Vec<u32>, ApiError> {
-    let Some(template) = &info.template else {
-        let why = "This model has no chat template; use /v1/completions.";
-        return Err(ApiError::unsupported("messages", why));
-    };
-    let mut variables = info.tokenizer.template_variables();
-    variables.extend(request.template_args.clone());
-    let text = template.render(&request.messages, request.tools.as_ref(), true, &variables).map_err(|e| {
-        // Where the template's file is concerns nobody outside.
-        let why = match e {
-            graft_model::Error::Template { message, .. } => message,
-            other => other.to_string(),
-        };
-        ApiError::invalid("messages", format!("The chat template refuses these messages: {why}"))
-    })?;
-    let ids = info.tokenizer.encode(&text, false).map_err(|_| unreadable("messages"))?;
-    fitting(info, "messages", ids)
-}
-
-fn plain_prompt(info: &Info, prompt: Prompt) -> Result<Vec<u32>, ApiError> {
-    let ids = match prompt {
-        Prompt::Text(text) => info.tokenizer.encode(&text, true).map_err(|_| unreadable("prompt"))?,
-        Prompt::Ids(ids) => ids,
-    };
-    fitting(info, "prompt", ids)
-}
-
-fn unreadable(param: &str) -> ApiError {
-    ApiError::invalid(param, format!("`{param}` cannot be split into tokens"))
-}
-
-/// Checks a prompt's tokens. One without any begins where a text begins.
-fn fitting(info: &Info, param: &str, mut ids: Vec<u32>) -> Result<Vec<u32>, ApiError> {
-    if ids.is_empty() {
-        match info.start {
-            Some(id) => ids.push(id),
-            None => {
-                return Err(ApiError::invalid(
-                    param,
-                    format!("`{param}` has no tokens; the model needs one"),
-                ));
-            }
-        }
-    }
-    if ids.len() >= info.context {
-        return Err(ApiError::context_length(param, ids.len(), info.context));
-    }
-    if let Some(id) = ids.iter().find(|id| **id as usize >= info.vocab) {
-        return Err(ApiError::invalid(param, format!("`{param}` has the token {id}, which the model lacks")));
-    }
-    Ok(ids)
-}
-
 fn submit(
     state: &State,
     common: &Common,
     adapter: Option<&Lease>,
-    prompts: Vec<Vec<u32>>,
+    ready: &Ready,
     permits: Vec<OwnedSemaphorePermit>,
 ) -> Result<mpsc::Receiver<(usize, Event)>, ApiError> {
-    let (sender, events) = mpsc::channel(EVENTS_AHEAD * prompts.len().max(1));
-    for (index, (prompt, permit)) in prompts.into_iter().zip(permits).enumerate() {
+    let info = state.engine.info();
+    let (sender, events) = mpsc::channel(EVENTS_AHEAD * permits.len().max(1));
+    let prompts = ready.prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt, common.choices));
+    for (index, (prompt, permit)) in prompts.zip(permits).enumerate() {
         let mut params = common.params.clone();
         // What does not fit ends with `length`, as it does at a limit that the client set.
-        params.max_tokens = params.max_tokens.min(state.engine.info().context - prompt.len());
+        params.max_tokens = params.max_tokens.min(info.context - prompt.len());
         // Choices of one seeded request differ from each other, and each is the same every time.
         let seed = params.sampling.seed.map(|seed| seed.wrapping_add(index as u64));
         params.sampling.seed = Some(seed.unwrap_or_else(|| state.random()));
-        params.sampling.xtc_special_tokens.clone_from(&state.engine.info().xtc_special_tokens);
-        let (adapter, events) = (adapter.cloned(), sender.clone());
-        state.engine.submit(Job { prompt, params, adapter, index, events, permit })?;
+        params.sampling.xtc_special_tokens.clone_from(&info.xtc_special_tokens);
+        // Where nothing else can follow, the end must be possible.
+        if common.ignore_eos && ready.guide.is_none() {
+            let ends = info.tokenizer.eos_ids().iter().filter(|id| (**id as usize) < info.vocab);
+            params.sampling.logit_bias.extend(ends.map(|id| (*id, f32::NEG_INFINITY)));
+        }
+        let adapter = adapter.cloned();
+        let (prompt, guide, events) = (prompt.clone(), ready.guide.clone(), sender.clone());
+        state.engine.submit(Job { prompt, params, guide, adapter, index, events, permit })?;
     }
     Ok(events)
 }
@@ -223,8 +199,7 @@ async fn collect(
     logprobs: bool,
     record: &mut Record,
 ) -> Result<Value, ApiError> {
-    let empty = Choice { text: String::new(), logprobs: logprobs.then(Vec::new), finish: Finish::Length };
-    let mut choices = vec![empty; count];
+    let mut choices = vec![Choice::new(&reply.shape, logprobs); count];
     let (mut open, mut sum) = (count, Usage::ZERO);
     while open > 0 {
         let Some((index, event)) = events.recv().await else {
@@ -235,14 +210,12 @@ async fn collect(
             Event::Accepted => {}
             Event::Piece { text, logprobs } => {
                 record.first();
-                choice.text.push_str(&text);
-                if let Some(all) = &mut choice.logprobs {
-                    all.extend(logprobs);
-                }
+                choice.push(&text, logprobs);
             }
             Event::Done { finish, usage } => {
-                choice.finish = finish;
-                sum.add(usage);
+                choice.end(finish);
+                record.log.finishes.push(finish);
+                sum.add(reply.counted(index, usage));
                 open -= 1;
             }
             Event::Failed(error) => return Err(error),

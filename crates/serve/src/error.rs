@@ -53,6 +53,9 @@ pub enum Error {
         /// Bytes of the shortest sequence.
         least: usize,
     },
+    /// The metrics could not be set up.
+    #[error("metrics: {0}")]
+    Metrics(String),
     /// The engine's thread could not be started, or ended while it loaded.
     #[error("the engine thread {0}")]
     Engine(String),
@@ -104,6 +107,18 @@ impl ApiError {
     /// An error of the request as a whole.
     pub fn request(status: u16, code: &'static str, message: impl Into<String>) -> Self {
         Self { status, kind: "invalid_request_error", message: message.into(), param: None, code: Some(code) }
+    }
+
+    /// 401: no key, or none of those that are known; which of the two is not told.
+    pub fn unauthorized() -> Self {
+        Self {
+            kind: "authentication_error",
+            ..Self::request(
+                401,
+                "invalid_api_key",
+                "A known API key is needed, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`.",
+            )
+        }
     }
 
     /// 404: no base and no adapter has this name; the base never answers in its place.
@@ -162,6 +177,12 @@ impl ApiError {
             param: None,
             code: Some("internal_error"),
         }
+    }
+
+    /// What a log says of it: its code and the field, not the message, which may hold what the client wrote.
+    pub(crate) fn label(&self) -> String {
+        let code = self.code.unwrap_or(self.kind);
+        self.param.as_ref().map_or_else(|| code.to_owned(), |param| format!("{code} {param}"))
     }
 
     /// The envelope.

@@ -6,6 +6,12 @@ use serde_json::{Map, Value};
 
 use crate::ApiError;
 
+#[cfg(test)]
+thread_local! {
+    /// Every name that was asked for, so that a test can hold the documents against it.
+    pub(crate) static ASKED: std::cell::RefCell<std::collections::BTreeSet<String>> = const { std::cell::RefCell::new(std::collections::BTreeSet::new()) };
+}
+
 /// A JSON object of a request.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Fields<'a>(pub(crate) &'a Map<String, Value>);
@@ -13,6 +19,8 @@ pub(crate) struct Fields<'a>(pub(crate) &'a Map<String, Value>);
 impl<'a> Fields<'a> {
     /// The value of `name`, unless it is absent or null.
     pub(crate) fn get(self, name: &str) -> Option<&'a Value> {
+        #[cfg(test)]
+        ASKED.with(|asked| asked.borrow_mut().insert(name.to_owned()));
         self.0.get(name).filter(|value| !value.is_null())
     }
 

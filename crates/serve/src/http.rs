@@ -10,32 +10,46 @@ use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use serde_json::{Map, Value, json};
 
-use crate::ApiError;
-use crate::answer::{Answer, generate};
+use crate::answer::{Answer, count_tokens, generate};
+use crate::auth::host_allowed;
 use crate::lifecycle::{Change, authorize, change};
 use crate::log::Record;
 use crate::reply::Kind;
 use crate::serve::State;
 use crate::sse::Reader;
+use crate::{ApiError, anthropic, metrics, openapi, page};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Where Anthropic's clients look for it.
+const MESSAGE_REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
 
 /// What a path means. `/v1` in front of it may be left out, as with mlx-lm.
-enum Route {
+pub(crate) enum Route {
+    Page,
     Health,
+    Ready,
+    Metrics,
+    OpenApi,
     Models,
     Model(String),
     Generate(Kind),
     Adapters,
     Stats,
     Change(Change),
+    CountTokens,
 }
 
 impl Route {
-    fn of(path: &str) -> Option<Self> {
+    pub(crate) fn of(path: &str) -> Option<Self> {
+        if path == "/" {
+            return Some(Self::Page);
+        }
         let path = path.strip_prefix("/v1").filter(|rest| rest.starts_with('/')).unwrap_or(path);
         match path {
             "/health" => Some(Self::Health),
+            "/ready" => Some(Self::Ready),
+            "/metrics" => Some(Self::Metrics),
+            "/openapi.json" => Some(Self::OpenApi),
             "/models" | "/models/" => Some(Self::Models),
             "/chat/completions" => Some(Self::Generate(Kind::Chat)),
             "/completions" => Some(Self::Generate(Kind::Completion)),
@@ -43,17 +57,53 @@ impl Route {
             "/lora_adapters" => Some(Self::Adapters),
             "/load_lora_adapter" => Some(Self::Change(Change::Load)),
             "/unload_lora_adapter" => Some(Self::Change(Change::Unload)),
+            "/messages" => Some(Self::Generate(Kind::Message)),
+            "/messages/count_tokens" => Some(Self::CountTokens),
             _ => path.strip_prefix("/models/").map(|id| Self::Model(percent_decoded(id))),
         }
     }
 
-    fn allowed(&self) -> &'static str {
+    /// The path as documents write it, and the methods that it takes.
+    pub(crate) fn describe(&self) -> (&'static str, &'static str) {
+        const READ: &str = "GET, HEAD, OPTIONS";
+        const WRITE: &str = "POST, OPTIONS";
         match self {
-            Self::Generate(_) | Self::Change(_) => "POST, OPTIONS",
-            Self::Health | Self::Models | Self::Model(_) | Self::Adapters | Self::Stats => {
-                "GET, HEAD, OPTIONS"
-            }
+            Self::Page => ("/", READ),
+            Self::Health => ("/health", READ),
+            Self::Ready => ("/ready", READ),
+            Self::Metrics => ("/metrics", READ),
+            Self::OpenApi => ("/openapi.json", READ),
+            Self::Models => ("/v1/models", READ),
+            Self::Model(_) => ("/v1/models/{model}", READ),
+            Self::Generate(Kind::Chat) => ("/v1/chat/completions", WRITE),
+            Self::Generate(Kind::Completion) => ("/v1/completions", WRITE),
+            Self::Generate(Kind::Message) => ("/v1/messages", WRITE),
+            Self::CountTokens => ("/v1/messages/count_tokens", WRITE),
+            Self::Adapters => ("/v1/lora_adapters", READ),
+            Self::Stats => ("/v1/stats", READ),
+            Self::Change(Change::Load) => ("/v1/load_lora_adapter", WRITE),
+            Self::Change(Change::Unload) => ("/v1/unload_lora_adapter", WRITE),
         }
+    }
+
+    /// One of each.
+    #[cfg(test)]
+    pub(crate) fn all() -> Vec<Self> {
+        let kinds = [Kind::Chat, Kind::Completion, Kind::Message].map(Self::Generate);
+        let others = [Self::Page, Self::Health, Self::Ready, Self::Metrics, Self::OpenApi, Self::Models];
+        let rest = [Self::Model("m".into()), Self::CountTokens, Self::Adapters, Self::Stats];
+        let changes = [Change::Load, Change::Unload].map(Self::Change);
+        kinds.into_iter().chain(others).chain(rest).chain(changes).collect()
+    }
+
+    /// Needs no key: it tells nothing and does nothing.
+    fn is_public(&self) -> bool {
+        matches!(self, Self::Page | Self::Health | Self::Ready)
+    }
+
+    /// Its errors have Anthropic's form.
+    fn is_message(&self) -> bool {
+        matches!(self, Self::Generate(Kind::Message) | Self::CountTokens)
     }
 }
 
@@ -62,10 +112,11 @@ pub(crate) async fn handle(request: Request<Incoming>, state: Arc<State>) -> Res
     let id = request_id(request.headers()).unwrap_or_else(|| state.unique("req-"));
     let origin = allowed_origin(request.headers(), &state.config.allowed_origins);
     let (method, path) = (request.method().to_string(), request.uri().path().to_owned());
-    let record = Record::new(id.clone(), method, path, state.config.log.clone());
+    let record = Record::new(id.clone(), method, path, state.log.clone());
     let mut response = route(request, &state, record).await;
     let headers = response.headers_mut();
     if let Ok(value) = HeaderValue::from_str(&id) {
+        headers.insert(MESSAGE_REQUEST_ID, value.clone());
         headers.insert(REQUEST_ID, value);
     }
     if let Some(origin) = origin {
@@ -79,15 +130,36 @@ pub(crate) async fn handle(request: Request<Incoming>, state: Arc<State>) -> Res
 }
 
 async fn route(request: Request<Incoming>, state: &Arc<State>, mut record: Record) -> Response<Reader> {
-    let Some(route) = Route::of(request.uri().path()) else {
-        let message = format!("There is no {} {}.", request.method(), request.uri().path());
+    let found = Route::of(request.uri().path());
+    let config = &state.config;
+    record.message = found.as_ref().is_some_and(Route::is_message);
+    let allowed = found.as_ref().map(|route| {
+        let (path, allowed) = route.describe();
+        record.log.route = path;
+        allowed
+    });
+    if !host_allowed(request.headers(), state.addr, &config.api_keys, &config.allowed_hosts) {
+        let message =
+            "This server answers to names of this machine; start it with --allowed-hosts for others.";
+        return failed(
+            &ApiError { kind: "permission_error", ..ApiError::request(403, "host_not_allowed", message) },
+            &mut record,
+        );
+    }
+    let method = request.method().clone();
+    if let (Some(allowed), &Method::OPTIONS) = (allowed, &method) {
+        return preflight(request.headers(), allowed, &mut record);
+    }
+    let public = found.as_ref().is_some_and(Route::is_public);
+    if !public && !config.api_keys.allow(request.headers()) {
+        let mut response = failed(&ApiError::unauthorized(), &mut record);
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        return response;
+    }
+    let (Some(route), Some(allowed)) = (found, allowed) else {
+        let message = format!("There is no {method} {}.", request.uri().path());
         return failed(&ApiError::request(404, "not_found", message), &mut record);
     };
-    let allowed = route.allowed();
-    let method = request.method().clone();
-    if method == Method::OPTIONS {
-        return preflight(allowed, &mut record);
-    }
     if !allowed.split(", ").any(|name| name == method.as_str()) {
         let message = format!("{method} is not allowed here; use {allowed}.");
         let mut response = failed(&ApiError::request(405, "method_not_allowed", message), &mut record);
@@ -95,7 +167,11 @@ async fn route(request: Request<Incoming>, state: &Arc<State>, mut record: Recor
         return response;
     }
     let done = match route {
+        Route::Page => return page(&mut record),
+        Route::Metrics => return text(metrics::CONTENT_TYPE, state.metrics.text(&state.engine), &mut record),
+        Route::OpenApi => return text("application/json", openapi::DOCUMENT, &mut record),
         Route::Health => health(state),
+        Route::Ready => state.available().map(|()| json!({"status": "ready"})),
         Route::Models => Ok(state.registry.list()),
         Route::Model(id) => state.registry.card(&id),
         Route::Adapters => Ok(state.registry.adapters()),
@@ -109,6 +185,10 @@ async fn route(request: Request<Incoming>, state: &Arc<State>, mut record: Recor
             Err(error) => Err(error),
         },
         Route::Generate(kind) => return generation(request, state, kind, record).await,
+        Route::CountTokens => match read_object(request, state).await {
+            Ok(body) => count_tokens(state, body).await,
+            Err(error) => Err(error),
+        },
     };
     match done {
         Ok(value) => whole(StatusCode::OK, &value, &mut record),
@@ -116,10 +196,22 @@ async fn route(request: Request<Incoming>, state: &Arc<State>, mut record: Recor
     }
 }
 
-/// Alive while the engine's thread runs and nobody has asked the server to stop.
+/// Alive while the engine's thread runs; whether new work is taken is another question.
 fn health(state: &State) -> Result<Value, ApiError> {
-    state.available()?;
+    if !state.engine.is_alive() {
+        return Err(ApiError::unavailable("engine_dead", "The engine has ended; restart the server."));
+    }
     Ok(json!({"status": "ok"}))
+}
+
+fn page(record: &mut Record) -> Response<Reader> {
+    let mut response = text("text/html; charset=utf-8", page::PAGE, record);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(page::policy()));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    response
 }
 
 async fn generation(
@@ -204,33 +296,48 @@ async fn read_all(body: Incoming, limit: usize, timeout: Duration) -> Result<Byt
     }
 }
 
-fn preflight(allowed: &'static str, record: &mut Record) -> Response<Reader> {
+fn preflight(asked: &HeaderMap, allowed: &'static str, record: &mut Record) -> Response<Reader> {
     let mut response = Response::new(Reader::Whole(None));
     *response.status_mut() = StatusCode::NO_CONTENT;
     let headers = response.headers_mut();
     headers.insert(header::ALLOW, HeaderValue::from_static(allowed));
     headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static(allowed));
-    let names = "authorization, content-type, x-admin-key, x-request-id";
-    headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static(names));
+    // Clients of OpenAI and Anthropic have a dozen of their own; what a browser may not read it does not send either.
+    let names = HeaderValue::from_static("authorization, content-type, x-admin-key, x-api-key, x-request-id");
+    let names = asked.get(header::ACCESS_CONTROL_REQUEST_HEADERS).cloned().unwrap_or(names);
+    headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, names);
     headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
     record.log.status = 204;
     record.log.canceled = false;
     response
 }
 
-fn whole(status: StatusCode, value: &Value, record: &mut Record) -> Response<Reader> {
-    record.log.status = status.as_u16();
+fn text(kind: &'static str, body: impl Into<Bytes>, record: &mut Record) -> Response<Reader> {
+    record.log.status = 200;
     record.log.canceled = false;
-    let mut response = Response::new(Reader::Whole(Some(Bytes::from(value.to_string()))));
+    let mut response = Response::new(Reader::Whole(Some(body.into())));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    response
+}
+
+fn whole(status: StatusCode, value: &Value, record: &mut Record) -> Response<Reader> {
+    let mut response = text("application/json", value.to_string(), record);
+    record.log.status = status.as_u16();
     *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
 }
 
 fn failed(error: &ApiError, record: &mut Record) -> Response<Reader> {
-    record.log.error = Some(error.message.clone());
+    record.log.error = Some(error.label());
     let status = StatusCode::from_u16(error.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    let mut response = whole(status, &error.body(), record);
+    let body = if record.message {
+        let mut body = anthropic::error_body(error);
+        body["request_id"] = record.log.id.as_str().into();
+        body
+    } else {
+        error.body()
+    };
+    let mut response = whole(status, &body, record);
     let headers = response.headers_mut();
     if matches!(error.status, 429 | 503) {
         headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
@@ -242,7 +349,7 @@ fn failed(error: &ApiError, record: &mut Record) -> Response<Reader> {
     if error.status == 401 {
         headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
-    if matches!(error.status, 408 | 413) {
+    if matches!(error.status, 401 | 403 | 408 | 413) {
         // What is left of the body will not be read, so nothing can follow it.
         headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
@@ -295,6 +402,7 @@ mod tests {
         for prefix in ["", "/v1"] {
             assert!(matches!(Route::of(&format!("{prefix}/health")), Some(Route::Health)));
             assert!(matches!(Route::of(&format!("{prefix}/models")), Some(Route::Models)));
+            assert!(matches!(Route::of(&format!("{prefix}/messages")), Some(Route::Generate(Kind::Message))));
             assert!(matches!(
                 Route::of(&format!("{prefix}/completions")),
                 Some(Route::Generate(Kind::Completion))
@@ -305,7 +413,7 @@ mod tests {
             };
             assert_eq!(id, "org/name%zz/가");
         }
-        for path in ["/", "/v1", "/v2/models", "/v1models", "/chat"] {
+        for path in ["/v1/", "/v1", "/v2/models", "/v1models", "/chat"] {
             assert!(Route::of(path).is_none(), "{path}");
         }
     }

@@ -2,7 +2,7 @@
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
-use crate::{ApiError, Lease, Params};
+use crate::{ApiError, Guide, Lease, Params};
 
 /// One sequence to generate.
 #[derive(Debug)]
@@ -11,6 +11,8 @@ pub struct Job {
     pub prompt: Vec<u32>,
     /// How to generate.
     pub params: Params,
+    /// What the answer has to look like.
+    pub guide: Option<Guide>,
     /// The version of an adapter that answers, held from admission on; none is the base.
     pub adapter: Option<Lease>,
     /// Which choice of its request this is.
@@ -47,8 +49,10 @@ pub enum Event {
 /// Why an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
-    /// A stop token or a stop string.
+    /// A stop token, or the answer is as complete as its schema allows.
     Stop,
+    /// The stop string at this place of the request's list.
+    StopString(usize),
     /// As many tokens as were allowed, or as the context holds.
     Length,
 }
@@ -57,7 +61,7 @@ impl Finish {
     /// OpenAI's word.
     pub fn as_str(self) -> &'static str {
         match self {
-            Self::Stop => "stop",
+            Self::Stop | Self::StopString(_) => "stop",
             Self::Length => "length",
         }
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::Usage;
+use crate::{Finish, Usage};
 
 /// Something worth a line in a log.
 #[derive(Debug, Clone)]
@@ -26,12 +26,16 @@ pub struct RequestLog {
     pub method: String,
     /// Path as sent.
     pub path: String,
+    /// The route it took, which is one of a few.
+    pub route: &'static str,
     /// The model it named, where one was found.
     pub model: Option<String>,
     /// HTTP status; 499 where the client left before there was one.
     pub status: u16,
-    /// The error's `code` or message, where it was one.
+    /// The error's code and the field that is to blame, where it was one; nothing of what the client wrote.
     pub error: Option<String>,
+    /// How its answers ended, of those that did.
+    pub finishes: Vec<Finish>,
     /// The client left before the answer was complete.
     pub canceled: bool,
     /// Tokens, as far as they were counted when it ended.
@@ -48,6 +52,8 @@ pub type LogSink = Arc<dyn Fn(LogEvent) + Send + Sync>;
 /// The record of a request that is running; it is sent when dropped, so that nothing ends unseen.
 pub(crate) struct Record {
     pub(crate) log: RequestLog,
+    /// Its errors have Anthropic's form.
+    pub(crate) message: bool,
     start: Instant,
     sink: LogSink,
 }
@@ -58,15 +64,17 @@ impl Record {
             id,
             method,
             path,
+            route: "none",
             model: None,
             status: 499,
             error: None,
+            finishes: Vec::new(),
             canceled: true,
             usage: Usage::ZERO,
             first: None,
             total: Duration::ZERO,
         };
-        Self { log, start: Instant::now(), sink }
+        Self { log, message: false, start: Instant::now(), sink }
     }
 
     /// Text has come.

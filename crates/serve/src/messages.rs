@@ -79,6 +79,11 @@ fn tool_calls(calls: &Value, name: &str) -> Result<Value, ApiError> {
             })?;
             function.insert("arguments".into(), arguments);
         }
+        function.entry("arguments").or_insert_with(|| Value::Object(Map::new()));
+        if !function["arguments"].is_object() || !function.get("name").is_some_and(Value::is_string) {
+            let why = format!("`{name}`: a call needs a `name`, and `arguments` that are a JSON object");
+            return Err(ApiError::invalid(name, why));
+        }
     }
     Ok(Value::Array(out))
 }

@@ -1,14 +1,19 @@
-//! The bodies of answers: whole ones and the chunks of streamed ones.
+//! The bodies of answers in OpenAI's form: whole ones and the chunks of streamed ones.
 
 use serde_json::{Map, Value, json};
 
+use crate::anthropic;
+use crate::calls::Call;
+use crate::serve::mixed;
+use crate::split::{Part, Shape, Splitter};
 use crate::{Finish, TokenLogprob, Usage};
 
-/// Chat or plain completion.
+/// Chat, plain completion, or Anthropic's form of a chat.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Chat,
     Completion,
+    Message,
 }
 
 /// What every body of one answer has in common.
@@ -23,14 +28,69 @@ pub(crate) struct Reply {
     pub(crate) fingerprint: String,
     /// The version of the adapter that answers; none for the base.
     pub(crate) generation: Option<String>,
+    /// What the answers are taken apart by.
+    pub(crate) shape: Shape,
+    /// Answers per prompt.
+    pub(crate) choices: usize,
+    /// Tokens of all prompts.
+    pub(crate) prompt_tokens: usize,
+    /// The client's stop strings.
+    pub(crate) stops: Vec<String>,
+    /// What the ids of calls are made of.
+    pub(crate) seed: u64,
 }
 
-/// One finished choice.
+/// One choice as far as it has come.
 #[derive(Debug, Clone)]
 pub(crate) struct Choice {
+    splitter: Splitter,
+    pub(crate) thought: String,
     pub(crate) text: String,
+    pub(crate) calls: Vec<Call>,
     pub(crate) logprobs: Option<Vec<TokenLogprob>>,
     pub(crate) finish: Finish,
+}
+
+impl Choice {
+    pub(crate) fn new(shape: &Shape, logprobs: bool) -> Self {
+        Self {
+            splitter: Splitter::new(shape.clone()),
+            thought: String::new(),
+            text: String::new(),
+            calls: Vec::new(),
+            logprobs: logprobs.then(Vec::new),
+            finish: Finish::Length,
+        }
+    }
+
+    pub(crate) fn push(&mut self, text: &str, logprobs: Vec<TokenLogprob>) {
+        let parts = self.splitter.push(text);
+        self.take(parts);
+        if let Some(all) = &mut self.logprobs {
+            all.extend(logprobs);
+        }
+    }
+
+    pub(crate) fn end(&mut self, finish: Finish) {
+        let parts = self.splitter.finish();
+        self.take(parts);
+        self.finish = finish;
+    }
+
+    fn take(&mut self, parts: Vec<Part>) {
+        for part in parts {
+            match part {
+                Part::Thought(text) => self.thought.push_str(&text),
+                Part::Text(text) => self.text.push_str(&text),
+                Part::Call(call) => self.calls.push(call),
+                Part::Arguments(text) => {
+                    if let Some(call) = self.calls.last_mut() {
+                        call.arguments.push_str(&text);
+                    }
+                }
+            }
+        }
+    }
 }
 
 impl Reply {
@@ -50,12 +110,15 @@ impl Reply {
 
     /// The whole answer.
     pub(crate) fn whole(&self, choices: &[Choice], sum: Usage) -> Value {
+        if self.kind == Kind::Message {
+            return choices.first().map_or(Value::Null, |choice| anthropic::whole(self, choice, sum));
+        }
         let choices = choices.iter().enumerate().map(|(index, choice)| match self.kind {
-            Kind::Chat => json!({
+            Kind::Chat | Kind::Message => json!({
                 "index": index,
-                "message": {"role": "assistant", "content": choice.text},
+                "message": self.message(index, choice),
                 "logprobs": choice.logprobs.as_deref().map(chat_logprobs),
-                "finish_reason": choice.finish.as_str(),
+                "finish_reason": finish_word(choice.finish, !choice.calls.is_empty()),
             }),
             Kind::Completion => json!({
                 "index": index,
@@ -65,12 +128,43 @@ impl Reply {
             }),
         });
         let object = match self.kind {
-            Kind::Chat => "chat.completion",
+            Kind::Chat | Kind::Message => "chat.completion",
             Kind::Completion => "text_completion",
         };
         let mut map = self.frame(object, choices.collect());
         map.insert("usage".into(), usage(sum));
         Value::Object(map)
+    }
+
+    fn message(&self, index: usize, choice: &Choice) -> Value {
+        let mut message = json!({"role": "assistant", "content": choice.text});
+        if !choice.thought.is_empty() {
+            message["reasoning_content"] = choice.thought.as_str().into();
+        }
+        if !choice.calls.is_empty() {
+            if choice.text.is_empty() {
+                message["content"] = Value::Null;
+            }
+            let calls = choice.calls.iter().enumerate().map(|(call, Call { name, arguments })| {
+                json!({
+                    "id": self.call_id(index, call), "type": "function",
+                    "function": {"name": name, "arguments": arguments},
+                })
+            });
+            message["tool_calls"] = calls.collect();
+        }
+        message
+    }
+
+    /// The id of a choice's call. Mistral's templates take nine letters and digits and nothing else.
+    pub(crate) fn call_id(&self, choice: usize, call: usize) -> String {
+        let place = ((choice as u64) << 32) + call as u64 + 1;
+        let bits = mixed(self.seed.wrapping_add(place.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+        match (self.shape.calls, self.kind) {
+            (Some(style), _) if style.short_ids() => format!("{:09x}", bits >> 28),
+            (_, Kind::Message) => format!("toolu_{bits:016x}"),
+            _ => format!("call_{bits:016x}"),
+        }
     }
 
     /// A chunk with one choice. `usage` is there (as null) where a last chunk will bring it.
@@ -91,7 +185,7 @@ impl Reply {
 
     fn chunk_object(&self) -> &'static str {
         match self.kind {
-            Kind::Chat => "chat.completion.chunk",
+            Kind::Chat | Kind::Message => "chat.completion.chunk",
             Kind::Completion => "text_completion",
         }
     }
@@ -101,36 +195,66 @@ impl Reply {
         json!({"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null})
     }
 
-    /// The choice of a chunk with text. `offset` counts the characters of this choice so far.
-    pub(crate) fn piece(
-        &self,
-        index: usize,
-        text: &str,
-        logprobs: &[TokenLogprob],
-        offset: &mut usize,
-    ) -> Value {
-        let some = !logprobs.is_empty();
-        match self.kind {
-            Kind::Chat => json!({
-                "index": index, "delta": {"content": text},
-                "logprobs": some.then(|| chat_logprobs(logprobs)), "finish_reason": null,
-            }),
-            Kind::Completion => json!({
-                "index": index, "text": text,
-                "logprobs": some.then(|| completion_logprobs(logprobs, offset)), "finish_reason": null,
-            }),
+    /// What a chat's chunks say of a part: one delta, or for a whole call two, the name first. `call` counts the calls before it.
+    pub(crate) fn deltas(&self, index: usize, part: &Part, call: usize) -> Vec<Value> {
+        match part {
+            Part::Text(text) => vec![json!({"content": text})],
+            Part::Thought(text) => vec![json!({"reasoning_content": text})],
+            Part::Call(Call { name, arguments }) => {
+                let function = json!({"name": name, "arguments": ""});
+                let id = self.call_id(index, call);
+                let first = json!({"index": call, "id": id, "type": "function", "function": function});
+                let mut all = vec![json!({"tool_calls": [first]})];
+                if !arguments.is_empty() {
+                    all.extend(self.deltas(index, &Part::Arguments(arguments.clone()), call + 1));
+                }
+                all
+            }
+            Part::Arguments(text) => {
+                let more = json!({"index": call.saturating_sub(1), "function": {"arguments": text}});
+                vec![json!({"tool_calls": [more]})]
+            }
         }
     }
 
+    /// The choice of a chunk of a chat.
+    pub(crate) fn delta(index: usize, delta: &Value, logprobs: &[TokenLogprob]) -> Value {
+        let logprobs = (!logprobs.is_empty()).then(|| chat_logprobs(logprobs));
+        json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": null})
+    }
+
+    /// The choice of a completion's chunk. `offset` counts the characters of this choice so far.
+    pub(crate) fn text(index: usize, text: &str, logprobs: &[TokenLogprob], offset: &mut usize) -> Value {
+        let logprobs = (!logprobs.is_empty()).then(|| completion_logprobs(logprobs, offset));
+        json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": null})
+    }
+
     /// The choice of the chunk that ends it.
-    pub(crate) fn closing(&self, index: usize, finish: Finish) -> Value {
-        let finish = finish.as_str();
+    pub(crate) fn closing(&self, index: usize, finish: Finish, called: bool) -> Value {
         match self.kind {
-            Kind::Chat => json!({"index": index, "delta": {}, "logprobs": null, "finish_reason": finish}),
+            Kind::Chat | Kind::Message => {
+                let finish = finish_word(finish, called);
+                json!({"index": index, "delta": {}, "logprobs": null, "finish_reason": finish})
+            }
             Kind::Completion => {
-                json!({"index": index, "text": "", "logprobs": null, "finish_reason": finish})
+                json!({"index": index, "text": "", "logprobs": null, "finish_reason": finish.as_str()})
             }
         }
+    }
+
+    /// What the sequence `index` adds to the usage: a prompt counts once, however many answers it gets.
+    pub(crate) fn counted(&self, index: usize, usage: Usage) -> Usage {
+        match index % self.choices.max(1) {
+            0 => usage,
+            _ => Usage { prompt: 0, cached: 0, ..usage },
+        }
+    }
+}
+
+fn finish_word(finish: Finish, called: bool) -> &'static str {
+    match finish {
+        Finish::Stop | Finish::StopString(_) if called => "tool_calls",
+        other => other.as_str(),
     }
 }
 
@@ -148,6 +272,8 @@ fn chat_logprobs(tokens: &[TokenLogprob]) -> Value {
         let top = t
             .top
             .iter()
+            // What is impossible has no logarithm that JSON could hold.
+            .filter(|(_, logprob)| logprob.is_finite())
             .map(|(token, logprob)| json!({"token": token.text, "logprob": logprob, "bytes": token.bytes}));
         json!({
             "token": t.token.text, "logprob": t.logprob, "bytes": t.token.bytes,
@@ -165,7 +291,8 @@ fn completion_logprobs(tokens: &[TokenLogprob], offset: &mut usize) -> Value {
         *offset += token.token.text.chars().count();
     }
     let top = tokens.iter().map(|t| {
-        let entries = t.top.iter().map(|(token, logprob)| (token.text.clone(), json!(logprob)));
+        let possible = t.top.iter().filter(|(_, logprob)| logprob.is_finite());
+        let entries = possible.map(|(token, logprob)| (token.text.clone(), json!(logprob)));
         Value::Object(entries.collect())
     });
     json!({

@@ -444,7 +444,15 @@ mod tests {
             let sampling = Sampling { seed: Some(1), temperature, ..Sampling::greedy() };
             let params = Params { max_tokens: 20, sampling, stop: Vec::new() };
             let (permit, events) = (places.clone().try_acquire_owned().unwrap(), sender.clone());
-            scheduler.waiting.push_back(Job { prompt, params, adapter: None, index, events, permit });
+            scheduler.waiting.push_back(Job {
+                prompt,
+                params,
+                guide: None,
+                adapter: None,
+                index,
+                events,
+                permit,
+            });
         }
         for turn in 0..60 {
             if failing == Some(turn) {

@@ -113,7 +113,7 @@ impl Sequence {
 
     /// The largest logit is all that it asks for, so that its next token is known without the host.
     pub(crate) fn plain(&self) -> bool {
-        self.job.params.sampling.is_plain_greedy()
+        self.job.params.sampling.is_plain_greedy() && self.job.guide.is_none()
     }
 
     /// After the token that is being computed it takes one more, unless that ends it.
@@ -163,12 +163,32 @@ impl Sequence {
 
     /// Chooses the next token from its logits (V,).
     pub(crate) fn choose(&mut self, logits: &[f32], info: &Info) -> Result<(), String> {
+        let allowed;
+        let logits = match self.job.guide.as_mut().map(|guide| guide.allowed(logits)) {
+            None => logits,
+            Some(Ok(masked)) => {
+                allowed = masked;
+                &allowed[..]
+            }
+            Some(Err(error)) => {
+                self.fail(error);
+                return Ok(());
+            }
+        };
         let (id, logprob) = if self.job.params.sampling.is_plain_greedy() {
             (Sampler::best(logits).map_err(|e| e.to_string())?, 0.0)
         } else {
             self.sampler.sample(logits, &self.history).map_err(|e| e.to_string())?
         };
         self.history.push(id);
+        let complete = match self.job.guide.as_mut().map(|guide| guide.take(id)) {
+            None => false,
+            Some(Ok(complete)) => complete,
+            Some(Err(error)) => {
+                self.fail(error);
+                return Ok(());
+            }
+        };
         if info.tokenizer.eos_ids().contains(&id) {
             return self.finish(String::new(), Finish::Stop);
         }
@@ -180,9 +200,12 @@ impl Sequence {
             self.logprobs.push_back((self.said, TokenLogprob { token: text(id), logprob, top }));
         }
         let matched = self.stop.push(&piece);
-        if matched.stopped {
-            self.stopped(matched.text);
+        if let Some(index) = matched.stop {
+            self.stopped(matched.text, index);
             return Ok(());
+        }
+        if complete {
+            return self.finish(matched.text, Finish::Stop);
         }
         if self.history.len() - self.prompt >= self.job.params.max_tokens {
             return self.finish(matched.text, Finish::Length);
@@ -198,8 +221,8 @@ impl Sequence {
         let rest = self.text.finish().map_err(|e| e.to_string())?;
         self.said += rest.len();
         let matched = self.stop.push(&rest);
-        if matched.stopped {
-            self.stopped(text + &matched.text);
+        if let Some(index) = matched.stop {
+            self.stopped(text + &matched.text, index);
             return Ok(());
         }
         let text = text + &matched.text + &self.stop.finish();
@@ -208,15 +231,15 @@ impl Sequence {
         Ok(())
     }
 
-    /// A stop string was met; `text` is what comes before it.
-    fn stopped(&mut self, text: String) {
+    /// The stop string `index` was met; `text` is what comes before it.
+    fn stopped(&mut self, text: String, index: usize) {
         // A token that begins within the stop string is no part of the answer.
         let end = self.shown + text.len();
         let starts = std::iter::once(self.shown).chain(self.logprobs.iter().map(|(end, _)| *end));
         let kept = starts.zip(&self.logprobs).take_while(|(start, _)| *start < end).count();
         self.logprobs.truncate(kept);
         self.emit(text, true);
-        self.done(Finish::Stop);
+        self.done(Finish::StopString(index));
     }
 
     /// Says `text` with the log-probabilities of the tokens that it completes, or of all if nothing follows.

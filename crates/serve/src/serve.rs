@@ -16,9 +16,14 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
+use crate::guide::Guides;
 use crate::http::handle;
+use crate::metrics::Metrics;
 use crate::registry::Registry;
-use crate::{AdapterPolicy, ApiError, Defaults, Engine, EngineStats, Error, Lease, LogSink, Result};
+use crate::stall::Stall;
+use crate::{
+    AdapterPolicy, ApiError, ApiKeys, Defaults, Engine, EngineStats, Error, Lease, LogEvent, LogSink, Result,
+};
 
 /// Pause after the system refuses a connection (too many open files), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -38,12 +43,19 @@ pub struct ServeConfig {
     pub adapters: AdapterPolicy,
     /// Origins whose pages may call (`*`: all). Empty: none.
     pub allowed_origins: Vec<String>,
+    /// Keys of which a request has to show one; without any, everybody may ask.
+    pub api_keys: ApiKeys,
+    /// Names that a request may call this server by, beside the machine's own, while it listens on the loopback only and
+    /// asks for no key (`*`: any).
+    pub allowed_hosts: Vec<String>,
     /// Largest body, in bytes ([`MAX_BODY_BYTES`] unless there is a reason).
     pub max_body_bytes: usize,
     /// For a request's headers to arrive; also how long an idle connection stays open.
     pub header_timeout: Duration,
     /// For a request's body to arrive.
     pub body_timeout: Duration,
+    /// For the client to take what is written to it.
+    pub write_timeout: Duration,
     /// Silence on a stream after which a comment is sent.
     pub ping_interval: Duration,
     /// For running requests to finish once shutdown was asked for.
@@ -66,6 +78,12 @@ pub(crate) struct State {
     pub(crate) config: ServeConfig,
     pub(crate) engine: Engine,
     pub(crate) registry: Registry,
+    pub(crate) guides: Guides,
+    pub(crate) metrics: Arc<Metrics>,
+    /// Counts what it is told, then tells the caller.
+    pub(crate) log: LogSink,
+    /// The address listened on.
+    pub(crate) addr: SocketAddr,
     draining: AtomicBool,
     drawn: AtomicU64,
 }
@@ -122,7 +140,8 @@ fn seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
-fn mixed(mut z: u64) -> u64 {
+/// One number to another, so that neighbours have nothing in common (splitmix64).
+pub(crate) fn mixed(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
@@ -146,10 +165,22 @@ pub async fn serve(
     let (listener, addr) = listen(config.addr).await?;
     let drain_timeout = config.drain_timeout;
     let places = Arc::new(Semaphore::new(config.max_connections));
+    let metrics = Arc::new(Metrics::new().map_err(|e| Error::Metrics(e.to_string()))?);
+    let (counting, told) = (metrics.clone(), config.log.clone());
+    let log: LogSink = Arc::new(move |event| {
+        if let LogEvent::Request(request) = &event {
+            counting.count(request);
+        }
+        told(event);
+    });
     let state = Arc::new(State {
         config,
         engine,
         registry,
+        guides: Guides::default(),
+        metrics,
+        log,
+        addr,
         draining: AtomicBool::new(false),
         drawn: AtomicU64::new(0),
     });
@@ -213,6 +244,7 @@ fn check(config: &ServeConfig) -> Result<()> {
     positive("max_connections", config.max_connections > 0)?;
     positive("max_tokens", config.defaults.max_tokens > 0)?;
     positive("header_timeout", !config.header_timeout.is_zero())?;
+    positive("write_timeout", !config.write_timeout.is_zero())?;
     positive("ping_interval", !config.ping_interval.is_zero())
 }
 
@@ -243,6 +275,7 @@ async fn connection(stream: TcpStream, state: Arc<State>, mut draining: watch::R
     // A token is smaller than a packet; without this the system would wait for more.
     let _unsupported = stream.set_nodelay(true);
     let header_timeout = state.config.header_timeout;
+    let stream = Stall::new(stream, state.config.write_timeout);
     let service = service_fn(move |request| {
         let state = state.clone();
         async move { Ok::<_, Infallible>(handle(request, state).await) }

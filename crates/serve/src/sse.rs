@@ -7,13 +7,15 @@ use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::time::Interval;
 
+use crate::anthropic::{self, Blocks};
 use crate::log::Record;
 use crate::reply::{Kind, Reply};
-use crate::{ApiError, Event, Usage};
+use crate::split::{Part, Splitter};
+use crate::{ApiError, Event, Finish, TokenLogprob, Usage};
 
 /// The event after which nothing comes.
 const DONE: &[u8] = b"data: [DONE]\n\n";
@@ -29,44 +31,65 @@ pub(crate) fn event(value: &Value) -> Bytes {
 pub(crate) struct Writer {
     reply: Reply,
     include_usage: bool,
-    /// Characters written, by choice.
-    offsets: Vec<usize>,
+    choices: Vec<Progress>,
     open: usize,
     usage: Usage,
 }
 
+/// How far a choice has come.
+struct Progress {
+    splitter: Splitter,
+    /// Characters written.
+    offset: usize,
+    calls: usize,
+    blocks: Blocks,
+}
+
 impl Writer {
     pub(crate) fn new(reply: Reply, choices: usize, include_usage: bool) -> Self {
-        Self { reply, include_usage, offsets: vec![0; choices], open: choices, usage: Usage::ZERO }
+        let start = || Progress {
+            splitter: Splitter::new(reply.shape.clone()),
+            offset: 0,
+            calls: 0,
+            blocks: Blocks::default(),
+        };
+        let progress = (0..choices).map(|_| start()).collect();
+        Self { reply, include_usage, choices: progress, open: choices, usage: Usage::ZERO }
     }
 
     /// What comes before any text.
     pub(crate) fn opening(&self, out: &mut VecDeque<Bytes>) {
-        if self.reply.kind == Kind::Chat {
-            out.extend((0..self.offsets.len()).map(|i| self.chunk(&Reply::opening(i))));
+        match self.reply.kind {
+            Kind::Chat => out.extend((0..self.choices.len()).map(|i| self.chunk(&Reply::opening(i)))),
+            Kind::Message => out.push_back(anthropic::opening(&self.reply)),
+            Kind::Completion => {}
+        }
+    }
+
+    /// What is sent while nothing has come for a while, so that proxies do not close the connection.
+    pub(crate) fn ping(&self) -> Bytes {
+        match self.reply.kind {
+            Kind::Message => Bytes::from_static(anthropic::PING),
+            Kind::Chat | Kind::Completion => Bytes::from_static(PING),
         }
     }
 
     /// Writes what follows from an event; true when the stream is complete.
     pub(crate) fn push(&mut self, index: usize, happened: &Event, out: &mut VecDeque<Bytes>) -> bool {
+        let Some(choice) = self.choices.get_mut(index) else { return false };
         match happened {
             Event::Accepted => {}
             Event::Piece { text, logprobs } => {
-                let Some(offset) = self.offsets.get_mut(index) else { return false };
-                let choice = self.reply.piece(index, text, logprobs, offset);
-                out.push_back(self.chunk(&choice));
+                let parts = choice.splitter.push(text);
+                self.parts(index, &parts, logprobs, out);
             }
             Event::Done { finish, usage } => {
-                out.push_back(self.chunk(&self.reply.closing(index, *finish)));
-                self.usage.add(*usage);
+                let parts = choice.splitter.finish();
+                self.parts(index, &parts, &[], out);
+                self.usage.add(self.reply.counted(index, *usage));
+                self.close(index, *finish, out);
                 self.open -= 1;
-                if self.open == 0 {
-                    if self.include_usage {
-                        out.push_back(event(&self.reply.usage_chunk(self.usage)));
-                    }
-                    out.push_back(Bytes::from_static(DONE));
-                    return true;
-                }
+                return self.open == 0;
             }
             Event::Failed(error) => {
                 self.fail(error, out);
@@ -76,8 +99,66 @@ impl Writer {
         false
     }
 
-    /// An error after the status line has gone: in-band, as OpenAI's clients read it.
+    fn parts(&mut self, index: usize, parts: &[Part], logprobs: &[TokenLogprob], out: &mut VecDeque<Bytes>) {
+        let Some(choice) = self.choices.get_mut(index) else { return };
+        let mut logprobs = logprobs;
+        let mut values = Vec::new();
+        for part in parts {
+            match self.reply.kind {
+                Kind::Message => {
+                    let id = self.reply.call_id(index, choice.calls);
+                    choice.blocks.part(part, &id, out);
+                }
+                Kind::Chat => {
+                    values.extend(self.reply.deltas(index, part, choice.calls).into_iter().map(|delta| {
+                        // The tokens behind it go with the first chunk.
+                        Reply::delta(index, &delta, std::mem::take(&mut logprobs))
+                    }))
+                }
+                Kind::Completion => {
+                    if let Part::Text(text) = part {
+                        let logprobs = std::mem::take(&mut logprobs);
+                        values.push(Reply::text(index, text, logprobs, &mut choice.offset));
+                    }
+                }
+            }
+            choice.calls += usize::from(matches!(part, Part::Call(_)));
+        }
+        if !logprobs.is_empty() {
+            values.extend(match self.reply.kind {
+                Kind::Chat => Some(Reply::delta(index, &json!({}), logprobs)),
+                Kind::Completion => Some(Reply::text(index, "", logprobs, &mut choice.offset)),
+                Kind::Message => None,
+            });
+        }
+        out.extend(values.iter().map(|value| self.chunk(value)));
+    }
+
+    /// The end of a choice, and after the last one that of the stream.
+    fn close(&mut self, index: usize, finish: Finish, out: &mut VecDeque<Bytes>) {
+        let called = self.choices.get(index).is_some_and(|choice| choice.calls > 0);
+        if self.reply.kind == Kind::Message {
+            if let Some(choice) = self.choices.get_mut(index) {
+                choice.blocks.close(out);
+            }
+            anthropic::closing(&self.reply, finish, called, self.usage, out);
+            return;
+        }
+        out.push_back(self.chunk(&self.reply.closing(index, finish, called)));
+        if self.open == 1 {
+            if self.include_usage {
+                out.push_back(event(&self.reply.usage_chunk(self.usage)));
+            }
+            out.push_back(Bytes::from_static(DONE));
+        }
+    }
+
+    /// An error after the status line has gone: in-band, as the clients read it.
     pub(crate) fn fail(&self, error: &ApiError, out: &mut VecDeque<Bytes>) {
+        if self.reply.kind == Kind::Message {
+            out.push_back(anthropic::failure(error));
+            return;
+        }
         out.push_back(event(&error.body()));
         out.push_back(Bytes::from_static(DONE));
     }
@@ -119,8 +200,9 @@ impl Stream {
         self.complete = self.writer.push(index, happened, &mut self.ready);
         match happened {
             Event::Piece { .. } => self.record.first(),
-            Event::Failed(error) => self.record.log.error = Some(error.message.clone()),
-            _ => {}
+            Event::Done { finish, .. } => self.record.log.finishes.push(*finish),
+            Event::Failed(error) => self.record.log.error = Some(error.label()),
+            Event::Accepted => {}
         }
         if self.complete {
             self.record.complete(self.writer.usage);
@@ -144,7 +226,7 @@ impl Stream {
                 }
                 Poll::Pending => {
                     return match self.ping.poll_tick(cx) {
-                        Poll::Ready(_) => Poll::Ready(Some(Bytes::from_static(PING))),
+                        Poll::Ready(_) => Poll::Ready(Some(self.writer.ping())),
                         Poll::Pending => Poll::Pending,
                     };
                 }
@@ -188,11 +270,23 @@ impl Body for Reader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Finish;
+    use crate::split::Shape;
 
     fn written(kind: Kind, include_usage: bool, events: &[Event]) -> String {
         let (id, model) = ("chatcmpl-1".into(), "m".into());
-        let reply = Reply { kind, id, created: 7, model, fingerprint: "graft".into(), generation: None };
+        let reply = Reply {
+            kind,
+            id,
+            created: 7,
+            model,
+            fingerprint: "graft".into(),
+            generation: None,
+            shape: Shape::default(),
+            choices: 1,
+            prompt_tokens: 3,
+            stops: Vec::new(),
+            seed: 1,
+        };
         let mut writer = Writer::new(reply, 1, include_usage);
         let mut out = VecDeque::new();
         writer.opening(&mut out);

@@ -15,27 +15,30 @@ pub struct StopMatcher {
 pub struct Matched {
     /// Text that is certain to belong to the answer.
     pub text: String,
-    /// A stop string was met; it and what followed are not part of the text.
-    pub stopped: bool,
+    /// The stop string that was met, by its place in the list; it and what followed are not part of the text.
+    pub stop: Option<usize>,
 }
 
 impl StopMatcher {
     /// A matcher for `stops`; an empty string never matches.
     pub fn new(stops: &[String]) -> Self {
-        Self { stops: stops.iter().filter(|s| !s.is_empty()).cloned().collect(), held: String::new() }
+        Self { stops: stops.to_vec(), held: String::new() }
     }
 
     /// Takes the next piece. The stop string that is complete first wins, so that the pieces' borders do not matter.
     pub fn push(&mut self, piece: &str) -> Matched {
         self.held.push_str(piece);
-        let found = |stop: &String| self.held.find(stop.as_str()).map(|at| (at + stop.len(), at));
-        if let Some((_, at)) = self.stops.iter().filter_map(found).min() {
+        let found = |(index, stop): (usize, &String)| {
+            let at = if stop.is_empty() { None } else { self.held.find(stop.as_str()) };
+            at.map(|at| (at + stop.len(), at, index))
+        };
+        if let Some((_, at, index)) = self.stops.iter().enumerate().filter_map(found).min() {
             self.held.truncate(at);
-            return Matched { text: std::mem::take(&mut self.held), stopped: true };
+            return Matched { text: std::mem::take(&mut self.held), stop: Some(index) };
         }
         let keep = self.stops.iter().map(|stop| open_prefix(&self.held, stop)).max().unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - keep);
-        Matched { text: std::mem::replace(&mut self.held, rest), stopped: false }
+        Matched { text: std::mem::replace(&mut self.held, rest), stop: None }
     }
 
     /// The answer has ended: what was held back belongs to it.
@@ -45,7 +48,7 @@ impl StopMatcher {
 }
 
 /// Length of the longest end of `text` with which `stop` begins, shorter than `stop`.
-fn open_prefix(text: &str, stop: &str) -> usize {
+pub(crate) fn open_prefix(text: &str, stop: &str) -> usize {
     let longest = text.len().min(stop.len().saturating_sub(1));
     let (text, stop) = (text.as_bytes(), stop.as_bytes());
     // Both are UTF-8 and a prefix of `stop` begins with a leading byte, so an equal end of `text` that ends with it
@@ -64,7 +67,7 @@ mod tests {
         for piece in pieces {
             let matched = matcher.push(piece);
             out.push_str(&matched.text);
-            if matched.stopped {
+            if matched.stop.is_some() {
                 return (out, true);
             }
         }

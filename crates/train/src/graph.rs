@@ -1,17 +1,18 @@
 //! The loss of a batch as a function of the trained tensors, with as little kept for the gradient as possible.
 //!
 //! What is frozen below the first trained block runs outside the transform and leaves nothing behind; DoRA's norm is an
-//! input without a gradient; with checkpointing each block keeps its input only.
+//! input without a gradient; with checkpointing each block keeps its input only; a head that is trained keeps no logits.
 
 use std::collections::HashMap;
 use std::rc::Rc;
 
 use graft_adapters::{Dropout, Kind, Route};
-use graft_model::Model;
+use graft_model::{HEAD_CHUNK, Model};
 use graft_ops::{Array, Dtype, Exception, Rows, ffi};
 
 use crate::Result;
 use crate::batch::Batch;
+use crate::loss::target_rows;
 use crate::params::{Frame, OwnedRoute, Params, table};
 use crate::rng::mix;
 
@@ -70,6 +71,35 @@ impl BlockFn {
         };
         self.model.block(self.index, h, &self.rows, &route.route()).map_err(exception)
     }
+}
+
+/// The head's function where it is trained: its inputs are hidden states (M, E) and the trained tensors.
+struct HeadFn {
+    model: Rc<Model>,
+    frames: Vec<Frame>,
+    /// (M,)
+    targets: Array,
+}
+
+impl HeadFn {
+    fn call(&self, inputs: &[Array]) -> graft_ops::Result<Array> {
+        let (h, tensors) =
+            inputs.split_first().ok_or_else(|| Exception::custom("the head needs its input"))?;
+        let table = table(&self.frames, tensors)?;
+        self.model.losses(h, &self.targets, &Route::Table(&table)).map_err(exception)
+    }
+}
+
+/// A scalar that is `loss`, with `gradients` as its derivatives by `inputs`.
+fn with_gradients(loss: &Array, inputs: &[Array], gradients: &[Array]) -> graft_ops::Result<Array> {
+    let mut sum = mlx_rs::stop_gradient(loss)?;
+    for (input, gradient) in inputs.iter().zip(gradients) {
+        // The difference is zero, and so is what it adds; only its derivative is not.
+        let zero = input.subtract(mlx_rs::stop_gradient(input)?)?.as_dtype(Dtype::Float32)?;
+        let gradient = mlx_rs::stop_gradient(gradient)?.as_dtype(Dtype::Float32)?;
+        sum = sum.add(zero.multiply(gradient)?.sum(false)?)?;
+    }
+    Ok(sum)
 }
 
 /// An error on its way through a function that MLX calls.
@@ -136,12 +166,12 @@ impl Graph {
         iter: u64,
         prefix: Option<&Array>,
     ) -> graft_ops::Result<Array> {
-        let dropout = |site: usize| -> graft_ops::Result<Option<Dropout>> {
-            let key = mlx_rs::random::key(mix(&[self.seed, DROPOUT, iter, site as u64]))?;
+        let dropout = |site: u64| -> graft_ops::Result<Option<Dropout>> {
+            let key = mlx_rs::random::key(mix(&[self.seed, DROPOUT, iter, site]))?;
             Ok((self.dropout > 0.0).then_some(Dropout { rate: self.dropout, key }))
         };
         let frames = |sites: &[usize]| -> graft_ops::Result<Vec<Frame>> {
-            sites.iter().map(|i| Ok(params.frame(*i, norms, dropout(*i)?))).collect()
+            sites.iter().map(|i| Ok(params.frame(*i, norms, dropout(*i as u64)?))).collect()
         };
         let tensors = |sites: &[usize]| -> Vec<Array> {
             let specs = sites.iter().map(|i| &params.sites[*i]);
@@ -172,7 +202,40 @@ impl Graph {
                 block.call(&inputs)?
             };
         }
-        let losses = crate::loss::target_losses(&self.model, &h, batch, &outer).map_err(exception)?;
-        losses.as_dtype(Dtype::Float32)?.sum(false)
+        if !outer.changes(self.model.head_path()) {
+            let losses = crate::loss::target_losses(&self.model, &h, batch, &outer).map_err(exception)?;
+            return losses.as_dtype(Dtype::Float32)?.sum(false);
+        }
+        // A head that is trained takes its logits chunk by chunk, and their gradient with them.
+        let h = self.model.final_norm(&target_rows(&h, batch)?, &outer).map_err(exception)?;
+        let count = h.dim(0);
+        let mut total = Array::from_f32(0.0);
+        let mut before: Vec<Array> = Vec::new();
+        for (chunk, from) in (0..count).step_by(HEAD_CHUNK as usize).enumerate() {
+            let rows = (from..count.min(from + HEAD_CHUNK)).collect::<Vec<i32>>();
+            let rows = Array::from_slice(&rows, &[rows.len() as i32]);
+            let mut inputs = vec![h.take_axis(&rows, 0)?];
+            inputs.extend(tensors(&self.outer));
+            // Each chunk has masks of its own.
+            let salt = chunk as u64 * params.sites.len() as u64;
+            let own = self.outer.iter().map(|&i| Ok(params.frame(i, norms, dropout(i as u64 + salt)?)));
+            let head = HeadFn {
+                model: Rc::clone(&self.model),
+                frames: own.collect::<graft_ops::Result<Vec<Frame>>>()?,
+                targets: batch.targets.take_axis(&rows, 0)?,
+            };
+            // Each chunk waits for the one before it, or MLX would start them all and hold all their logits.
+            let fixed =
+                inputs.iter().map(mlx_rs::stop_gradient).collect::<graft_ops::Result<Vec<Array>>>()?;
+            let fixed = if before.is_empty() { fixed } else { ffi::depends(&fixed, &before)? };
+            let loss = |inputs: &[Array]| Ok(vec![head.call(inputs)?.as_dtype(Dtype::Float32)?.sum(false)?]);
+            let all: Vec<i32> = (0..fixed.len() as i32).collect();
+            let (mut losses, gradients) = ffi::value_and_grad(loss, &fixed, &all)?;
+            let loss = losses.swap_remove(0);
+            total = total.add(with_gradients(&loss, &inputs, &gradients)?)?;
+            before = gradients;
+            before.push(loss);
+        }
+        Ok(total)
     }
 }

@@ -38,7 +38,7 @@ pub(crate) fn target_losses(
 }
 
 /// The rows (M, E) of h (N, E) whose next token is a target.
-fn target_rows(h: &Array, batch: &Batch) -> graft_ops::Result<Array> {
+pub(crate) fn target_rows(h: &Array, batch: &Batch) -> graft_ops::Result<Array> {
     match &batch.positions {
         Some(positions) => h.take_axis(positions, 0),
         None => Ok(h.clone()),

@@ -1,6 +1,10 @@
-//! Flags of the commands that turn files into files or look at them: fuse, convert, inspect, doctor.
+//! Flags of the commands that turn files into files or look at them: fuse, convert, export, inspect, doctor.
 
-use clap::Args;
+use super::MetricArgs;
+use clap::{Args, Subcommand};
+
+/// What `--gguf-type` and `--type` take.
+const GGUF_TYPES: [&str; 6] = ["auto", "f32", "f16", "bf16", "q8_0", "q4_1"];
 
 /// `fuse`.
 #[derive(Args, Debug)]
@@ -17,12 +21,44 @@ pub(crate) struct FuseArgs {
     /// Write a model without packed weights: --policy dense, and the weights without an adapter too
     #[arg(long)]
     pub(crate) dequantize: bool,
+    /// Write the fused model as a GGUF file, too
+    #[arg(long)]
+    pub(crate) export_gguf: bool,
+    /// Name of that file, under --save-path
+    #[arg(long, default_value = "ggml-model-f16.gguf")]
+    pub(crate) gguf_path: String,
+    /// Type of its matrices (default: f16, as mlx_lm); auto keeps packed weights packed
+    #[arg(long, value_parser = GGUF_TYPES, help_heading = "graft's own")]
+    pub(crate) gguf_type: Option<String>,
     /// Write the report as a page, too
     #[arg(long, value_name = "FILE", help_heading = "graft's own")]
     pub(crate) html: Option<String>,
-    /// What a packed weight with an adapter becomes: 8 bits (raise, the default), floats, or its own width again
-    #[arg(long, value_parser = ["raise", "dense", "same"], help_heading = "graft's own")]
+    /// What a packed weight with an adapter becomes: 8 bits, or floats where 8 bits lose the update (raise, the default);
+    /// floats (dense); its own width again, errors made good by later columns (same); its own codes with DoRA's row factor in
+    /// the scales, and an adapter for the rest (fold)
+    #[arg(long, value_parser = ["raise", "dense", "same", "fold"], help_heading = "graft's own")]
     pub(crate) policy: Option<String>,
+    /// Fuse into this precision of the same base instead of --model, which is the one that the adapter was trained on
+    #[arg(long, value_name = "DIR", help_heading = "graft's own")]
+    pub(crate) base: Option<String>,
+    /// How the result is judged before it is kept: on rows of data (model, the default), by its weights (layers), or not (off)
+    #[arg(long, value_parser = ["model", "layers", "off"], default_value = "model", help_heading = "graft's own")]
+    pub(crate) verify: String,
+    /// Rows for --verify model (valid.jsonl of a directory, or a file) and for --policy same (train.jsonl beside them, or the
+    /// file's other rows); default: those that the adapter's config names
+    #[arg(long, value_name = "DIR|FILE", help_heading = "graft's own")]
+    pub(crate) data: Option<String>,
+    /// Rows of --verify model, spread over the file
+    #[arg(long, default_value_t = 16, help_heading = "graft's own")]
+    pub(crate) verify_rows: usize,
+    /// Fuse nothing: measure a model that is fused already, by another tool perhaps, as --verify model does
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["policy", "dequantize", "base", "force", "html"], help_heading = "graft's own")]
+    pub(crate) measure: Option<String>,
+    /// Keep the result even if less than 90 % of the update may have been kept
+    #[arg(long, help_heading = "graft's own")]
+    pub(crate) force: bool,
+    #[command(flatten, next_help_heading = "With --verify model: answers to its rows, scored")]
+    pub(crate) metric: MetricArgs,
 }
 
 /// `convert` and `quantize`.
@@ -55,6 +91,33 @@ pub(crate) struct ConvertArgs {
     /// Write a model without packed weights
     #[arg(short, long)]
     pub(crate) dequantize: bool,
+}
+
+/// `export`.
+#[derive(Subcommand, Debug)]
+pub(crate) enum ExportCommand {
+    /// A model, or with --adapter-path an adapter alone, as a file for llama.cpp
+    Gguf(ExportGgufArgs),
+}
+
+/// `export gguf`.
+#[derive(Args, Debug)]
+pub(crate) struct ExportGgufArgs {
+    /// Model directory or Hugging Face id
+    #[arg(long, default_value = "mlx_model")]
+    pub(crate) model: String,
+    /// Adapter directory: write this adapter as llama.cpp's LoRA, for the file of the model
+    #[arg(long)]
+    pub(crate) adapter_path: Option<String>,
+    /// The file; must not exist
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: String,
+    /// Type of the matrices; auto keeps each as near as a type of llama.cpp can. An adapter is always f32
+    #[arg(long = "type", value_name = "TYPE", default_value = "auto", value_parser = GGUF_TYPES)]
+    pub(crate) kind: String,
+    /// Report as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// `inspect`.

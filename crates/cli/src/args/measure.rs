@@ -52,8 +52,31 @@ pub(crate) struct EvalArgs {
     pub(crate) json: bool,
 }
 
+impl EvalArgs {
+    /// The best tokens of a base and of adapters on it, for a command that measures on the way.
+    pub(crate) fn greedy(model: String, adapter_path: Vec<String>, data: String, metric: MetricArgs) -> Self {
+        Self {
+            model,
+            adapter_path,
+            fused: Vec::new(),
+            data,
+            metric,
+            temp: 0.0,
+            top_p: 1.0,
+            seed: 0,
+            batch_size: 16,
+            resamples: 1000,
+            max_seq_length: 2048,
+            show: 0,
+            output: String::new(),
+            html: None,
+            json: false,
+        }
+    }
+}
+
 /// How answers are judged.
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Clone)]
 pub(crate) struct MetricArgs {
     /// What is right: the row's answer itself, a text that contains it, one that it matches as a regular expression, the
     /// same JSON value; or the loss of the row's answer

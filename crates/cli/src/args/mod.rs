@@ -2,13 +2,17 @@
 //!
 //! A flag with a default that a YAML file may override is an `Option` here; `settings` joins the three sources.
 
+mod adapters;
 mod files;
 mod measure;
 mod refused;
 mod run;
 mod train;
 
-pub(crate) use files::{ConvertArgs, DoctorArgs, FuseArgs, InspectArgs};
+pub(crate) use adapters::{
+    AdapterCommand, AdapterInspectArgs, ExportArgs, ExtractArgs, ImportArgs, MergeArgs, ResizeArgs,
+};
+pub(crate) use files::{ConvertArgs, DoctorArgs, ExportCommand, ExportGgufArgs, FuseArgs, InspectArgs};
 pub(crate) use measure::{CompareArgs, EvalArgs, MetricArgs, PlotArgs};
 pub(crate) use refused::advice;
 pub(crate) use run::{
@@ -50,6 +54,11 @@ pub(crate) enum Command {
     Train(LoraArgs),
     /// Fuse an adapter into its base
     Fuse(FuseArgs),
+    /// Merge several adapters into one
+    Merge(MergeArgs),
+    /// Convert, look at, extract or cut adapters
+    #[command(subcommand)]
+    Adapter(AdapterCommand),
     /// Generate text from a prompt
     Generate(GenerateArgs),
     /// Chat in the terminal
@@ -61,6 +70,9 @@ pub(crate) enum Command {
     Convert(ConvertArgs),
     /// `convert -q`
     Quantize(ConvertArgs),
+    /// Write a model or an adapter for another program
+    #[command(subcommand)]
+    Export(ExportCommand),
     /// Perplexity of a model, with or without an adapter, on local text
     Perplexity(PerplexityArgs),
     /// What training will see of the data

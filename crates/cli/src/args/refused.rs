@@ -55,16 +55,6 @@ const FLAGS: &[Flag] = &[
         Noted("--project-name only names a run for --report-to and changes nothing"),
     ),
     flag(&["fuse", "convert", "quantize"], "upload-repo", 1, Refused(UPLOAD)),
-    flag(
-        &["fuse"],
-        "export-gguf",
-        0,
-        Refused(
-            "graft writes safetensors; convert the fused directory with llama.cpp's convert_hf_to_gguf.py \
-                 (fuse with --dequantize first)",
-        ),
-    ),
-    flag(&["fuse"], "gguf-path", 1, Refused("graft writes safetensors, no GGUF; leave the flag out")),
     flag(&["generate", "server"], "draft-model", 1, Refused(DRAFT)),
     flag(&["generate", "server"], "num-draft-tokens", 1, Refused(DRAFT)),
     flag(&["generate", "server"], "kv-bits", 1, Refused(KV)),

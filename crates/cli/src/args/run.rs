@@ -116,8 +116,8 @@ pub(crate) struct ServerArgs {
     /// Port; 0 takes a free one
     #[arg(long, default_value_t = 8080)]
     pub(crate) port: u16,
-    /// Allowed origins, comma separated
-    #[arg(long, default_value = "*", value_delimiter = ',')]
+    /// Origins whose pages may call, comma separated; `*` is all (mlx_lm's default; here it is none)
+    #[arg(long, value_delimiter = ',')]
     pub(crate) allowed_origins: Vec<String>,
     /// Logging level
     #[arg(long, default_value = "INFO", value_parser = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"])]
@@ -167,6 +167,20 @@ pub(crate) struct ServerArgs {
     /// Memory for keys and values, such as 512M or 4G; requests for which there is none wait (default: half of what is free)
     #[arg(long, value_parser = bytes, value_name = "BYTES", help_heading = "graft's own")]
     pub(crate) kv_memory: Option<usize>,
+    /// A key that requests have to show, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`; may be repeated. Others on
+    /// this machine see it among the processes: --api-key-file or GRAFT_API_KEY are better
+    #[arg(long, value_name = "KEY", help_heading = "graft's own")]
+    pub(crate) api_key: Vec<String>,
+    /// A file with such keys, one a line; lines that begin with # are none
+    #[arg(long, value_name = "FILE", help_heading = "graft's own")]
+    pub(crate) api_key_file: Option<PathBuf>,
+    /// Names that requests may call this server by, comma separated, beside this machine's own; asked only where it
+    /// listens on the loopback and wants no key
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = "graft's own")]
+    pub(crate) allowed_hosts: Vec<String>,
+    /// How requests are logged to stderr
+    #[arg(long, default_value = "text", value_parser = ["text", "json"], help_heading = "graft's own")]
+    pub(crate) log_format: String,
     /// The base's id in /v1/models and in requests (default: --model as given)
     #[arg(long, value_name = "ID", help_heading = "graft's own")]
     pub(crate) model_id: Option<String>,

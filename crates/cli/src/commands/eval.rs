@@ -47,6 +47,24 @@ struct Task<'a> {
 
 /// Answers or measures every row with every subject, then reports.
 pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
+    let html = args.html.iter().map(|file| ("--html", file));
+    report::check(&std::iter::once(("--output", &args.output)).chain(html).collect::<Vec<_>>())?;
+    let (report, measured) = measure(args)?;
+    // Printed first: should a file not be written after all, the answers are still there.
+    if args.json {
+        ui::out(&format!("{report:#}"));
+    } else {
+        say(&report, args.show);
+    }
+    report::write_json(&args.output, &report)?;
+    if let Some(file) = &args.html {
+        report::write(file, &report::eval(&report))?;
+    }
+    measured
+}
+
+/// The report of what was measured, and why that is not all, if it is not.
+pub(super) fn measure(args: &EvalArgs) -> Result<(Value, Result<()>)> {
     if !(1..=MAX_TOGETHER).contains(&args.batch_size) {
         bail!(Usage(format!("--batch-size must be from 1 to {MAX_TOGETHER}, not {}", args.batch_size)));
     }
@@ -55,8 +73,6 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
     }
     let metric = metric(&args.metric)?;
     sampling(args, &[]).check()?;
-    let html = args.html.iter().map(|file| ("--html", file));
-    report::check(&std::iter::once(("--output", &args.output)).chain(html).collect::<Vec<_>>())?;
     let file = data_file(&args.data)?;
     let rows = read_rows(&file)?;
     if rows.is_empty() {
@@ -88,20 +104,10 @@ pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
     let finished = |subject: &Subject| !questions.is_empty() && subject.outcomes.len() == questions.len();
     let finished: Vec<Subject> = subjects.into_iter().flatten().filter(finished).collect();
     if finished.is_empty() {
-        return measured;
+        measured?;
+        bail!("{}: nothing was measured", task.file.display());
     }
-    let report = task.report(&finished, &questions);
-    // Printed first: should a file not be written after all, the answers are still there.
-    if args.json {
-        ui::out(&format!("{report:#}"));
-    } else {
-        say(&report, args.show);
-    }
-    report::write_json(&args.output, &report)?;
-    if let Some(file) = &args.html {
-        report::write(file, &report::eval(&report))?;
-    }
-    measured
+    Ok((task.report(&finished, &questions), measured))
 }
 
 /// The metric of the flags; none is the loss.

@@ -53,6 +53,7 @@ pub(crate) fn lora(args: &LoraArgs, defaults: Defaults) -> Result<()> {
 
 fn train(settings: &Settings, loaded: &Loaded, data: &Data, stop: &AtomicBool) -> Result<()> {
     let mut config = config(settings, loaded)?;
+    record_rows(&mut config.adapter_config, settings, data)?;
     let asked = sample_prompts(settings, loaded)?;
     config.samples = asked.iter().map(|question| (question.prompt.clone(), sample_options(loaded))).collect();
     let mut report = Report::new(config.iters, &loaded.tokenizer, &asked);
@@ -72,6 +73,24 @@ fn train(settings: &Settings, loaded: &Loaded, data: &Data, stop: &AtomicBool) -
         )));
     }
     ui::out(&format!("Saved final weights to {}.", summary.adapter_file.display()));
+    Ok(())
+}
+
+/// Which rows the adapter was trained and validated on, for whoever measures it later: files and their hashes.
+fn record_rows(config: &mut Map<String, Value>, settings: &Settings, data: &Data) -> Result<()> {
+    if settings.all.get("hf_dataset").is_some_and(|described| !described.is_null()) {
+        return Ok(());
+    }
+    let mut rows = Map::new();
+    for (name, split) in [("train", &data.train), ("valid", &data.valid)] {
+        if split.found {
+            let hash = graft_adapters::file_hash(&split.file)?;
+            rows.insert(name.into(), json!({"file": split.file.display().to_string(), "sha256": hash}));
+        }
+    }
+    if let Some(extra) = config.get_mut("graft").and_then(Value::as_object_mut) {
+        extra.insert("rows".into(), rows.into());
+    }
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! One function per command: settings, a library call, a report.
 
+pub(crate) mod adapter;
 mod answer;
 mod chat;
 mod compare;
@@ -9,11 +10,15 @@ mod data;
 mod data_show;
 mod doctor;
 mod eval;
+mod export;
 mod fuse;
+mod fuse_rows;
+mod fuse_verify;
 mod generate;
 mod inspect;
 mod load;
 mod lora;
+mod merge;
 mod perplexity;
 mod plot;
 mod server;
@@ -24,10 +29,12 @@ pub(crate) use convert::convert;
 pub(crate) use data_show::data_show;
 pub(crate) use doctor::doctor;
 pub(crate) use eval::eval;
+pub(crate) use export::export_gguf;
 pub(crate) use fuse::fuse;
 pub(crate) use generate::generate;
 pub(crate) use inspect::inspect;
 pub(crate) use lora::lora;
+pub(crate) use merge::merge;
 pub(crate) use perplexity::perplexity;
 pub(crate) use plot::plot;
 pub(crate) use server::server;

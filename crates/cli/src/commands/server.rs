@@ -11,13 +11,14 @@ use graft_adapters::{AdapterSet, Fingerprint};
 use graft_model::Sampling;
 use graft_quant::Checkpoint;
 use graft_serve::{
-    AdapterPolicy, Defaults, Engine, EngineConfig, LogEvent, LogSink, MAX_BODY_BYTES, MAX_CONCURRENT,
-    MAX_QUEUE, ServeConfig,
+    AdapterPolicy, ApiKeys, Defaults, Engine, EngineConfig, LogEvent, LogSink, MAX_BODY_BYTES,
+    MAX_CONCURRENT, MAX_QUEUE, RequestLog, ServeConfig,
 };
+use serde_json::{Value, json};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
 
 /// Bytes for keys and values on a machine that has hardly any left.
@@ -55,7 +56,8 @@ pub(crate) fn server(args: &ServerArgs) -> Result<()> {
         // Its tensors are the engine thread's to read.
         check_base(AdapterSet::trained_on(adapter)?, adapter, &base)?;
     }
-    let log = log_sink(&args.log_level);
+    let log = log_sink(&args.log_level, args.log_format == "json");
+    let api_keys = api_keys(args)?;
     let model_id = args.model_id.clone().unwrap_or_else(|| model.clone());
     let config = ServeConfig {
         addr,
@@ -63,9 +65,12 @@ pub(crate) fn server(args: &ServerArgs) -> Result<()> {
         default_adapter: default_adapter.clone(),
         adapters: policy,
         allowed_origins: args.allowed_origins.clone(),
+        api_keys,
+        allowed_hosts: args.allowed_hosts.clone(),
         max_body_bytes: MAX_BODY_BYTES,
         header_timeout: Duration::from_secs(30),
         body_timeout: Duration::from_secs(60),
+        write_timeout: Duration::from_secs(60),
         ping_interval: Duration::from_secs(15),
         drain_timeout: Duration::from_secs(30),
         max_connections: MAX_CONNECTIONS,
@@ -190,26 +195,86 @@ fn adapters(args: &ServerArgs) -> Result<(Adapters, Option<String>)> {
     Ok((all, Some(name)))
 }
 
-/// One line a request on stderr at INFO and DEBUG; failures always.
-fn log_sink(level: &str) -> LogSink {
+/// The variable that may hold a key.
+const API_KEY: &str = "GRAFT_API_KEY";
+
+/// The keys of the flags, of the file and of the environment. One that was given and is empty would open the server to
+/// all, so it is refused.
+fn api_keys(args: &ServerArgs) -> Result<ApiKeys> {
+    let mut keys = args.api_key.clone();
+    if let Some(path) = &args.api_key_file {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("--api-key-file {}: cannot be read", path.display()))?;
+        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+        let before = keys.len();
+        keys.extend(lines.map(str::to_owned));
+        if keys.len() == before {
+            bail!("--api-key-file {}: expected a key a line, found none", path.display());
+        }
+    }
+    keys.extend(std::env::var(API_KEY));
+    if keys.iter().any(|key| key.trim().is_empty()) {
+        bail!(Usage(format!(
+            "--api-key and {API_KEY}: expected a key, found an empty text; leave it out for none"
+        )));
+    }
+    Ok(ApiKeys::new(keys.iter().map(String::as_str)))
+}
+
+/// One line a request on stderr at INFO and DEBUG; failures always. No line holds a prompt or an answer.
+fn log_sink(level: &str, as_json: bool) -> LogSink {
     let requests = ["DEBUG", "INFO"].contains(&level);
     Arc::new(move |event| match event {
         LogEvent::Request(r) if requests => {
-            let error = r.error.map(|e| format!(" ({e})")).unwrap_or_default();
-            let canceled = if r.canceled { " canceled" } else { "" };
-            ui::note(&format!(
-                "{} {} {}{canceled}{error} model={} {:.3}s id={}",
-                r.method,
-                r.path,
-                r.status,
-                r.model.as_deref().unwrap_or("-"),
-                r.total.as_secs_f64(),
-                r.id
-            ));
+            let line = if as_json { request_json(&r).to_string() } else { request_text(&r) };
+            ui::note(&line);
+        }
+        LogEvent::Failure { message } if as_json => {
+            ui::note(&json!({"time": now(), "event": "failure", "message": message}).to_string());
         }
         LogEvent::Failure { message } => ui::note(&format!("error: {message}")),
         LogEvent::Request(_) => {}
     })
+}
+
+fn request_text(r: &RequestLog) -> String {
+    let error = r.error.as_ref().map(|e| format!(" ({e})")).unwrap_or_default();
+    let canceled = if r.canceled { " canceled" } else { "" };
+    format!(
+        "{} {} {}{canceled}{error} model={} {:.3}s id={}",
+        r.method,
+        r.path,
+        r.status,
+        r.model.as_deref().unwrap_or("-"),
+        r.total.as_secs_f64(),
+        r.id
+    )
+}
+
+fn request_json(r: &RequestLog) -> Value {
+    json!({
+        "time": now(),
+        "event": "request",
+        "id": r.id,
+        "method": r.method,
+        "path": r.path,
+        "route": r.route,
+        "status": r.status,
+        "model": r.model,
+        "error": r.error,
+        "finish": r.finishes.iter().map(|finish| finish.as_str()).collect::<Vec<_>>(),
+        "canceled": r.canceled,
+        "prompt_tokens": r.usage.prompt,
+        "cached_tokens": r.usage.cached,
+        "completion_tokens": r.usage.completion,
+        "first_seconds": r.first.map(|first| first.as_secs_f64()),
+        "total_seconds": r.total.as_secs_f64(),
+    })
+}
+
+/// Seconds since 1970.
+fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_millis() as f64 / 1000.0)
 }
 
 #[cfg(test)]

@@ -262,13 +262,29 @@ pub(crate) fn fuse(report: &Value) -> String {
     let mut body = head("What became of the update", &lead);
     let rows = [
         ("weights written anew", "/totals/changed", As::Plain),
-        ("update kept", "/totals/survival", As::Percent),
-        ("error beside the update", "/totals/relative_error", As::Percent),
+        ("update kept", "/totals/kept", As::Percent),
+        ("update kept, at the outputs", "/totals/effect_kept", As::Percent),
+        ("update in steps of the base's grid", "/totals/delta_steps", As::Decimal),
+        ("answers: effect kept", "/model/kept/value", As::Percent),
+        ("answers: KL(adapter || fused)", "/model/fused/kl/value", As::Rate),
+        ("answers: its 99th percentile", "/model/fused/kl_p99", As::Rate),
+        ("answers: KL(adapter || base)", "/model/base/kl/value", As::Rate),
+        ("answers: same best token", "/model/fused/agreement", As::Percent),
+        ("perplexity of the base", "/model/perplexity/base", As::Decimal),
+        ("perplexity with the adapter", "/model/perplexity/adapter", As::Decimal),
+        ("perplexity of the fused model", "/model/perplexity/fused", As::Decimal),
+        ("score of the adapter", "/model/scores/score/adapter", As::Decimal),
+        ("score of the fused model", "/model/scores/score/fused", As::Decimal),
         ("base on the disk", "/totals/base_bytes", As::Bytes),
         ("fused model on the disk", "/totals/bytes", As::Bytes),
     ];
     let mut all = vec![vec![String::new(), "all weights".to_owned()]];
-    all.extend(rows.map(|(name, pointer, form)| vec![name.to_owned(), doc.span(pointer, form)]));
+    let known = rows.into_iter().filter(|(_, pointer, _)| !doc.at(pointer).is_null());
+    all.extend(known.map(|(name, pointer, form)| {
+        let interval =
+            pointer.strip_suffix("/value").map_or_else(|| "/none".into(), |at| format!("{at}/interval"));
+        vec![name.to_owned(), doc.estimate(pointer, &interval, form)]
+    }));
     body += &table(&all);
     let layers = doc.list("/layers");
     let of = |key: &str| -> Vec<(f64, f64)> {
@@ -281,18 +297,22 @@ pub(crate) fn fuse(report: &Value) -> String {
         series: vec![Series { name: title.to_lowercase(), points: of(key) }],
         log_x: false,
     };
-    body += &charts(&[
-        chart("Error beside the update, %", "relative_error"),
-        chart("Update kept, %", "survival"),
-    ]);
-    let mut rows = vec![["weight", "from", "to", "update", "kept", "error"].map(str::to_owned).to_vec()];
+    body += &charts(&[chart("Update kept, %", "kept"), chart("Elements changed, %", "codes_changed")]);
+    let mut rows = vec![
+        ["weight", "from", "to", "update", "in steps", "kept", "cosine", "changed", "error"]
+            .map(str::to_owned)
+            .to_vec(),
+    ];
     for index in 0..layers.len() {
         let at = |key: &str| format!("/layers/{index}/{key}");
         let cells = [
             ("from", As::Plain),
             ("to", As::Plain),
             ("delta_norm", As::Decimal),
-            ("survival", As::Percent),
+            ("delta_steps", As::Decimal),
+            ("kept", As::Percent),
+            ("cosine", As::Decimal),
+            ("codes_changed", As::Percent),
             ("relative_error", As::Percent),
         ];
         let mut row = vec![doc.text(&at("path"))];

@@ -1,7 +1,7 @@
 //! `graft fuse`: what it says, replaces and refuses.
 
 use graft_testkit::{Family, Tiny, tiny_adapter};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::setting::{Folder, llama, truncate};
 
@@ -10,23 +10,27 @@ const FUSE: &str = "fuse --model model --adapter-path adapter --save-path fused"
 #[test]
 fn policies_say_what_they_do_and_replace_what_they_did() {
     let folder = Folder::with_model();
-    for (flags, form, warns) in [
-        ("", "14 of 4 bits, groups of 32 -> 8 bits, groups of 32", false),
-        ("--policy raise", "14 of 4 bits, groups of 32 -> 8 bits, groups of 32", false),
-        ("--policy dense", "14 of 4 bits, groups of 32 -> float32", false),
-        ("--policy same", "14 of 4 bits, groups of 32 -> 4 bits, groups of 32", true),
-        ("--dequantize", "14 of 4 bits, groups of 32 -> float32", false),
+    for (flags, form) in [
+        ("--verify layers", "14 of 4 bits, groups of 32 -> 8 bits, groups of 32"),
+        ("--data data", "14 of 4 bits, groups of 32 -> 8 bits, groups of 32"),
+        ("--policy raise --verify off", "14 of 4 bits, groups of 32 -> 8 bits, groups of 32"),
+        ("--policy dense", "14 of 4 bits, groups of 32 -> float32"),
+        ("--policy same --data data --force", "14 of 4 bits, groups of 32 -> 4 bits, groups of 32"),
+        ("--dequantize", "14 of 4 bits, groups of 32 -> float32"),
     ] {
         let run = folder.ok(&format!("{FUSE} {flags}"));
         assert!(run.out.starts_with("Fused 14 weights of model (lora, --policy "), "{run:?}");
-        for part in [form, "\nSize: 70.4 kB -> ", " of it kept, with an error of ", "to fused.\n"] {
+        for part in [form, "\nSize: 70.4 kB -> ", "Update: ", " of it kept", "to fused.\n"] {
             assert!(run.out.contains(part), "{flags}: {part:?} is not in {run:?}");
         }
-        assert_eq!(
-            run.err.contains("warning: 14 packed weights were rounded to the bits they had"),
-            warns,
-            "{run:?}"
-        );
+        assert!(run.err.contains("Weights: 70.4 kB -> about "), "{run:?}");
+        let rows = flags.contains("--data");
+        assert_eq!(run.out.contains("of the effect kept; KL(adapter || fused) "), rows, "{run:?}");
+        assert_eq!(run.out.contains("tokens of 8 rows of data/valid.jsonl)"), rows, "{run:?}");
+        let note =
+            "the adapter does not say which rows it was validated on: the result is judged by its weights";
+        let asked = !rows && !flags.contains("--verify");
+        assert_eq!(run.err.contains(note), asked, "{flags}: {run:?}");
         assert_eq!(folder.names("."), ["adapter", "data", "fused", "model"]);
         let packed = folder.json("fused/config.json").get("quantization").is_some();
         assert_eq!(packed, flags != "--dequantize");
@@ -34,6 +38,173 @@ fn policies_say_what_they_do_and_replace_what_they_did() {
     let report = folder.json("fused/fuse_report.json");
     assert_eq!((&report["policy"], &report["dequantize"]), (&json!("dense"), &json!(true)));
     folder.ok("generate --model fused --max-tokens 1");
+}
+
+#[test]
+fn the_model_says_from_what_it_was_made() {
+    let folder = Folder::with_model();
+    folder.ok(&format!("{FUSE} --data data"));
+    let (report, config) = (folder.json("fused/fuse_report.json"), folder.json("fused/config.json"));
+    let made = &config["graft"];
+    assert_eq!(made, &report["provenance"]);
+    assert_eq!((&made["made_by"], &made["recipe"]["policy"]), (&json!("fuse"), &json!("raise")));
+    for (source, file) in [
+        (&made["base"], "model/model.safetensors"),
+        (&made["base"], "model/config.json"),
+        (&made["adapters"][0], "adapter/adapters.safetensors"),
+    ] {
+        let output = std::process::Command::new("sha256sum").arg(folder.path(file)).output().unwrap();
+        let hash = String::from_utf8(output.stdout).unwrap();
+        let name = file.rsplit('/').next().unwrap();
+        assert_eq!(source["sha256"][name].as_str(), hash.split_whitespace().next(), "{file}");
+    }
+    assert_eq!(made["summary"]["kept"], report["totals"]["kept"]);
+    assert_eq!(made["summary"]["model"]["kl"], report["model"]["fused"]["kl"]["value"]);
+    // The same stands in the header of the tensors, but for what was measured once they were written.
+    let bytes = folder.read("fused/model.safetensors");
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let described: Value = serde_json::from_str(header["__metadata__"]["graft"].as_str().unwrap()).unwrap();
+    assert_eq!(described["base"], made["base"]);
+    assert_eq!(described["summary"]["kept"], made["summary"]["kept"]);
+    // What is made of it says so, too.
+    folder.ok("fuse --model fused --adapter-path adapter --save-path again --verify layers");
+    assert_eq!(&folder.json("again/config.json")["graft"]["base"]["made_from"], made);
+}
+
+#[test]
+fn what_loses_the_update_is_not_written() {
+    let folder = Folder::with_model();
+    // A thousandth of it, of which 4 bits keep nothing.
+    let file = folder.path("adapter/adapter_config.json");
+    let mut config: Value = folder.json("adapter/adapter_config.json");
+    config["lora_parameters"]["scale"] = json!(0.02);
+    std::fs::write(file, config.to_string()).unwrap();
+    let flags = format!("{FUSE} --policy same --verify layers");
+    let parts = [
+        "cannot fuse adapter into model: nothing was written",
+        "of the update was kept, 90 % are wanted",
+        "--policy raise keeps more",
+    ];
+    folder.fails(1, &flags, &parts);
+    assert_eq!(folder.names("."), ["adapter", "data", "model"]);
+    folder.fails(1, &format!("{flags} --data data --verify model"), &["nothing was written"]);
+    let run = folder.ok(&format!("{flags} --force"));
+    assert!(run.err.contains("warning: at most "), "{run:?}");
+    assert_eq!(folder.json("fused/fuse_report.json")["judged_by"], "weights");
+    folder.ok(&format!("{FUSE} --data data"));
+}
+
+#[test]
+fn the_rows_that_training_recorded_are_measured_unless_they_changed() {
+    let folder = Folder::with_model();
+    folder.ok("lora --model model --train --data data --num-layers 2 --iters 20 --learning-rate 1e-2 --val-batches 1 --adapter-path trained");
+    let fuse = "fuse --model model --adapter-path trained --save-path fused";
+    let run = folder.ok(fuse);
+    assert!(run.out.contains("tokens of 8 rows of data/valid.jsonl)"), "{run:?}");
+    let report = folder.json("fused/fuse_report.json");
+    assert_eq!((&report["judged_by"], &report["verify"]), (&json!("model"), &json!("model")));
+    let model = &report["model"];
+    assert!(
+        model["fused"]["kl"]["value"].as_f64().unwrap()
+            < 0.05 * model["base"]["kl"]["value"].as_f64().unwrap()
+    );
+    assert!(model["kept"]["value"].as_f64().unwrap() > 0.95, "{model}");
+    let p = |name: &str| model["perplexity"][name].as_f64().unwrap();
+    assert!(p("adapter") < p("base") && (p("fused") / p("adapter") - 1.0).abs() < 0.05, "{model}");
+    // `graft perplexity` has no masks and windows of one length, so the two are only near each other; eval has the same loss.
+    folder
+        .ok("eval --model model --adapter-path trained --fused fused --data data/valid.jsonl --metric loss");
+    let eval = folder.json("eval.json");
+    for (index, name) in ["base", "adapter", "fused"].iter().enumerate() {
+        let loss = eval["models"][index]["score"].as_f64().unwrap();
+        assert!(loss.is_finite() && p(name) > 1.0);
+    }
+    // Scores of answers.
+    let run = folder.ok(&format!("{fuse} --metric contains --max-tokens 4"));
+    assert!(run.out.contains("Score (contains): base 0.000, adapter "), "{run:?}");
+    folder.write("data/valid.jsonl", "{\"text\": \"another\"}\n");
+    let run = folder.ok(fuse);
+    assert!(run.err.contains("data/valid.jsonl has changed since the adapter was trained"), "{run:?}");
+    std::fs::remove_file(folder.path("data/valid.jsonl")).unwrap();
+    let run = folder.ok(fuse);
+    assert!(
+        run.err.contains("data/valid.jsonl, on which the adapter was validated, is not there"),
+        "{run:?}"
+    );
+    folder.fails(2, &format!("{fuse} --data gone"), &["--data gone: expected a .jsonl file"]);
+    folder.fails(2, &format!("{fuse} --metric loss"), &["the perplexity is measured without it"]);
+    folder.fails(2, &format!("{fuse} --metric exact --verify off"), &["--metric belongs to --verify model"]);
+}
+
+#[test]
+fn another_precision_of_the_base_is_measured_and_another_model_refused() {
+    let folder = Folder::with_model();
+    folder.model("plain", &llama(None));
+    folder.ok("lora --model model --train --data data --num-layers 2 --iters 20 --learning-rate 1e-2 --val-batches 1 --adapter-path trained");
+    let fuse = "fuse --model model --adapter-path trained --save-path fused";
+    let run = folder.ok(&format!("{fuse} --base plain"));
+    assert!(run.err.contains("another precision (float32) than the adapter was trained on"), "{run:?}");
+    assert!(run.out.contains("Beside the adapter on the base it was trained on: KL "), "{run:?}");
+    assert!(folder.json("fused/config.json").get("quantization").is_none());
+    folder.model("qwen", &Tiny::new(Family::Qwen2));
+    let parts = ["--base qwen is another model than --model model", "a llama model, this is a qwen2"];
+    folder.fails(1, &format!("{fuse} --base qwen"), &parts);
+}
+
+#[test]
+fn a_full_disk_is_said_and_cleaned_up() {
+    let folder = Folder::new();
+    let tiny = Tiny { layers: 4, hidden: 256, ffn: 1024, heads: 16, kv_heads: 16, ..llama(Some((4, 32))) };
+    folder.model("model", &tiny);
+    let adapter = tiny_adapter(&folder.path("model"), &tiny, false, 4, 9);
+    std::fs::rename(adapter.keep(), folder.path("adapter")).unwrap();
+    // A limit of the size of files is as good as a full disk: 512 blocks of 512 bytes.
+    let graft = env!("CARGO_BIN_EXE_graft");
+    let line = format!("trap '' XFSZ; ulimit -f 512; exec {graft} {FUSE} --verify layers");
+    let mut command = std::process::Command::new("sh");
+    let output = command.args(["-c", &line]).current_dir(folder.path(".")).output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(
+        error.contains("File too large") && error.contains("make room") && error.contains("nothing was left"),
+        "{error}"
+    );
+    assert_eq!(folder.names("."), ["adapter", "data", "model"]);
+}
+
+#[test]
+fn a_killed_fuse_leaves_no_half_model_and_the_next_one_cleans_up() {
+    let folder = Folder::new();
+    let tiny = Tiny { layers: 8, hidden: 256, ffn: 1024, heads: 16, kv_heads: 16, ..llama(Some((4, 32))) };
+    folder.model("model", &tiny);
+    let adapter = tiny_adapter(&folder.path("model"), &tiny, true, 4, 9);
+    std::fs::rename(adapter.keep(), folder.path("adapter")).unwrap();
+    let flags = format!("{FUSE} --verify layers");
+    folder.ok(&flags);
+    let before = folder.read("fused/model.safetensors");
+    let hidden = |folder: &Folder| {
+        folder.names(".").into_iter().filter(|name| name.starts_with('.')).collect::<Vec<_>>()
+    };
+    for wait in [0, 20, 60, 120, 200] {
+        let mut running = folder.start(&flags);
+        while hidden(&folder).is_empty() && running.0.try_wait().unwrap().is_none() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        std::thread::sleep(std::time::Duration::from_millis(wait));
+        running.0.kill().unwrap();
+        running.0.wait().unwrap();
+        // Whole, whichever of the two it is.
+        assert_eq!(folder.read("fused/model.safetensors").len(), before.len());
+        assert!(folder.read("fused/model.safetensors") == before);
+        folder.json("fused/fuse_report.json");
+        for name in hidden(&folder) {
+            let old = std::time::SystemTime::now() - std::time::Duration::from_secs(60);
+            std::fs::File::open(folder.path(&name)).unwrap().set_modified(old).unwrap();
+        }
+    }
+    folder.ok(&flags);
+    assert_eq!(folder.names("."), ["adapter", "data", "fused", "model"]);
 }
 
 #[test]
@@ -66,8 +237,12 @@ fn what_is_no_model_is_not_replaced() {
     folder.fails(1, &FUSE.replace("fused", "model"), &["model is the base itself"]);
     folder.fails(1, &FUSE.replace("fused", "./model/../model"), &["is the base itself"]);
     folder.fails(2, &format!("{FUSE} --dequantize --policy raise"), &["leave out --policy"]);
-    folder.fails(2, &format!("{FUSE} --policy fold"), &["invalid value 'fold' for '--policy"]);
-    folder.fails(2, &format!("{FUSE} --export-gguf"), &["--export-gguf is not supported by graft fuse"]);
+    folder.fails(
+        1,
+        &format!("{FUSE} --policy fold"),
+        &["DoRA's row factor", "this adapter is lora: choose raise"],
+    );
+    folder.fails(2, &format!("{FUSE} --policy bend"), &["invalid value 'bend' for '--policy"]);
     folder.fails(1, "fuse", &["there is no model directory `mlx_model`"]);
     folder.fails(
         1,

@@ -53,6 +53,24 @@ fn adapters_come_by_name_from_their_directory_and_by_key_only_into_it() {
 }
 
 #[test]
+fn keys_come_from_a_file_and_requests_are_logged_as_json() {
+    let folder = Folder::with_model();
+    folder.write("keys", "# mine\n\n  one-key \n");
+    let (server, address) =
+        serve(&folder, "server --model model --port 0 --api-key-file keys --log-format json");
+    assert_eq!(request(&address, "/ready", None).0, 200);
+    let (status, text) = request(&address, "/v1/models", None);
+    assert!(status == 401 && text.contains("invalid_api_key"), "{status} {text}");
+    server.interrupt();
+    let run = server.end();
+    let lines: Vec<serde_json::Value> =
+        run.err.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let of = |path: &str| lines.iter().find(|line| line["path"] == path).unwrap_or_else(|| panic!("{run:?}"));
+    assert_eq!((&of("/ready")["status"], &of("/v1/models")["status"]), (&json!(200), &json!(401)));
+    assert!(of("/v1/models")["total_seconds"].is_number() && !run.err.contains("one-key"), "{run:?}");
+}
+
+#[test]
 fn messages_are_read_as_generate_reads_them() {
     let folder = Folder::with_model();
     let mut config = folder.json("model/tokenizer_config.json");
@@ -75,6 +93,8 @@ fn what_stops_it_is_said_at_once() {
     folder.fails(1, &flags, &[&format!("cannot listen on 127.0.0.1:{port}"), "Choose another --port"]);
     for (status, flags, part) in [
         (2, "", "--model is required"),
+        (2, "--model model --api-key=", "--api-key and GRAFT_API_KEY"),
+        (1, "--model model --api-key-file nowhere", "--api-key-file nowhere"),
         (2, "--model model --decode-concurrency 0", "--decode-concurrency must be at least 1"),
         (2, "--model model --adapter adapter", "--adapter adapter: expected NAME=DIR"),
         (2, "--model model --temp -2", "`temperature`"),

@@ -53,7 +53,8 @@ fn the_environment_chooses_instructions() {
 fn every_flag_is_listed_for_tools() {
     let flags: Value = serde_json::from_str(&Folder::new().ok("flags").out).unwrap();
     assert_eq!(flags["fuse"]["--policy"], "supported");
-    assert_eq!(flags["fuse"]["--export-gguf"], "refused");
+    assert_eq!(flags["fuse"]["--upload-repo"], "refused");
+    assert_eq!(flags["export gguf"]["--type"], "supported");
     assert_eq!(flags["data show"]["--mask-prompt"], "supported");
     assert_eq!(flags["server"]["--prompt-cache-size"], "noted");
 }

@@ -12,19 +12,19 @@ use crate::support::{Tensors, arrays, every_model, fused, read_json, tensors};
 const SCALE: f64 = 2.0;
 
 /// A matrix in f64, row-major.
-struct Matrix {
-    columns: usize,
-    values: Vec<f64>,
+pub(crate) struct Matrix {
+    pub(crate) columns: usize,
+    pub(crate) values: Vec<f64>,
 }
 
 /// A float tensor as a matrix; a vector has one column.
-fn matrix(tensor: &Tensor) -> Matrix {
+pub(crate) fn matrix(tensor: &Tensor) -> Matrix {
     let columns = tensor.shape.get(1).copied().unwrap_or(1);
     Matrix { columns, values: tensor.to_f32().unwrap().into_iter().map(f64::from).collect() }
 }
 
 /// The weight of module `path`, unpacked by hand: code i in bits [i b, (i + 1) b) of its row, w = scale code + bias.
-fn weight(dir: &Path, all: &Tensors, path: &str) -> Matrix {
+pub(crate) fn weight(dir: &Path, all: &Tensors, path: &str) -> Matrix {
     let stored = &all[&format!("{path}.weight")];
     let Some(scales) = all.get(&format!("{path}.scales")) else { return matrix(stored) };
     let (scales, biases) = (matrix(scales), matrix(&all[&format!("{path}.biases")]));
@@ -67,7 +67,7 @@ fn sum(w: &Matrix, adapter: &Tensors, path: &str) -> Vec<f64> {
     values
 }
 
-fn distance(a: &[f64], b: &[f64]) -> f64 {
+pub(crate) fn distance(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(x, y)| (x - y).powi(2)).sum::<f64>().sqrt()
 }
 
@@ -129,15 +129,24 @@ fn what_the_report_says_of_a_layer_is_so() {
                     let delta = distance(exact, &before.values);
                     let zero = vec![0.0; exact.len()];
                     let error = distance(&found.values, exact) / delta;
-                    let kept: f64 = (found.values.iter().zip(&before.values).zip(exact))
+                    let real = distance(&found.values, &before.values);
+                    let cosine: f64 = (found.values.iter().zip(&before.values).zip(exact))
                         .map(|((f, w), e)| (f - w) * (e - w))
                         .sum::<f64>()
-                        / delta.powi(2);
+                        / (delta * real);
+                    let changed = found
+                        .values
+                        .iter()
+                        .zip(&before.values)
+                        .filter(|(f, w)| (*f - *w).abs() > 1e-6 * w.abs())
+                        .count();
                     for (said, is) in [
                         (layer.weight_norm, distance(&before.values, &zero)),
                         (layer.delta_norm, delta),
                         (layer.relative_error, error),
-                        (layer.survival, kept),
+                        (layer.kept, 1.0 - error * error),
+                        (layer.cosine, cosine),
+                        (layer.codes_changed, changed as f64 / exact.len() as f64),
                     ] {
                         assert!((said - is).abs() <= 1e-4 * is.abs().max(1e-2), "{layer:?}: {said}, is {is}");
                     }

@@ -4,14 +4,15 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use graft_adapters::{AdapterSet, Fingerprint};
-use graft_merge::{Error, Event, FuseOptions, Policy, Result, fuse};
+use graft_merge::{Error, Event, FuseOptions, Policy, Result};
 use graft_quant::{Checkpoint, StoredDtype, Tensor};
 use graft_testkit::{Dtype, Family, Tiny, tiny_adapter, tiny_model};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::support::{
-    Tensors, adapter_dir, arrays, floats, fused_with, names, options, read_json, tensors, wave, write_tensors,
+    Tensors, adapter_dir, arrays, floats, fuse_into, fused_with, names, options, read_json, tensors, wave,
+    write_tensors,
 };
 
 const Q: &str = "model.layers.0.self_attn.q_proj";
@@ -28,7 +29,7 @@ fn pair(path: &str, inputs: usize, outputs: usize) -> Tensors {
 fn message(base: &Path, set: &AdapterSet) -> String {
     let parent = tempfile::tempdir().unwrap();
     let out = parent.path().join("fused");
-    let error = fuse(base, set, &out, &options(Policy::Raise), &AtomicBool::new(false), &mut |_| {});
+    let error = fuse_into(base, set, &out, &options(Policy::Raise), &AtomicBool::new(false), &mut |_| {});
     assert_eq!(names(parent.path()), Vec::<String>::new());
     error.unwrap_err().to_string()
 }
@@ -154,7 +155,7 @@ fn a_target_is_a_model_directory_that_is_not_the_base_or_nothing_yet() {
         let out = parent.path().join("fused");
         let go = |out: &Path, overwrite: bool| {
             let options = FuseOptions { overwrite, ..options(Policy::Raise) };
-            fuse(base.path(), &set, out, &options, &AtomicBool::new(false), &mut |_| {})
+            fuse_into(base.path(), &set, out, &options, &AtomicBool::new(false), &mut |_| {})
         };
         let refused = |out: &Path, overwrite: bool| go(out, overwrite).unwrap_err().to_string();
         // Someone's files, a file, a model that holds someone's directory.
@@ -217,7 +218,7 @@ fn a_fuse_that_is_stopped_leaves_nothing() {
         let stop = AtomicBool::new(false);
         let mut seen = 0;
         let options = FuseOptions { overwrite: true, ..options(Policy::Raise) };
-        let result = fuse(base.path(), &set, &out, &options, &stop, &mut |event| {
+        let result = fuse_into(base.path(), &set, &out, &options, &stop, &mut |event| {
             if let Event::Tensor { done, .. } = event {
                 // In the middle there is a directory beside the target.
                 assert_eq!(names(parent.path()).len(), 2);

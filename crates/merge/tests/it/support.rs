@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use graft_adapters::{AdapterSet, Route};
-use graft_merge::{Event, FuseOptions, FuseReport, Policy, Result, fuse};
+use graft_merge::{Event, FuseOptions, FuseReport, Policy, Result, Watch, fuse};
 use graft_model::Model;
 use graft_ops::{Array, Dtype, Form, Rows};
 use graft_quant::{StoredDtype, Tensor, read_safetensors, safetensors_bytes};
@@ -42,9 +42,23 @@ pub(crate) fn options(policy: Policy) -> FuseOptions {
         policy,
         dequantize: false,
         overwrite: false,
+        other_precision: false,
         base_name: "the base".into(),
         adapter_name: "the adapter".into(),
+        adapter_dir: PathBuf::new(),
     }
+}
+
+/// Fuses and puts the result in its place.
+pub(crate) fn fuse_into(
+    base: &Path,
+    set: &AdapterSet,
+    out: &Path,
+    options: &FuseOptions,
+    stop: &AtomicBool,
+    on_event: &mut dyn FnMut(Event),
+) -> Result<FuseReport> {
+    fuse(base, set, out, options, Watch { stop, on_event, inputs: None })?.place()
 }
 
 /// Fuses into a directory of its own; on the array thread.
@@ -52,7 +66,7 @@ pub(crate) fn fused_with(base: &Path, set: &AdapterSet, options: &FuseOptions) -
     let parent = tempfile::tempdir().unwrap();
     let dir = parent.path().join("fused");
     let mut warnings = Vec::new();
-    let report = fuse(base, set, &dir, options, &AtomicBool::new(false), &mut |event| {
+    let report = fuse_into(base, set, &dir, options, &AtomicBool::new(false), &mut |event| {
         if let Event::Warning(text) = event {
             warnings.push(text);
         }

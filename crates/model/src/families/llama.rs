@@ -6,7 +6,7 @@ use crate::{DecoderConfig, Result};
 pub(super) const FAMILY: Family = Family {
     names: &["llama", "mistral"],
     config,
-    gguf: Some(GgufFamily { architecture: "llama", class: "LlamaForCausalLM", pairs: true }),
+    gguf: Some(GgufFamily { architecture: "llama", class: "LlamaForCausalLM", pairs: true, square: false }),
 };
 
 fn config(fields: &Fields) -> Result<DecoderConfig> {

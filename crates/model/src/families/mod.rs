@@ -29,6 +29,8 @@ pub struct GgufFamily {
     pub class: &'static str,
     /// The two rows of q and k that rotate together stand side by side in the file.
     pub pairs: bool,
+    /// All heads together are as wide as the model: llama.cpp knows no others of this architecture.
+    pub square: bool,
 }
 
 const FAMILIES: [Family; 3] = [llama::FAMILY, qwen::QWEN2, qwen::QWEN3];
@@ -41,6 +43,11 @@ pub fn family_names() -> Vec<&'static str> {
 /// The family of a `general.architecture`.
 pub(crate) fn gguf_family(architecture: &str) -> Option<GgufFamily> {
     FAMILIES.iter().filter_map(|f| f.gguf).find(|gguf| gguf.architecture == architecture)
+}
+
+/// What llama.cpp calls the family of a `model_type`.
+pub(crate) fn gguf_of(model_type: &str) -> Option<GgufFamily> {
+    FAMILIES.iter().find(|f| f.names.contains(&model_type)).and_then(|f| f.gguf)
 }
 
 /// Every `general.architecture` that can be imported.

@@ -6,12 +6,12 @@ use crate::{DecoderConfig, Result};
 pub(super) const QWEN2: Family = Family {
     names: &["qwen2"],
     config: qwen2,
-    gguf: Some(GgufFamily { architecture: "qwen2", class: "Qwen2ForCausalLM", pairs: false }),
+    gguf: Some(GgufFamily { architecture: "qwen2", class: "Qwen2ForCausalLM", pairs: false, square: true }),
 };
 pub(super) const QWEN3: Family = Family {
     names: &["qwen3"],
     config: qwen3,
-    gguf: Some(GgufFamily { architecture: "qwen3", class: "Qwen3ForCausalLM", pairs: false }),
+    gguf: Some(GgufFamily { architecture: "qwen3", class: "Qwen3ForCausalLM", pairs: false, square: false }),
 };
 
 fn qwen2(fields: &Fields) -> Result<DecoderConfig> {

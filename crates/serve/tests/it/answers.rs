@@ -257,7 +257,7 @@ fn messages_may_be_parts_and_hold_tool_calls() {
     let parts = json!({
         "messages": [{"role": "user", "content": [{"type": "text", "text": "hello "}, {"type": "text", "text": "there"}]}],
         "max_completion_tokens": 24, "max_tokens": 1, "user": "me", "n": 1, "response_format": {"type": "text"},
-        "stop": null, "temperature": null, "tool_choice": "none", "tools": [{"type": "function"}], "unheard_of": [1],
+        "stop": null, "temperature": null, "tool_choice": "none", "tools": [{"type": "function", "function": {"name": "f"}}], "unheard_of": [1],
     });
     let parts = post(server.addr, "/v1/chat/completions", &parts).json();
     assert_eq!(parts["choices"], plain["choices"]);

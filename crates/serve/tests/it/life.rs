@@ -190,6 +190,7 @@ fn a_reader_that_is_stuck_holds_nobody_up_and_is_ended() {
     let job = |events, max_tokens| Job {
         prompt: vec![1, 2, 3],
         params: Params { max_tokens, sampling: Sampling::greedy(), stop: Vec::new() },
+        guide: None,
         adapter: None,
         index: 0,
         events,

@@ -153,20 +153,21 @@ fn an_adapter_comes_is_replaced_and_goes_and_each_answer_says_which_version_it_i
 fn a_stream_keeps_the_version_it_began_with() {
     let (server, root) = with_root(|_| {});
     let addr = server.addr;
+    // Both are there before the stream begins, so that it runs for longer than the swap takes.
     publish(root.path(), "a", false, 31);
+    publish(root.path(), "b", false, 32);
     assert_eq!(load(addr, "a", "a", false).status, 200);
     let eos: serde_json::Map<_, _> = {
         let tokenizer = graft_model::Tokenizer::load(fixture().model.path()).unwrap();
         tokenizer.eos_ids().iter().map(|id| (id.to_string(), json!(-100))).collect()
     };
-    let body = json!({"model": "a", "prompt": "once", "max_tokens": 400, "logit_bias": eos, "stream": true});
+    let body = json!({"model": "a", "prompt": "once", "max_tokens": 3000, "logit_bias": eos, "stream": true});
     let alone = streamed_text(&post(addr, "/v1/completions", &body).chunks());
     let mut client = Client::new(addr);
     client.send("POST", "/v1/completions", &[JSON], Some(body.to_string().as_bytes()));
     assert_eq!(client.head().0, 200);
     let mut bytes = client.chunk().unwrap();
-    publish(root.path(), "a", false, 32);
-    assert_eq!(load(addr, "a", "a", true).status, 200);
+    assert_eq!(load(addr, "a", "b", true).status, 200);
     let list = get(addr, "/v1/lora_adapters").json();
     assert_eq!(list["retired"][0]["active_leases"], 1, "{list}");
     assert_eq!(admin(addr, "/v1/unload_lora_adapter", &json!({"lora_name": "a"})).status, 200);

@@ -4,9 +4,12 @@
 
 mod answers;
 mod client;
+mod dialect;
+mod guarded;
 mod life;
 mod lifecycle;
 mod refusals;
 mod server;
+mod shaped;
 mod sharing;
 mod swapping;

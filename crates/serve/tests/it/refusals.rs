@@ -19,7 +19,8 @@ fn refused(path: &str, body: &Value) -> (u16, Option<String>, Option<String>) {
 #[test]
 fn bad_fields_are_named() {
     for (field, value) in [
-        ("n", json!(2)),
+        ("n", json!(0)),
+        ("n", json!(33)),
         ("best_of", json!(3)),
         ("temperature", json!(-0.1)),
         ("temperature", json!("hot")),
@@ -46,7 +47,16 @@ fn bad_fields_are_named() {
         ("stream", json!("yes")),
         ("seed", json!("x")),
         ("model", json!(5)),
-        ("response_format", json!({"type": "json_object"})),
+        ("response_format", json!("json_object")),
+        ("store", json!(true)),
+        ("service_tier", json!("flex")),
+        ("min_tokens", json!(5)),
+        ("stop_token_ids", json!([1])),
+        ("use_beam_search", json!(true)),
+        ("mirostat", json!(2)),
+        ("prompt_logprobs", json!(1)),
+        ("lora", json!([{"id": 0, "scale": 1}])),
+        ("ignore_eos", json!(1)),
         ("adapters", json!("some/dir")),
         ("draft_model", json!("x")),
         ("guided_json", json!({})),
@@ -100,6 +110,7 @@ fn bad_chats_and_prompts_are_named() {
     let message = |message: Value| json!({"messages": [message]});
     let user = |content: Value| message(json!({"role": "user", "content": content}));
     let ok = json!([{"role": "user", "content": "x"}]);
+    let tool = json!({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}});
     for (body, param) in [
         (json!({}), "messages"),
         (json!({"messages": []}), "messages"),
@@ -119,9 +130,39 @@ fn bad_chats_and_prompts_are_named() {
             "messages[0].tool_calls",
         ),
         (json!({"messages": ok, "tools": "x"}), "tools"),
-        (json!({"messages": ok, "tools": [5]}), "tools"),
+        (json!({"messages": ok, "tools": [5]}), "tools[0]"),
         (json!({"messages": ok, "tool_choice": "required"}), "tool_choice"),
+        (json!({"messages": ok, "tool_choice": "perhaps"}), "tool_choice"),
+        (
+            json!({"messages": ok, "tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [tool]}),
+            "tool_choice",
+        ),
+        (json!({"messages": ok, "tool_choice": {"type": "allowed_tools"}, "tools": [tool]}), "tool_choice"),
+        (json!({"messages": ok, "tools": [{"type": "function"}]}), "tools[0].function"),
+        (json!({"messages": ok, "tools": [{"type": "web_search"}]}), "tools[0].type"),
+        (
+            json!({"messages": ok, "tools": [{"type": "function", "function": {"name": "a b"}}]}),
+            "tools[0].function.name",
+        ),
+        (json!({"messages": ok, "tools": [tool, tool]}), "tools[1].function.name"),
+        // The tiny model's template knows no tools.
+        (json!({"messages": ok, "tools": [tool]}), "tools"),
+        (json!({"messages": ok, "reasoning_effort": "high"}), "reasoning_effort"),
+        (json!({"messages": ok, "reasoning_effort": "great"}), "reasoning_effort"),
+        (json!({"messages": ok, "parallel_tool_calls": 1}), "parallel_tool_calls"),
         (json!({"messages": ok, "functions": []}), "functions"),
+        (json!({"messages": ok, "web_search_options": {}}), "web_search_options"),
+        (json!({"messages": ok, "continue_final_message": true}), "continue_final_message"),
+        (json!({"messages": ok, "response_format": {"type": "xml"}}), "response_format.type"),
+        (json!({"messages": ok, "response_format": {"type": "json_schema"}}), "response_format.json_schema"),
+        (
+            json!({"messages": ok, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": 5}}}),
+            "response_format.json_schema.schema",
+        ),
+        (
+            json!({"messages": ok, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strin"}}}}),
+            "response_format",
+        ),
         (json!({"messages": ok, "logprobs": true, "top_logprobs": 21}), "top_logprobs"),
         (json!({"messages": ok, "logprobs": 1}), "logprobs"),
         (
@@ -191,8 +232,8 @@ fn wrong_http_has_its_own_status() {
     let huge = ("Content-Length", "99999999999");
     let chunked = ("Transfer-Encoding", "chunked");
     for (method, path, headers, body, status, code) in [
-        ("GET", "/", &[][..], None, 404, "not_found"),
-        ("GET", "/v2/models", &[], None, 404, "not_found"),
+        ("GET", "/v2/models", &[][..], None, 404, "not_found"),
+        ("POST", "/", &[JSON], Some(&b"{}"[..]), 405, "method_not_allowed"),
         ("GET", chat, &[], None, 405, "method_not_allowed"),
         ("DELETE", "/v1/models", &[], None, 405, "method_not_allowed"),
         ("POST", chat, &[JSON], None, 411, "length_required"),

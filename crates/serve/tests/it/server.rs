@@ -10,7 +10,8 @@ use graft_adapters::{AdapterSet, Route};
 use graft_model::{GenerateOptions, Generator, Model, Sampling, Tokenizer};
 use graft_ops::Dtype;
 use graft_serve::{
-    AdapterPolicy, Defaults, Engine, EngineConfig, LogEvent, LogSink, RequestLog, ServeConfig, serve_blocking,
+    AdapterPolicy, ApiKeys, Defaults, Engine, EngineConfig, LogEvent, LogSink, RequestLog, ServeConfig,
+    serve_blocking,
 };
 use graft_testkit::{Family, Tiny, tiny_adapter, tiny_model};
 use serde_json::json;
@@ -106,9 +107,12 @@ pub(crate) fn configs() -> (EngineConfig, ServeConfig, Arc<Mutex<Vec<LogEvent>>>
         default_adapter: None,
         adapters: AdapterPolicy::default(),
         allowed_origins: vec!["http://localhost:3000".into()],
+        api_keys: ApiKeys::default(),
+        allowed_hosts: Vec::new(),
         max_body_bytes: 1 << 20,
         header_timeout: Duration::from_secs(10),
         body_timeout: Duration::from_secs(10),
+        write_timeout: Duration::from_secs(10),
         ping_interval: Duration::from_secs(10),
         drain_timeout: Duration::from_secs(10),
         max_connections: 64,
