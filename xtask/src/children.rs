@@ -1,9 +1,10 @@
 //! Programs and folders that must not outlive us, whether a task ends well, fails or is interrupted.
 
-use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, ExitStatus};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -49,7 +50,7 @@ pub(crate) fn end_at_signals() -> Result<()> {
 pub(crate) struct Process {
     id: u32,
     line: String,
-    peak: Cell<u64>,
+    peak: AtomicU64,
 }
 
 impl Process {
@@ -59,7 +60,7 @@ impl Process {
         let mut ours = ours();
         let mut child = command.spawn().with_context(|| format!("cannot start {line}"))?;
         let stdout = child.stdout.take();
-        let process = Self { id: child.id(), line, peak: Cell::new(0) };
+        let process = Self { id: child.id(), line, peak: AtomicU64::new(0) };
         ours.children.push(child);
         Ok((process, stdout))
     }
@@ -81,11 +82,45 @@ impl Process {
 
     /// Its peak resident memory in bytes, as last seen while it ran; 0 where the system does not say (only Linux does).
     pub(crate) fn peak_memory(&self) -> u64 {
+        let now = self.fact("VmHWM:") * 1024;
+        self.peak.fetch_max(now, Ordering::Relaxed).max(now)
+    }
+
+    /// Its resident memory in bytes at present; 0 as above.
+    pub(crate) fn memory(&self) -> u64 {
+        self.fact("VmRSS:") * 1024
+    }
+
+    /// Its threads; 0 as above.
+    pub(crate) fn threads(&self) -> u64 {
+        self.fact("Threads:")
+    }
+
+    /// Its open files; 0 as above.
+    pub(crate) fn files(&self) -> u64 {
+        fs::read_dir(format!("/proc/{}/fd", self.id)).map_or(0, |files| files.count() as u64)
+    }
+
+    /// Processor time of its threads in seconds, by name; nothing as above.
+    pub(crate) fn cpu_seconds(&self) -> BTreeMap<String, f64> {
+        let mut seconds = BTreeMap::new();
+        for task in fs::read_dir(format!("/proc/{}/task", self.id)).into_iter().flatten().flatten() {
+            let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            // `1 (name) S ...`: user and system time are the fields 14 and 15, in hundredths.
+            let Some((name, rest)) = stat.split_once('(').and_then(|(_, rest)| rest.rsplit_once(") ")) else {
+                continue;
+            };
+            let ticks = rest.split(' ').skip(11).take(2).filter_map(|field| field.parse::<f64>().ok());
+            *seconds.entry(name.to_owned()).or_default() += ticks.sum::<f64>() / 100.0;
+        }
+        seconds
+    }
+
+    /// A number of /proc/ID/status.
+    fn fact(&self, name: &str) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id)).unwrap_or_default();
-        let field = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let kilobytes = field.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
-        self.peak.set(self.peak.get().max(kilobytes.unwrap_or_default() * 1024));
-        self.peak.get()
+        let field = status.lines().find_map(|line| line.strip_prefix(name));
+        field.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or_default()
     }
 }
 

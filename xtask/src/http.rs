@@ -10,6 +10,30 @@ use serde_json::Value;
 /// The server sends a sign of life every 15 seconds, so this long a silence means that it is stuck.
 const SILENCE: Duration = Duration::from_secs(120);
 
+/// A request whose answer is wanted whole: its status and its body.
+pub(crate) fn request(
+    address: &str,
+    line: &str,
+    headers: &[(&str, &str)],
+    body: Option<&Value>,
+) -> Result<(u16, Value)> {
+    let mut socket =
+        TcpStream::connect(address).with_context(|| format!("no server answers at {address}"))?;
+    socket.set_read_timeout(Some(SILENCE))?;
+    let body = body.map(Value::to_string).unwrap_or_default();
+    let mut head = format!("{line} HTTP/1.0\r\nHost: {address}\r\nContent-Length: {}\r\n", body.len());
+    for (name, value) in headers.iter().chain(&[("Content-Type", "application/json")]) {
+        head += &format!("{name}: {value}\r\n");
+    }
+    socket.write_all((head + "\r\n" + &body).as_bytes())?;
+    let mut reply = String::new();
+    socket.read_to_string(&mut reply)?;
+    let (head, body) = reply.split_once("\r\n\r\n").with_context(|| format!("{line}: {reply:?}"))?;
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+    let status = status.with_context(|| format!("{line}: {head:?}"))?;
+    Ok((status, serde_json::from_str(body).with_context(|| format!("{line}: {body:?}"))?))
+}
+
 /// Posts a streaming request and joins the text of its events. `go_on` is shown the text so far; when it says no the
 /// connection is closed, which ends the server's work on the answer too.
 pub(crate) fn stream(

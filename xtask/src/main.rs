@@ -13,6 +13,7 @@ mod elf;
 mod figures;
 mod http;
 mod lint;
+mod live;
 mod model;
 mod native;
 mod peers;
@@ -21,8 +22,11 @@ mod record;
 mod reference;
 mod rows;
 mod scaling;
+mod serve_bench;
 mod setup;
 mod sh;
+mod soak;
+mod swap;
 mod test;
 #[cfg(test)]
 mod tidy;
@@ -41,6 +45,13 @@ const TASKS: &[Task] = &[
     ("test", "run all tests; arguments go to cargo test", test::task),
     ("lint", "format, clippy, docs and the house rules", lint::task),
     ("bench", "speed and memory in one table [--quick] [--peers] [--scaling]", bench::task),
+    (
+        "swap-proof",
+        "train, publish and swap an adapter under load, and check each answer [--swaps N]",
+        swap::task,
+    ),
+    ("soak", "a server under clients of all kinds for a while, and what leaks [--minutes N]", soak::task),
+    ("serve-bench", "what many adapters, HTTP and scheduling cost a server [--rounds N]", serve_bench::task),
     ("model", "print the directory of the demo's base model, made at the first call", model::task),
     ("data", "write the rows of the demo's data set from its grammar", data::task),
     ("golden", "write the golden values of the tests anew with mlx-lm", reference::golden),

@@ -4,6 +4,8 @@ use graft_ops::linalg::svd_of_product;
 use graft_ops::{Array, Dtype, Result, ffi, row_factor, row_norms};
 use graft_quant::Weight;
 
+use crate::{Site, Target};
+
 /// The update of one weight; DoRA when `magnitude` is there, LoRA when it is not.
 #[derive(Debug, Clone)]
 pub struct Adapter {
@@ -24,6 +26,23 @@ pub enum Kind {
     Linear,
     /// E (V, E), A (V, R), B (R, E).
     Embedding,
+}
+
+impl Kind {
+    /// The orientation in which A of `rows` rows and B of `columns` columns fit a weight of `out` x `input`, or none if they
+    /// fit neither way.
+    ///
+    /// A square weight fits both ways; `path` decides then (`embed_tokens` is an embedding).
+    pub fn of(path: &str, (rows, columns): (i32, i32), (out, input): (i32, i32)) -> Option<Self> {
+        let linear = (rows, columns) == (input, out);
+        let embedding = (rows, columns) == (out, input);
+        match (linear, embedding) {
+            (true, true) if path.ends_with("embed_tokens") => Some(Self::Embedding),
+            (true, _) => Some(Self::Linear),
+            (false, true) => Some(Self::Embedding),
+            (false, false) => None,
+        }
+    }
 }
 
 impl Adapter {
@@ -58,18 +77,8 @@ impl Adapter {
     }
 
     /// The orientation in which this adapter fits a weight of `out` x `input`, or none if it fits neither way.
-    ///
-    /// A square weight fits both ways; `path` decides then (`embed_tokens` is an embedding).
-    pub fn kind(&self, path: &str, (out, input): (i32, i32)) -> Option<Kind> {
-        let (rows, cols) = (self.a.dim(0), self.b.dim(1));
-        let linear = (rows, cols) == (input, out);
-        let embedding = (rows, cols) == (out, input);
-        match (linear, embedding) {
-            (true, true) if path.ends_with("embed_tokens") => Some(Kind::Embedding),
-            (true, _) => Some(Kind::Linear),
-            (false, true) => Some(Kind::Embedding),
-            (false, false) => None,
-        }
+    pub fn kind(&self, path: &str, shape: (i32, i32)) -> Option<Kind> {
+        Kind::of(path, (self.a.dim(0), self.b.dim(1)), shape)
     }
 
     /// The adapter of the weight's rows `ids` (N,) alone; rows depend on no other row.
@@ -138,6 +147,20 @@ impl Adapter {
         let Some(m) = &self.magnitude else { return Ok(None) };
         let n = row_norms(&self.a, &self.b, self.scale, weight.as_ref(), n0)?;
         Ok(Some(row_factor(m, &n)?))
+    }
+
+    /// What a forward pass needs of this update of a module, nothing evaluated yet.
+    ///
+    /// # Errors
+    /// When an array operation fails.
+    pub fn site(&self, target: &Target) -> Result<Site> {
+        let factor = self.factor(target.weight)?;
+        let arranged = match target.kind {
+            Kind::Linear => graft_ops::arrange_update(target.weight.as_ref(), &self.a, &self.b)?,
+            Kind::Embedding => None,
+        };
+        let (a, b) = arranged.unwrap_or_else(|| (self.a.clone(), self.b.clone()));
+        Ok(Site { a, b, scale: self.scale, factor, dropout: None })
     }
 
     /// The singular values of s A B, from the largest down; there are R of them, or fewer where the matrix has fewer.

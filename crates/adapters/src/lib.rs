@@ -19,6 +19,7 @@ mod peft_write;
 mod provenance;
 mod route;
 mod set;
+mod stored;
 mod writer;
 
 pub use adapter::{Adapter, Kind};
@@ -30,4 +31,5 @@ pub use peft_write::export;
 pub use provenance::{Origin, Provenance};
 pub use route::{Dropout, Route, RouteRows, Site, Table};
 pub use set::{ADAPTER_FILE, AdapterSet, CONFIG_FILE, Target};
+pub use stored::{StoredAdapter, StoredSet};
 pub use writer::AdapterWriter;

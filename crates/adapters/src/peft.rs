@@ -20,8 +20,9 @@ use graft_quant::Tensor;
 use serde_json::{Map, Value, json};
 
 use crate::config::block_keys;
-use crate::set::{WHOLE, array_f32, note_dtypes, unusable};
-use crate::{Adapter, AdapterConfig, AdapterSet, Error, FineTuneType, LoraParameters, Result};
+use crate::set::{WHOLE, note_dtypes};
+use crate::stored::unusable;
+use crate::{AdapterConfig, Error, FineTuneType, LoraParameters, Result, StoredAdapter, StoredSet};
 
 /// PEFT's name of the tensors.
 pub(crate) const TENSORS: &str = "adapter_model.safetensors";
@@ -53,7 +54,7 @@ const REFUSED: [(&str, &str); 11] = [
 const REWRITES_BASE: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
 
 /// Reads a PEFT directory.
-pub(crate) fn load(dir: &Path, file: &Path, raw: Map<String, Value>) -> Result<AdapterSet> {
+pub(crate) fn load(dir: &Path, file: &Path, raw: Map<String, Value>) -> Result<StoredSet> {
     refuse(file, &raw)?;
     let tensors_file = dir.join(TENSORS);
     if !tensors_file.is_file() {
@@ -89,10 +90,8 @@ pub(crate) fn load(dir: &Path, file: &Path, raw: Map<String, Value>) -> Result<A
         for (tensor, own) in [(Some(a), "lora_a"), (Some(b), "lora_b"), (part.m, "m")] {
             dtypes.extend(tensor.map(|tensor| (format!("{path}.{own}"), tensor.dtype)));
         }
-        let magnitude = part.m.map(array_f32).transpose()?;
-        let turned = |t| -> Result<_> { Ok(array_f32(t)?.transpose()?.contiguous()?) };
-        let (a, b) = (turned(a)?, turned(b)?);
-        adapters.insert(path, Adapter { a, b, scale, magnitude });
+        let (a, b, magnitude) = (a.clone(), b.clone(), part.m.cloned());
+        adapters.insert(path, StoredAdapter { a, b, turned: true, scale, magnitude });
     }
     if adapters.is_empty() && problems.is_empty() {
         problems.push("the file holds no lora_A / lora_B tensors".into());
@@ -130,7 +129,7 @@ pub(crate) fn load(dir: &Path, file: &Path, raw: Map<String, Value>) -> Result<A
         metadata.insert(PEFT_NAMES.into(), json!(names).to_string());
     }
     note_dtypes(&mut metadata, &dtypes);
-    Ok(AdapterSet { adapters, weights: whole, config, metadata })
+    Ok(StoredSet { adapters, weights: whole, config, metadata })
 }
 
 /// What PEFT's own file says beside its tensors.
@@ -141,10 +140,10 @@ pub(crate) fn usual_metadata() -> BTreeMap<String, String> {
 /// The set as we exported it, if the file still is that export: what it says fits the tensors.
 fn ours(
     theirs: &BTreeMap<String, String>,
-    adapters: &BTreeMap<String, Adapter>,
+    adapters: &BTreeMap<String, StoredAdapter>,
     whole: &BTreeMap<String, Tensor>,
     dtypes: &BTreeMap<String, graft_quant::StoredDtype>,
-) -> Option<AdapterSet> {
+) -> Option<StoredSet> {
     let raw = serde_json::from_str(theirs.get(GRAFT_CONFIG)?).ok()?;
     let config = AdapterConfig::from_map(Path::new(GRAFT_CONFIG), raw).ok()?;
     let mut metadata: BTreeMap<String, String> = serde_json::from_str(theirs.get(GRAFT_METADATA)?).ok()?;
@@ -152,7 +151,7 @@ fn ours(
         return None;
     }
     note_dtypes(&mut metadata, dtypes);
-    Some(AdapterSet { adapters: adapters.clone(), weights: whole.clone(), config, metadata })
+    Some(StoredSet { adapters: adapters.clone(), weights: whole.clone(), config, metadata })
 }
 
 /// Whether a PEFT config says DoRA.

@@ -7,7 +7,7 @@ use graft_ops::Dtype;
 use graft_quant::{StoredDtype, Tensor, Weight};
 use serde_json::{Map, Value};
 
-use crate::{Adapter, AdapterConfig, Error, FineTuneType, Fingerprint, Kind, Result, Site, Table, peft};
+use crate::{Adapter, AdapterConfig, Error, FineTuneType, Fingerprint, Kind, Result, StoredSet, Table};
 
 /// mlx-lm's name of the tensors.
 pub const ADAPTER_FILE: &str = "adapters.safetensors";
@@ -54,16 +54,7 @@ impl AdapterSet {
     /// # Errors
     /// When a file is missing or damaged, or when the adapter uses what cannot be represented.
     pub fn load(dir: &Path) -> Result<Self> {
-        let (file, raw) = read_config(dir)?;
-        if raw.contains_key("peft_type") {
-            return peft::load(dir, &file, raw);
-        }
-        let config = AdapterConfig::from_map(&file, raw)?;
-        let tensors = dir.join(ADAPTER_FILE);
-        if !tensors.is_file() {
-            return Err(Error::NotAnAdapter { dir: dir.to_path_buf(), missing: ADAPTER_FILE.into() });
-        }
-        Self::from_file(&tensors, config)
+        StoredSet::load(dir)?.arrays()
     }
 
     /// The base on which the adapter in `dir` was trained, where its config says so; no tensor is read.
@@ -83,21 +74,7 @@ impl AdapterSet {
     /// # Errors
     /// As for [`AdapterSet::load`].
     pub fn from_file(file: &Path, config: AdapterConfig) -> Result<Self> {
-        let (mut tensors, mut metadata) = graft_quant::read_safetensors(file)?;
-        let problems = unusable(&tensors);
-        if !problems.is_empty() {
-            return Err(Error::Mismatch { file: file.to_path_buf(), problems });
-        }
-        if config.fine_tune_type == FineTuneType::Full {
-            return Ok(Self { adapters: BTreeMap::new(), weights: tensors, config, metadata });
-        }
-        let mut weights = BTreeMap::new();
-        for name in config.extra(WHOLE).and_then(Value::as_array).into_iter().flatten() {
-            weights.extend(name.as_str().and_then(|name| tensors.remove_entry(name)));
-        }
-        let adapters = collect(file, &tensors, &config)?;
-        note_dtypes(&mut metadata, &tensors.iter().map(|(name, t)| (name.clone(), t.dtype)).collect());
-        Ok(Self { adapters, weights, config, metadata })
+        StoredSet::from_file(file, config)?.arrays()
     }
 
     /// mlx-lm's tensors: `<path>.lora_a`, `.lora_b`, `.m`, and the whole weights; in the types they were read in, where
@@ -158,34 +135,11 @@ impl AdapterSet {
     /// # Errors
     /// [`Error::Mismatch`] with all problems.
     pub fn check(&self, origin: &Path, module: impl Fn(&str) -> Option<((i32, i32), Kind)>) -> Result<()> {
-        let mut problems = Vec::new();
-        for (path, adapter) in &self.adapters {
-            let Some((shape, kind)) = module(path) else {
-                problems.push(format!("{path}: the base has no such linear or embedding"));
-                continue;
-            };
-            if adapter.kind(path, shape) != Some(kind) {
-                problems.push(format!(
-                    "{path}: A is {:?} and B is {:?}, but the base's weight is ({}, {}): trained on another base",
-                    adapter.a.shape(),
-                    adapter.b.shape(),
-                    shape.0,
-                    shape.1
-                ));
-            } else if adapter.magnitude.is_some() && kind == Kind::Embedding {
-                problems.push(format!("{path}: DoRA on an embedding is not supported; train it as LoRA"));
-            } else if adapter.magnitude.as_ref().is_some_and(|m| m.shape() != [shape.0]) {
-                problems.push(format!(
-                    "{path}: m has another length than the {} rows of the base's weight",
-                    shape.0
-                ));
-            }
-        }
-        if problems.is_empty() {
-            Ok(())
-        } else {
-            Err(Error::Mismatch { file: origin.to_path_buf(), problems })
-        }
+        let each = self.adapters.iter().map(|(path, adapter)| {
+            let shapes = [&adapter.a, &adapter.b].map(|side| [side.dim(0), side.dim(1)]);
+            (path.as_str(), shapes, adapter.magnitude.as_ref().map(|m| m.shape().to_vec()))
+        });
+        check_each(origin, each, module)
     }
 
     /// The table for serving: checked, DoRA's factor computed once, everything evaluated.
@@ -193,34 +147,12 @@ impl AdapterSet {
     /// # Errors
     /// When the adapter does not fit the base, or is a `full` one, which has no low-rank form.
     pub fn table<'a>(&self, origin: &Path, target: impl Fn(&str) -> Option<Target<'a>>) -> Result<Table> {
-        if self.config.fine_tune_type == FineTuneType::Full {
-            return Err(Error::Unsupported {
-                file: origin.to_path_buf(),
-                what: "a full fine-tune".into(),
-                why: "it holds whole weights, no low-rank update: fuse it into the base first (graft fuse)"
-                    .into(),
-            });
-        }
-        if let Some(name) = self.weights.keys().next() {
-            return Err(Error::Unsupported {
-                file: origin.to_path_buf(),
-                what: format!("{name}, a whole weight beside the low-rank updates,"),
-                why:
-                    "it takes the place of the base's own: fuse the adapter into the base first (graft fuse)"
-                        .into(),
-            });
-        }
+        refuse_whole(origin, &self.config, self.weights.keys())?;
         self.check(origin, |path| target(path).map(|t| (t.shape(), t.kind)))?;
         let mut sites = HashMap::new();
         for (path, adapter) in &self.adapters {
             let Some(found) = target(path) else { continue };
-            let factor = adapter.factor(found.weight)?;
-            let arranged = match found.kind {
-                Kind::Linear => graft_ops::arrange_update(found.weight.as_ref(), &adapter.a, &adapter.b)?,
-                Kind::Embedding => None,
-            };
-            let (a, b) = arranged.unwrap_or_else(|| (adapter.a.clone(), adapter.b.clone()));
-            sites.insert(path.clone(), Site { a, b, scale: adapter.scale, factor, dropout: None });
+            sites.insert(path.clone(), adapter.site(&found)?);
         }
         let table = Table { sites };
         graft_ops::ffi::eval(table.arrays())?;
@@ -229,7 +161,7 @@ impl AdapterSet {
 }
 
 /// adapter_config.json of an adapter directory: its path and its keys.
-fn read_config(dir: &Path) -> Result<(PathBuf, Map<String, Value>)> {
+pub(crate) fn read_config(dir: &Path) -> Result<(PathBuf, Map<String, Value>)> {
     let file = dir.join(CONFIG_FILE);
     if !file.is_file() {
         return Err(Error::NotAnAdapter { dir: dir.to_path_buf(), missing: CONFIG_FILE.into() });
@@ -257,62 +189,53 @@ pub(crate) fn note_dtypes(metadata: &mut BTreeMap<String, String>, dtypes: &BTre
     }
 }
 
-/// A sentence on each tensor that holds no floats, or not only finite ones.
-pub(crate) fn unusable(tensors: &BTreeMap<String, Tensor>) -> Vec<String> {
-    let problem = |(name, tensor): (&String, &Tensor)| match tensor.to_f32() {
-        Ok(values) if values.iter().all(|x| x.is_finite()) => None,
-        Ok(_) => Some(format!("{name}: holds values that are not finite")),
-        Err(_) => Some(format!("{name}: expected floats, found {:?}", tensor.dtype)),
+/// A full fine-tune has no low-rank form, and neither have whole weights beside one.
+pub(crate) fn refuse_whole<'a>(
+    origin: &Path,
+    config: &AdapterConfig,
+    mut weights: impl Iterator<Item = &'a String>,
+) -> Result<()> {
+    let unsupported = |what: String, why: &str| {
+        let why = format!("{why}: fuse it into the base first (graft fuse)");
+        Err(Error::Unsupported { file: origin.to_path_buf(), what, why })
     };
-    tensors.iter().filter_map(problem).collect()
+    if config.fine_tune_type == FineTuneType::Full {
+        return unsupported("a full fine-tune".into(), "it holds whole weights, no low-rank update");
+    }
+    match weights.next() {
+        Some(name) => {
+            let what = format!("{name}, a whole weight beside the low-rank updates,");
+            unsupported(what, "it takes the place of the base's own")
+        }
+        None => Ok(()),
+    }
 }
 
-/// mlx-lm's tensors to adapters: every tensor must be one of the three, every path complete.
-fn collect(
-    file: &Path,
-    tensors: &BTreeMap<String, Tensor>,
-    config: &AdapterConfig,
-) -> Result<BTreeMap<String, Adapter>> {
+/// Checks updates, given by path, the shapes of A and B, and m's shape, against the modules of a base.
+pub(crate) fn check_each<'a>(
+    origin: &Path,
+    each: impl Iterator<Item = (&'a str, [[i32; 2]; 2], Option<Vec<i32>>)>,
+    module: impl Fn(&str) -> Option<((i32, i32), Kind)>,
+) -> Result<()> {
     let mut problems = Vec::new();
-    let mut paths: BTreeMap<&str, [Option<&Tensor>; 3]> = BTreeMap::new();
-    for (name, tensor) in tensors {
-        let part = name.rsplit_once('.').and_then(|(path, last)| {
-            ["lora_a", "lora_b", "m"].iter().position(|p| *p == last).map(|i| (path, i))
-        });
-        match part {
-            Some((path, i)) => paths.entry(path).or_default()[i] = Some(tensor),
-            None => problems.push(format!("{name}: expected a name ending in .lora_a, .lora_b or .m")),
-        }
-    }
-    let mut adapters = BTreeMap::new();
-    for (path, [a, b, m]) in paths {
-        let (Some(a), Some(b)) = (a, b) else {
-            problems.push(format!("{path}: lora_a and lora_b must come together"));
+    for (path, [a, b], magnitude) in each {
+        let Some((shape, kind)) = module(path) else {
+            problems.push(format!("{path}: the base has no such linear or embedding"));
             continue;
         };
-        let fits = a.shape.len() == 2 && b.shape.len() == 2 && a.shape[1] == b.shape[0];
-        if !fits || a.shape.contains(&0) || b.shape.contains(&0) {
+        if Kind::of(path, (a[0], b[1]), shape) != Some(kind) {
             problems.push(format!(
-                "{path}: expected lora_a (in, r) and lora_b (r, out), at least 1 of each, found {:?} and {:?}",
-                a.shape, b.shape
+                "{path}: A is {a:?} and B is {b:?}, but the base's weight is ({}, {}): trained on another base",
+                shape.0, shape.1
             ));
-            continue;
+        } else if magnitude.is_some() && kind == Kind::Embedding {
+            problems.push(format!("{path}: DoRA on an embedding is not supported; train it as LoRA"));
+        } else if magnitude.is_some_and(|m| m != [shape.0]) {
+            problems
+                .push(format!("{path}: m has another length than the {} rows of the base's weight", shape.0));
         }
-        if config.fine_tune_type == FineTuneType::Dora && m.is_none() {
-            problems.push(format!("{path}: fine_tune_type is dora, but m is missing"));
-        }
-        let magnitude = m.map(array_f32).transpose()?;
-        let adapter = Adapter { a: array_f32(a)?, b: array_f32(b)?, scale: config.scale_of(path), magnitude };
-        adapters.insert(path.to_owned(), adapter);
     }
-    if adapters.is_empty() && problems.is_empty() {
-        problems.push("the file holds no tensors".into());
-    }
-    if problems.is_empty() {
-        Ok(adapters)
-    } else {
-        Err(Error::Mismatch { file: file.to_path_buf(), problems })
-    }
+    if problems.is_empty() { Ok(()) } else { Err(Error::Mismatch { file: origin.to_path_buf(), problems }) }
 }
 
 /// The tensor as an f32 array.

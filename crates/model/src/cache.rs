@@ -29,6 +29,26 @@ impl KvCache {
         self.len == 0
     }
 
+    /// Bytes that a cache of `tokens` tokens takes at most.
+    pub fn bytes_for(model: &Model, tokens: usize) -> usize {
+        let c = model.config();
+        let heads = (usize::try_from(c.kv_heads).unwrap_or(0), usize::try_from(c.head_dim).unwrap_or(0));
+        KeyValues::bytes_for(tokens, heads, model.dtype()) * usize::try_from(c.layers).unwrap_or(0)
+    }
+
+    /// How many tokens a cache of `bytes` bytes holds.
+    pub fn capacity(model: &Model, bytes: usize) -> usize {
+        let step = KeyValues::step(model.dtype());
+        bytes / Self::bytes_for(model, 1).max(1) * step
+    }
+
+    /// The same first `len` tokens for another sequence, which goes its own way from there; both share what they have in
+    /// common, as [`KeyValues::fork`] says.
+    pub fn fork(&mut self, len: i32) -> Self {
+        let len = len.clamp(0, self.len);
+        Self { layers: self.layers.iter_mut().map(|layer| layer.fork(len)).collect(), len }
+    }
+
     /// Bytes that the buffers take.
     pub fn nbytes(&self) -> usize {
         self.layers.iter().map(KeyValues::nbytes).sum()

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use graft_adapters::Route;
-use graft_ops::{Array, Dtype, Rows, ffi};
+use graft_ops::{Array, Dtype, KeyValues, Rows, ffi};
 
 use crate::cache::rows_of;
 use crate::{Error, KvCache, Model, Result, Sampler, Sampling};
@@ -15,6 +15,31 @@ pub const PREFILL_STEP: usize = 512;
 /// Most generations that are decoded together. Up to this many rows take the same path through every operation on a CPU,
 /// so that the sums of one do not depend on what runs beside it.
 pub const MAX_TOGETHER: usize = 32;
+
+/// How many of the first `read` tokens of a prompt of `total`, which were read in chunks, may serve other prompts that
+/// begin with the same tokens: those that were read together with more than [`MAX_TOGETHER`] rows, in whole steps.
+pub fn shareable(read: usize, total: usize) -> usize {
+    let chunk = total.saturating_sub(1) / PREFILL_STEP * PREFILL_STEP;
+    let usable = if read > chunk && total - chunk <= MAX_TOGETHER { chunk } else { read };
+    usable / sharing_step() * sharing_step()
+}
+
+/// How many tokens of a prompt of `total`, of which the first `common` are kept by [`shareable`], need not be read: so many
+/// that what is left is read to the bit as if nothing had been kept.
+///
+/// On a CPU a row's sums depend only on whether its pass has few rows or many, so a chunk may begin anywhere if many are
+/// left of it, or if it would begin there anyway. On a GPU only whole chunks are sure.
+pub fn reusable(common: usize, total: usize) -> usize {
+    let step = sharing_step();
+    let kept = common.min(total.saturating_sub(1)) / step * step;
+    let end = total.min((kept / PREFILL_STEP + 1) * PREFILL_STEP);
+    if kept.is_multiple_of(PREFILL_STEP) || end - kept > MAX_TOGETHER { kept } else { kept - step }
+}
+
+/// The tokens of which [`shareable`] takes a multiple: on a CPU a block of the cache, so that blocks are shared whole.
+fn sharing_step() -> usize {
+    if graft_ops::form() == graft_ops::Form::Cpu { KeyValues::step(Dtype::Float32) } else { PREFILL_STEP }
+}
 
 /// How long to generate and how to choose.
 #[derive(Debug, Clone)]

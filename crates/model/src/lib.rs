@@ -37,6 +37,7 @@ pub use families::{Family, GgufFamily, config_from_map, family_names};
 pub use fidelity::{Gap, Run, Text, compare};
 pub use generate::{
     Completion, GenerateOptions, Generator, MAX_TOGETHER, PREFILL_STEP, Prefill, Token, generate_all,
+    reusable, shareable,
 };
 pub use gguf::GgufImport;
 pub use gguf_adapter::GgufAdapter;

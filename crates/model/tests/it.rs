@@ -4,8 +4,11 @@
 use std::path::Path;
 
 use graft_adapters::{Adapter, AdapterSet, Route, RouteRows};
-use graft_model::{Completion, GenerateOptions, Generator, KvCache, Model, Sampling, generate_all};
-use graft_ops::{Array, Dtype, Form, Precision, Rows, with_precision};
+use graft_model::{
+    Completion, GenerateOptions, Generator, KvCache, Model, PREFILL_STEP, Sampling, generate_all, reusable,
+    shareable,
+};
+use graft_ops::{Array, Dtype, Form, Precision, Rows, ffi, with_precision};
 use graft_testkit::tolerance::{BF16_DEEP, F32_DEEP};
 use graft_testkit::{
     Family, Tiny, assert_close, mlx, tiny_adapter, tiny_dense_of, tiny_model, wanted, wanted_form_is_mlx,
@@ -125,6 +128,68 @@ fn sequences_decoded_together_equal_each_alone() {
             let row = together.split_at_indices(&[i as i32, i as i32 + 1], 0).unwrap();
             assert_close(&row[1], &last[1], F32_DEEP);
         }
+    });
+}
+
+/// Reads what of `text` is not in the cache, up to each border of a chunk; the bits of the last logits.
+fn read_on(model: &Model, cache: &mut KvCache, text: &[i32]) -> Vec<u32> {
+    loop {
+        let start = cache.len() as usize;
+        let end = ((start / PREFILL_STEP + 1) * PREFILL_STEP).min(text.len());
+        let rows = Rows { lengths: vec![(end - start) as i32], starts: vec![start as i32] };
+        let h = model.hidden(&tokens(&text[start..end]), &rows, Some(&mut [cache]), &Route::Base).unwrap();
+        ffi::eval(cache.arrays()).unwrap();
+        if end == text.len() {
+            let last = h.split_at_indices(&[h.dim(0) - 1], 0).unwrap().swap_remove(1);
+            let logits = model.logits(&last, &Route::Base).unwrap().contiguous().unwrap();
+            return ffi::read::<f32>(&logits).unwrap().iter().map(|x| x.to_bits()).collect();
+        }
+    }
+}
+
+#[test]
+fn a_prefix_that_is_taken_over_gives_the_same_bits() {
+    arrays(|| {
+        let mut taken = 0;
+        for (tiny, precision) in
+            every_model().flat_map(|t| [(t.clone(), Precision::F32), (t, Precision::Int16)])
+        {
+            let dir = tiny_model(&tiny);
+            with_precision(precision, || {
+                let model = load(dir.path());
+                for (donor, common, total) in [
+                    (130, 130, 200),
+                    (130, 129, 140),
+                    (300, 300, 301),
+                    (300, 200, 230),
+                    (540, 540, 560),
+                    (700, 650, 690),
+                    (700, 700, 700),
+                    (1100, 1090, 1300),
+                ] {
+                    let text = ids(donor, 1);
+                    let own = [&text[..common], &ids(total - common, 2)].concat();
+                    let mut from = KvCache::new(&model);
+                    read_on(&model, &mut from, &text);
+                    let kept = reusable(common.min(shareable(donor, donor)), total);
+                    assert!(kept < total && kept <= common, "{kept} of {total}");
+                    taken += kept;
+                    let mut forked = from.fork(kept as i32);
+                    let mut cold = KvCache::new(&model);
+                    let (a, b) = (read_on(&model, &mut forked, &own), read_on(&model, &mut cold, &own));
+                    assert_eq!(a, b, "{kept} of {total} after {donor}, {precision:?}, {tiny:?}");
+                    let longer = [&own[..], &[7]].concat();
+                    let next = |cache| read_on(&model, cache, &longer);
+                    assert_eq!(next(&mut forked), next(&mut cold), "a token after it");
+                    // Who gave it goes on as before.
+                    let longer = [&text[..], &[9]].concat();
+                    let mut alone = KvCache::new(&model);
+                    read_on(&model, &mut alone, &text);
+                    assert_eq!(read_on(&model, &mut from, &longer), read_on(&model, &mut alone, &longer));
+                }
+            });
+        }
+        assert!(taken > 0);
     });
 }
 

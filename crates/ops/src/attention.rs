@@ -8,8 +8,6 @@ use mlx_rs::ops;
 use mlx_rs::ops::indexing::TryIndexMutOp as _;
 
 #[cfg(graft_cpu)]
-use crate::Dtype;
-#[cfg(graft_cpu)]
 use crate::cpu::{
     attention::{Causal, Heads, KEYS},
     cached::{Cached, CachedSequence, KvBlock},
@@ -19,7 +17,7 @@ use crate::cpu::{
 #[cfg(graft_cpu)]
 use crate::form::on_cpu;
 use crate::rope::mlx_rotated;
-use crate::{Array, Exception, Result, RopeTable, Rows};
+use crate::{Array, Dtype, Exception, Result, RopeTable, Rows};
 
 /// The keys and values of one sequence in one layer. How they are laid out is the business of [`attention_cached`].
 #[derive(Default)]
@@ -59,6 +57,28 @@ impl KeyValues {
         #[cfg(graft_cpu)]
         let bytes = bytes + self.blocks.iter().map(|block| block.nbytes()).sum::<usize>();
         bytes
+    }
+
+    /// Tokens by which buffers of activations of `dtype` grow.
+    pub fn step(dtype: Dtype) -> usize {
+        #[cfg(graft_cpu)]
+        if dtype == Dtype::Float32 && crate::form() == crate::Form::Cpu {
+            return KEYS;
+        }
+        let _ = dtype;
+        STEP as usize
+    }
+
+    /// Bytes that the buffers of `tokens` tokens of K heads of D take, (K, D) given.
+    pub fn bytes_for(tokens: usize, (kv_heads, dim): (usize, usize), dtype: Dtype) -> usize {
+        let step = Self::step(dtype);
+        let tokens = tokens.div_ceil(step) * step;
+        #[cfg(graft_cpu)]
+        if step == KEYS {
+            let heads = Heads { heads: kv_heads, kv_heads, dim, scale: 1.0 };
+            return 4 * 2 * tokens * kv_heads * heads.width();
+        }
+        2 * tokens * kv_heads * dim * if dtype == Dtype::Float32 { 4 } else { 2 }
     }
 
     /// The same first `len` tokens for another sequence, which goes its own way from there. Memory is shared as far as

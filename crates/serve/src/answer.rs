@@ -7,12 +7,13 @@ use serde_json::{Map, Value, json};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::{Instant, MissedTickBehavior};
 
+use crate::loader::resolve;
 use crate::log::Record;
 use crate::prompt::{Ready, Source, ready};
 use crate::reply::{Choice, Kind, Reply};
 use crate::serve::State;
 use crate::sse::{Stream, Writer};
-use crate::{ApiError, ChatRequest, Common, CompletionRequest, Event, Job, Usage, anthropic};
+use crate::{ApiError, ChatRequest, Common, CompletionRequest, Event, Job, Lease, Usage, anthropic};
 
 /// Events a sequence may be ahead of its reader before the engine lets it wait.
 const EVENTS_AHEAD: usize = 32;
@@ -61,8 +62,6 @@ pub(crate) async fn generate(
         }
     };
     drop(body);
-    let (adapter, model) = state.catalog.resolve(common.model.as_deref())?;
-    record.log.model = Some(model.clone());
     let count = prompts * common.choices;
     let permits = state.engine.admit(count).map_err(|e| match (e.status, common.choices) {
         (400, 2..) => ApiError {
@@ -74,6 +73,10 @@ pub(crate) async fn generate(
         },
         _ => e,
     })?;
+    let (lease, model) = resolve(state, common.model.as_deref(), common.adapter_scale).await?;
+    record.log.model = Some(model.clone());
+    state.fair(lease.as_ref(), count)?;
+    let generation = lease.as_ref().map(|lease| lease.generation().content().to_owned());
     let (ready, permits) = prepared(state, &common, source, permits).await?;
     let reply = Reply {
         kind,
@@ -85,6 +88,7 @@ pub(crate) async fn generate(
         created: state.seconds(),
         model,
         fingerprint: format!("graft-{}", env!("CARGO_PKG_VERSION")),
+        generation,
         shape: ready.shape.clone(),
         choices: common.choices,
         prompt_tokens: ready.prompts.iter().map(Vec::len).sum(),
@@ -92,7 +96,7 @@ pub(crate) async fn generate(
         seed: state.random(),
     };
     common.params.stop.extend(ready.stops.iter().cloned());
-    let events = submit(state, &common, adapter, &ready, permits)?;
+    let events = submit(state, &common, lease.as_ref(), &ready, permits)?;
     if common.stream {
         let writer = Writer::new(reply, count, common.include_usage);
         hold(events, writer, state.config.ping_interval).await.map(|start| Answer::Stream(Box::new(start)))
@@ -112,7 +116,7 @@ fn chat_source(body: &Map<String, Value>, state: &State) -> Result<(Common, Sour
 pub(crate) async fn count_tokens(state: &Arc<State>, body: Map<String, Value>) -> Result<Value, ApiError> {
     state.available()?;
     let (common, source, count) = chat_source(&anthropic::chat_request(&body, true)?, state)?;
-    state.catalog.resolve(common.model.as_deref())?;
+    state.registry.resolve(common.model.as_deref(), common.adapter_scale)?;
     let permits = state.engine.admit(count)?;
     let (ready, _permits) = prepared(state, &common, source, permits).await?;
     Ok(json!({"input_tokens": ready.prompts.iter().map(Vec::len).sum::<usize>()}))
@@ -137,7 +141,7 @@ async fn prepared(
 fn submit(
     state: &State,
     common: &Common,
-    adapter: Option<usize>,
+    adapter: Option<&Lease>,
     ready: &Ready,
     permits: Vec<OwnedSemaphorePermit>,
 ) -> Result<mpsc::Receiver<(usize, Event)>, ApiError> {
@@ -157,6 +161,7 @@ fn submit(
             let ends = info.tokenizer.eos_ids().iter().filter(|id| (**id as usize) < info.vocab);
             params.sampling.logit_bias.extend(ends.map(|id| (*id, f32::NEG_INFINITY)));
         }
+        let adapter = adapter.cloned();
         let (prompt, guide, events) = (prompt.clone(), ready.guide.clone(), sender.clone());
         state.engine.submit(Job { prompt, params, guide, adapter, index, events, permit })?;
     }

@@ -43,6 +43,16 @@ pub enum Error {
         /// What it was.
         found: String,
     },
+    /// Keys and values of not even two tokens fit in.
+    #[error(
+        "{given} bytes for keys and values hold no sequence: {least} is the least; give more with --kv-memory"
+    )]
+    Memory {
+        /// Bytes given.
+        given: usize,
+        /// Bytes of the shortest sequence.
+        least: usize,
+    },
     /// The metrics could not be set up.
     #[error("metrics: {0}")]
     Metrics(String),

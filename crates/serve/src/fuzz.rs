@@ -200,6 +200,7 @@ fn reply(kind: Kind, shape: &Shape) -> Reply {
         created: 1,
         model: "m\"\n".into(),
         fingerprint: "f".into(),
+        generation: None,
         shape: shape.clone(),
         choices: 1,
         prompt_tokens: 3,

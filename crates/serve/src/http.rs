@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use crate::answer::{Answer, count_tokens, generate};
 use crate::auth::host_allowed;
+use crate::lifecycle::{Change, authorize, change};
 use crate::log::Record;
 use crate::reply::Kind;
 use crate::serve::State;
@@ -32,6 +33,9 @@ pub(crate) enum Route {
     Models,
     Model(String),
     Generate(Kind),
+    Adapters,
+    Stats,
+    Change(Change),
     CountTokens,
 }
 
@@ -49,6 +53,10 @@ impl Route {
             "/models" | "/models/" => Some(Self::Models),
             "/chat/completions" => Some(Self::Generate(Kind::Chat)),
             "/completions" => Some(Self::Generate(Kind::Completion)),
+            "/stats" => Some(Self::Stats),
+            "/lora_adapters" => Some(Self::Adapters),
+            "/load_lora_adapter" => Some(Self::Change(Change::Load)),
+            "/unload_lora_adapter" => Some(Self::Change(Change::Unload)),
             "/messages" => Some(Self::Generate(Kind::Message)),
             "/messages/count_tokens" => Some(Self::CountTokens),
             _ => path.strip_prefix("/models/").map(|id| Self::Model(percent_decoded(id))),
@@ -71,6 +79,10 @@ impl Route {
             Self::Generate(Kind::Completion) => ("/v1/completions", WRITE),
             Self::Generate(Kind::Message) => ("/v1/messages", WRITE),
             Self::CountTokens => ("/v1/messages/count_tokens", WRITE),
+            Self::Adapters => ("/v1/lora_adapters", READ),
+            Self::Stats => ("/v1/stats", READ),
+            Self::Change(Change::Load) => ("/v1/load_lora_adapter", WRITE),
+            Self::Change(Change::Unload) => ("/v1/unload_lora_adapter", WRITE),
         }
     }
 
@@ -79,8 +91,9 @@ impl Route {
     pub(crate) fn all() -> Vec<Self> {
         let kinds = [Kind::Chat, Kind::Completion, Kind::Message].map(Self::Generate);
         let others = [Self::Page, Self::Health, Self::Ready, Self::Metrics, Self::OpenApi, Self::Models];
-        let rest = [Self::Model("m".into()), Self::CountTokens];
-        kinds.into_iter().chain(others).chain(rest).collect()
+        let rest = [Self::Model("m".into()), Self::CountTokens, Self::Adapters, Self::Stats];
+        let changes = [Change::Load, Change::Unload].map(Self::Change);
+        kinds.into_iter().chain(others).chain(rest).chain(changes).collect()
     }
 
     /// Needs no key: it tells nothing and does nothing.
@@ -159,8 +172,18 @@ async fn route(request: Request<Incoming>, state: &Arc<State>, mut record: Recor
         Route::OpenApi => return text("application/json", openapi::DOCUMENT, &mut record),
         Route::Health => health(state),
         Route::Ready => state.available().map(|()| json!({"status": "ready"})),
-        Route::Models => Ok(state.catalog.list()),
-        Route::Model(id) => state.catalog.card(&id),
+        Route::Models => Ok(state.registry.list()),
+        Route::Model(id) => state.registry.card(&id),
+        Route::Adapters => Ok(state.registry.adapters()),
+        Route::Stats => Ok(state.stats().body()),
+        // The key first: what a stranger sends is not even read.
+        Route::Change(asked) => match authorize(state, request.headers()) {
+            Ok(()) => match read_object(request, state).await {
+                Ok(body) => change(state, asked, &body).await,
+                Err(error) => Err(error),
+            },
+            Err(error) => Err(error),
+        },
         Route::Generate(kind) => return generation(request, state, kind, record).await,
         Route::CountTokens => match read_object(request, state).await {
             Ok(body) => count_tokens(state, body).await,
@@ -280,7 +303,7 @@ fn preflight(asked: &HeaderMap, allowed: &'static str, record: &mut Record) -> R
     headers.insert(header::ALLOW, HeaderValue::from_static(allowed));
     headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static(allowed));
     // Clients of OpenAI and Anthropic have a dozen of their own; what a browser may not read it does not send either.
-    let names = HeaderValue::from_static("authorization, content-type, x-api-key, x-request-id");
+    let names = HeaderValue::from_static("authorization, content-type, x-admin-key, x-api-key, x-request-id");
     let names = asked.get(header::ACCESS_CONTROL_REQUEST_HEADERS).cloned().unwrap_or(names);
     headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, names);
     headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
@@ -318,6 +341,13 @@ fn failed(error: &ApiError, record: &mut Record) -> Response<Reader> {
     let headers = response.headers_mut();
     if matches!(error.status, 429 | 503) {
         headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    if error.status == 409 {
+        // OpenAI's clients would send it again, as it is.
+        headers.insert(HeaderName::from_static("x-should-retry"), HeaderValue::from_static("false"));
+    }
+    if error.status == 401 {
+        headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
     if matches!(error.status, 401 | 403 | 408 | 413) {
         // What is left of the body will not be read, so nothing can follow it.

@@ -2,7 +2,7 @@
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
-use crate::{ApiError, Guide, Params};
+use crate::{ApiError, Guide, Lease, Params};
 
 /// One sequence to generate.
 #[derive(Debug)]
@@ -13,8 +13,8 @@ pub struct Job {
     pub params: Params,
     /// What the answer has to look like.
     pub guide: Option<Guide>,
-    /// Index of the adapter in the engine's list; none is the base.
-    pub adapter: Option<usize>,
+    /// The version of an adapter that answers, held from admission on; none is the base.
+    pub adapter: Option<Lease>,
     /// Which choice of its request this is.
     pub index: usize,
     /// Where its events go. When the receiver is gone the sequence ends at the next step.

@@ -9,6 +9,8 @@ use crate::fields::{Fields, wrong};
 
 /// Stop strings per request. OpenAI allows 4, other servers more.
 const MAX_STOPS: usize = 16;
+/// Factor on an adapter's scale, in either direction.
+const MAX_SCALE: f64 = 16.0;
 /// Answers per prompt.
 const MAX_CHOICES: i64 = 32;
 /// Longest stop string, in characters: it is compared at every token.
@@ -41,6 +43,8 @@ pub struct Params {
 pub struct Common {
     /// The model asked for.
     pub model: Option<String>,
+    /// Factor on the scale of the adapter that `model` names; 1 is the adapter as it was made, 0 the base.
+    pub adapter_scale: f32,
     /// How to generate.
     pub params: Params,
     /// Answers per prompt.
@@ -75,6 +79,7 @@ pub(crate) fn common(
     };
     Ok(Common {
         model: fields.string("model")?.map(str::to_owned),
+        adapter_scale: fields.number("adapter_scale", -MAX_SCALE, MAX_SCALE)?.unwrap_or(1.0),
         params: params(fields, defaults, vocab, logprobs)?,
         choices: fields.integer("n", 1, MAX_CHOICES)?.unwrap_or(1) as usize,
         schema: schema(fields)?,
@@ -91,7 +96,8 @@ fn refusals(fields: Fields) -> Result<(), ApiError> {
     let none = [json!(0), json!(0.0)];
     let one = [json!(1), json!(1.0)];
     let structured = "use `response_format` with a JSON schema";
-    let refused: [(&str, &[Value], &str); 34] = [
+    let refused: [(&str, &[Value], &str); 35] = [
+        ("lora", &[json!([])], "give the adapter's name as `model` and its scale as `adapter_scale`"),
         ("best_of", &one, "use `n`, which returns all of them"),
         ("store", &off, "this server keeps no answers"),
         ("service_tier", &[json!("auto"), json!("default")], "there is one tier"),

@@ -26,6 +26,8 @@ pub(crate) struct Reply {
     /// The model as the client named it.
     pub(crate) model: String,
     pub(crate) fingerprint: String,
+    /// The version of the adapter that answers; none for the base.
+    pub(crate) generation: Option<String>,
     /// What the answers are taken apart by.
     pub(crate) shape: Shape,
     /// Answers per prompt.
@@ -99,6 +101,9 @@ impl Reply {
         map.insert("created".into(), self.created.into());
         map.insert("model".into(), self.model.as_str().into());
         map.insert("system_fingerprint".into(), self.fingerprint.as_str().into());
+        if let Some(generation) = &self.generation {
+            map.insert("adapter_generation".into(), generation.as_str().into());
+        }
         map.insert("choices".into(), choices);
         map
     }

@@ -1,68 +1,89 @@
 //! Which sequence runs next. Each turn decodes one token of every sequence that has read its prompt, then reads one
-//! chunk of one prompt, so that a long prompt never holds the others up for longer than a chunk.
+//! chunk of one prompt, so that a long prompt never holds the others up for longer than a chunk; then it does what a
+//! linear of an adapter needs that is on its way.
+//!
+//! A sequence begins when there is a place, memory for all that it may say, and the adapter that it asks for. Of those that
+//! wait, one whose adapter has the fewest running comes first, then one whose adapter began a sequence longest ago, then the
+//! oldest; one that was chosen and only lacks memory lets nobody pass.
 
-use std::any::Any;
-use std::collections::{BTreeMap, VecDeque};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use graft_adapters::{Route, Table};
-use graft_model::{KvCache, Model, PREFILL_STEP, Sampler};
-use graft_ops::{Array, Dtype, Rows, ffi};
-use mlx_rs::ops::indexing::TryIndexOp as _;
+use graft_adapters::Table;
+use graft_model::{KvCache, Model, Sampler};
 
 use crate::engine::{Command, EngineConfig, Info};
 use crate::log::LogEvent;
-use crate::sequence::Sequence;
-use crate::{ApiError, Event, Job, LogSink};
+use crate::pass::{Ahead, begin, caught, chunk};
+use crate::prefixes::Prefixes;
+use crate::residents::{Found, Residents};
+use crate::sequence::{Sequence, Start};
+use crate::{ApiError, EngineStats, Event, Job, Lease, LogSink};
 
 /// Pause when every sequence waits for its reader.
 const PAUSE: Duration = Duration::from_millis(2);
 
+/// An adapter on its way takes one linear a turn, or this part of the turn's time if that is more.
+const ADAPTING: u32 = 16;
+
 /// The engine's loop.
 pub(crate) struct Scheduler<'a> {
     model: &'a Model,
-    tables: &'a [Table],
     info: &'a Info,
     max_concurrent: usize,
     stall_timeout: Duration,
+    kv_memory: usize,
     log: &'a LogSink,
+    residents: Residents<'a>,
+    prefixes: Prefixes,
     waiting: VecDeque<Job>,
+    /// The next one to begin, as soon as there is memory.
+    next: Option<Job>,
     active: Vec<Sequence>,
+    ahead: Vec<Ahead>,
     turn: u64,
+    begun: u64,
+    /// The last sequence that each adapter (none is the base) began.
+    last: HashMap<Option<u64>, u64>,
+    stats: EngineStats,
 }
 
 impl<'a> Scheduler<'a> {
-    pub(crate) fn new(
-        model: &'a Model,
-        tables: &'a [Table],
-        info: &'a Info,
-        config: &'a EngineConfig,
-    ) -> Self {
+    pub(crate) fn new(model: &'a Model, info: &'a Info, config: &'a EngineConfig) -> Self {
         Self {
             model,
-            tables,
             info,
             max_concurrent: config.max_concurrent,
             stall_timeout: config.stall_timeout,
+            kv_memory: config.kv_memory,
             log: &config.log,
+            residents: Residents::new(model),
+            prefixes: Prefixes::default(),
             waiting: VecDeque::new(),
+            next: None,
             active: Vec::new(),
+            ahead: Vec::new(),
             turn: 0,
+            begun: 0,
+            last: HashMap::new(),
+            stats: EngineStats::default(),
         }
     }
 
     /// Runs until the other end of `commands` is gone.
-    pub(crate) fn run(mut self, commands: &Receiver<Command>) {
-        while self.listen(commands) {
-            self.waiting.retain(|job| !job.events.is_closed());
-            let (now, patience) = (Instant::now(), self.stall_timeout);
-            self.active.retain_mut(|sequence| sequence.keep(now, patience));
-            self.start();
-            let decoded = self.decode();
-            let read = self.read();
-            if !decoded && !read && !self.active.is_empty() {
+    pub(crate) fn run(mut self, commands: &Receiver<Command>, stats: &Mutex<EngineStats>) {
+        loop {
+            self.tell(stats);
+            if !self.listen(commands) {
+                return;
+            }
+            let began = Instant::now();
+            let moved = self.turn();
+            self.stats.busy_seconds += began.elapsed().as_secs_f64();
+            if !moved && !self.active.is_empty() {
                 match commands.recv_timeout(PAUSE) {
                     Ok(command) => self.obey(command),
                     Err(RecvTimeoutError::Timeout) => {}
@@ -72,9 +93,32 @@ impl<'a> Scheduler<'a> {
         }
     }
 
+    /// One step of everything. False if there was nothing to do but to wait.
+    fn turn(&mut self) -> bool {
+        self.waiting.retain(|job| !job.events.is_closed());
+        self.next = self.next.take().filter(|job| !job.events.is_closed());
+        let (now, patience) = (Instant::now(), self.stall_timeout);
+        self.active.retain_mut(|sequence| sequence.keep(now, patience));
+        self.start();
+        let decoded = self.decode();
+        let read = self.read();
+        decoded | read | self.adapt(now.elapsed() / ADAPTING)
+    }
+
+    fn tell(&mut self, stats: &Mutex<EngineStats>) {
+        self.stats.waiting = self.waiting.len() + usize::from(self.next.is_some());
+        self.stats.running = self.active.len();
+        self.stats.kv_budget = self.kv_memory;
+        self.stats.kv_reserved = self.reserved();
+        self.stats.kv_cached = self.prefixes.bytes();
+        self.stats.prefixes = self.prefixes.len();
+        *stats.lock().unwrap_or_else(PoisonError::into_inner) = self.stats;
+    }
+
     /// Takes all commands, waiting for one only if there is nothing to do. False when none can come any more.
     fn listen(&mut self, commands: &Receiver<Command>) -> bool {
-        if self.active.is_empty() && self.waiting.is_empty() {
+        let idle = self.active.is_empty() && self.waiting.is_empty() && self.next.is_none();
+        if idle && !self.residents.busy() {
             match commands.recv() {
                 Ok(command) => self.obey(command),
                 Err(_) => return false,
@@ -92,8 +136,14 @@ impl<'a> Scheduler<'a> {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Run(job) => self.waiting.push_back(*job),
+            Command::Adopt(slot, stored, done) => self.residents.adopt(slot, stored, done),
+            Command::Release(slot) => {
+                self.residents.release(slot);
+                self.prefixes.forget(slot);
+                self.last.remove(&Some(slot));
+            }
             Command::Abort(error) => {
-                for job in self.waiting.drain(..) {
+                for job in self.waiting.drain(..).chain(self.next.take()) {
                     refuse(&job, error.clone());
                 }
                 for sequence in &mut self.active {
@@ -103,148 +153,256 @@ impl<'a> Scheduler<'a> {
         }
     }
 
-    /// Lets waiting sequences run, in the order in which they came.
+    /// Bytes that running sequences have reserved.
+    fn reserved(&self) -> usize {
+        self.active.iter().map(|sequence| sequence.reserved).sum()
+    }
+
+    /// Lets waiting sequences run.
     fn start(&mut self) {
         while self.active.len() < self.max_concurrent {
-            let Some(job) = self.waiting.pop_front() else { return };
-            if job.adapter.is_some_and(|index| index >= self.tables.len()) || job.prompt.is_empty() {
-                refuse(&job, ApiError::server("the request cannot be run"));
+            let Some(job) = self.next.take().or_else(|| self.choose()) else { return };
+            let sampler = match Sampler::new(&job.params.sampling) {
+                Ok(sampler) if !job.prompt.is_empty() => sampler,
+                Ok(_) => {
+                    refuse(&job, ApiError::server("the request cannot be run"));
+                    continue;
+                }
+                Err(e) => {
+                    refuse(&job, ApiError::request(400, "invalid_value", e.to_string()));
+                    continue;
+                }
+            };
+            let table = match self.table(&job) {
+                Ok(Some(table)) => table,
+                // Its scale was made and has been dropped for others meanwhile.
+                Ok(None) => {
+                    self.waiting.push_front(job);
+                    return;
+                }
+                Err(error) => {
+                    refuse(&job, error);
+                    continue;
+                }
+            };
+            let reserved = KvCache::bytes_for(self.model, job.prompt.len() + job.params.max_tokens);
+            let taken = self.reserved();
+            if reserved > self.kv_memory {
+                let message =
+                    "The prompt and `max_tokens` need more memory than this server has for a sequence.";
+                refuse(&job, ApiError { param: Some("max_tokens".into()), ..ApiError::invalid("", message) });
                 continue;
             }
-            match Sampler::new(&job.params.sampling) {
-                Ok(sampler) => self.active.push(Sequence::new(self.model, self.info, job, sampler)),
-                Err(e) => refuse(&job, ApiError::request(400, "invalid_value", e.to_string())),
+            if taken + reserved > self.kv_memory {
+                self.next = Some(job);
+                return;
+            }
+            self.prefixes.shrink(self.kv_memory - taken - reserved);
+            self.begun += 1;
+            self.last.insert(slot(&job), self.begun);
+            let start = Start { job, sampler, table, reserved };
+            self.active.push(Sequence::new(self.model, self.info, start, self.begun));
+        }
+    }
+
+    /// Takes the waiting job whose turn it is out of the queue; those whose adapter is still being made are passed over.
+    fn choose(&mut self) -> Option<Job> {
+        let mut ready = Vec::with_capacity(self.waiting.len());
+        for (at, job) in self.waiting.iter().enumerate() {
+            let key = job.adapter.as_ref().and_then(Lease::key);
+            if !key.is_some_and(|key| matches!(self.residents.find(key), Found::Soon)) {
+                let rivals = self.active.iter().filter(|other| slot(&other.job) == slot(job)).count();
+                ready.push((rivals, self.last.get(&slot(job)).copied().unwrap_or(0), at));
+            }
+        }
+        let (_, _, at) = ready.into_iter().min()?;
+        self.waiting.remove(at)
+    }
+
+    /// The arrays of a job's adapter; none if they are being made.
+    fn table(&mut self, job: &Job) -> Result<Option<Option<Rc<Table>>>, ApiError> {
+        let Some(key) = job.adapter.as_ref().and_then(Lease::key) else { return Ok(Some(None)) };
+        match self.residents.find(key) {
+            Found::Ready(table) => Ok(Some(Some(table))),
+            Found::Soon => Ok(None),
+            Found::Never(why) => {
+                (self.log)(LogEvent::Failure { message: format!("an adapter cannot be used: {why}") });
+                Err(ApiError::server("The adapter cannot be used; the server's log says why."))
             }
         }
     }
 
-    /// One token for each sequence that can take one. Those of one adapter share a pass.
-    fn decode(&mut self) -> bool {
-        let mut groups: BTreeMap<(Option<usize>, usize), Vec<&mut Sequence>> = BTreeMap::new();
-        for (index, sequence) in self.active.iter_mut().enumerate().filter(|(_, s)| s.decodes()) {
-            let company = if sequence.alone { index + 1 } else { 0 };
-            groups.entry((sequence.job.adapter, company)).or_default().push(sequence);
+    /// Does what one linear of an adapter needs, and further ones within `time`.
+    fn adapt(&mut self, time: Duration) -> bool {
+        let began = Instant::now();
+        let mut any = false;
+        loop {
+            match caught(|| Ok(self.residents.advance())) {
+                Ok(false) => return any,
+                Ok(true) => any = true,
+                // What was in work is dropped, and so is whoever waited for it.
+                Err(message) => (self.log)(LogEvent::Failure { message }),
+            }
+            if began.elapsed() >= time {
+                return true;
+            }
         }
-        let any = !groups.is_empty();
-        for ((adapter, _), mut group) in groups {
-            let tokens: Vec<i32> =
-                group.iter().filter_map(|s| s.history.last()).map(|id| *id as i32).collect();
-            let lengths = vec![1; group.len()];
-            let (model, route) = (self.model, route(self.tables, adapter));
-            let result = caught(|| {
-                let mut caches: Vec<&mut KvCache> = group.iter_mut().map(|s| &mut s.cache).collect();
-                let rows = Rows { lengths, starts: caches.iter().map(|c| c.len()).collect() };
-                let tokens = Array::from_slice(&tokens, &[tokens.len() as i32]);
-                let hidden = model.hidden(&tokens, &rows, Some(&mut caches), &route).map_err(words)?;
-                logits(model, &hidden, &route, &caches)
-            });
-            let vocab = self.info.vocab;
-            settle(self.model, self.info, self.log, &mut group, result, vocab);
+    }
+
+    /// Which sequences take a token together: all but those that a failure has set apart, those of one adapter with one scale
+    /// side by side.
+    fn groups(&self) -> Vec<Vec<u64>> {
+        let decodes = self.active.iter().filter(|sequence| sequence.decodes());
+        let (alone, mut shared): (Vec<&Sequence>, Vec<&Sequence>) = decodes.partition(|s| s.alone);
+        shared.sort_by_key(|sequence| (sequence.key(), sequence.id));
+        let mut groups: Vec<Vec<u64>> = alone.iter().map(|sequence| vec![sequence.id]).collect();
+        if !shared.is_empty() {
+            groups.push(shared.iter().map(|sequence| sequence.id).collect());
+        }
+        groups
+    }
+
+    /// One token for each sequence that can take one.
+    fn decode(&mut self) -> bool {
+        // While a prompt is read each step is awaited, or its tokens would wait for the chunk as well.
+        let onward = !self.active.iter().any(Sequence::reads);
+        let mut groups = self.groups();
+        let known = |ahead: &Ahead| onward && groups.contains(&ahead.members);
+        let (mut going, ended): (Vec<Ahead>, Vec<Ahead>) = self.ahead.drain(..).partition(known);
+        let any = !groups.is_empty() || !ended.is_empty();
+        // Where somebody came or left, what is being computed is taken as it is, and a new pass begins.
+        for last in &ended {
+            let rows = self.timed(|_| last.read());
+            self.settle(&last.members, &rows);
+        }
+        if !ended.is_empty() {
+            groups = self.groups();
+        }
+        for members in &groups {
+            let at = going.iter().position(|ahead| ahead.members == *members);
+            let last = at.map(|at| going.swap_remove(at));
+            if let Some(rows) = self.timed(|own| own.step(members, last, onward)) {
+                self.settle(members, &rows);
+            }
         }
         any
     }
 
+    /// Counts the time of a part of a turn as spent in a pass.
+    fn timed<T>(&mut self, part: impl FnOnce(&mut Self) -> T) -> T {
+        let began = Instant::now();
+        let made = part(self);
+        self.stats.pass_seconds += began.elapsed().as_secs_f64();
+        made
+    }
+
+    /// Begins the next pass of a group, where it has one, and gives the logits of the last one; none yet if it has just
+    /// begun and need not be awaited.
+    fn step(
+        &mut self,
+        members: &[u64],
+        last: Option<Ahead>,
+        onward: bool,
+    ) -> Option<Result<Vec<f32>, String>> {
+        let mut group: Vec<&mut Sequence> =
+            self.active.iter_mut().filter(|sequence| members.contains(&sequence.id)).collect();
+        group.sort_by_key(|sequence| members.iter().position(|id| *id == sequence.id));
+        let plain = onward && group.iter().all(|sequence| sequence.plain());
+        let begins = last.is_none() || group.iter().all(|sequence| sequence.goes_on());
+        let next = begins.then(|| begin(self.model, &mut group, last.as_ref(), plain)).transpose();
+        self.stats.steps += u64::from(begins);
+        match (last, next) {
+            (_, Err(message)) => Some(Err(message)),
+            (Some(last), Ok(next)) => {
+                self.ahead.extend(next);
+                Some(last.read())
+            }
+            (None, Ok(Some(next))) if !plain => Some(next.read()),
+            (None, Ok(next)) => {
+                self.ahead.extend(next);
+                None
+            }
+        }
+    }
+
     /// One chunk of the prompt whose turn it is.
     fn read(&mut self) -> bool {
+        let room = self.kv_memory.saturating_sub(self.reserved());
         let Some(sequence) = self.active.iter_mut().filter(|s| s.reads()).min_by_key(|s| s.turn) else {
             return false;
         };
         self.turn += 1;
         sequence.turn = self.turn;
-        let start = sequence.cache.len().max(0) as usize;
-        let end = (start + PREFILL_STEP).min(sequence.history.len());
-        let last = end == sequence.history.len();
-        let (model, route) = (self.model, route(self.tables, sequence.job.adapter));
-        let result = caught(|| {
-            let tokens: Vec<i32> = sequence.history[start..end].iter().map(|id| *id as i32).collect();
-            let count = tokens.len() as i32;
-            let rows = Rows { lengths: vec![count], starts: vec![start as i32] };
-            let tokens = Array::from_slice(&tokens, &[count]);
-            let mut caches = [&mut sequence.cache];
-            let hidden = model.hidden(&tokens, &rows, Some(&mut caches), &route).map_err(words)?;
-            if last {
-                let hidden = hidden.try_index(count - 1..count).map_err(words)?;
-                return logits(model, &hidden, &route, &caches);
-            }
-            // Without this the whole prompt would be one graph.
-            ffi::eval(caches.iter().flat_map(|c| c.arrays())).map_err(words)?;
-            Ok(Vec::new())
-        });
-        if last || result.is_err() {
-            let vocab = self.info.vocab;
-            settle(self.model, self.info, self.log, &mut [sequence], result, vocab);
+        let (id, key) = (sequence.id, sequence.key());
+        let known = usize::try_from(sequence.cache.len()).unwrap_or(0);
+        // One that a failure has set apart takes nothing from others and gives them nothing.
+        if !sequence.alone
+            && let Some(cache) = self.prefixes.find(key, sequence.prompt(), known)
+        {
+            self.stats.prefix_hits += u64::from(!sequence.has_skipped());
+            self.stats.prefix_tokens += sequence.skip(cache) as u64;
+        }
+        let (start, began) = (sequence.cache.len(), Instant::now());
+        let result = chunk(self.model, sequence);
+        self.stats.pass_seconds += began.elapsed().as_secs_f64();
+        self.stats.chunks += 1;
+        self.stats.prompt_tokens += u64::try_from(sequence.cache.len() - start).unwrap_or(0);
+        if result.is_ok() && !sequence.alone {
+            let Sequence { history, prompt, cache, .. } = sequence;
+            self.prefixes.keep(key, &history[..*prompt], cache, room);
+        }
+        if let Some(rows) = result.transpose() {
+            self.settle(&[id], &rows);
         }
         true
     }
-}
 
-/// Hands each sequence of a pass its logits. If the pass failed, those that shared it go on alone, since one of them
-/// may be the cause; one that was alone ends.
-fn settle(
-    model: &Model,
-    info: &Info,
-    log: &LogSink,
-    group: &mut [&mut Sequence],
-    result: Result<Vec<f32>, String>,
-    vocab: usize,
-) {
-    let fail = |sequence: &mut Sequence, message: String| {
-        log(LogEvent::Failure { message });
-        sequence.fail(ApiError::server("The model failed on this request; the server's log says why."));
-    };
-    match result {
-        Ok(rows) => {
-            for (sequence, row) in group.iter_mut().zip(rows.chunks_exact(vocab)) {
-                match caught(|| sequence.choose(row, info)) {
-                    Ok(()) => {}
-                    Err(message) => fail(sequence, message),
-                }
-            }
+    /// Hands each sequence of a pass its logits. If the pass failed, those that shared it go on alone, since one of them
+    /// may be the cause; one that was alone ends.
+    fn settle(&mut self, members: &[u64], rows: &Result<Vec<f32>, String>) {
+        let (model, info) = (self.model, self.info);
+        let shared = members.len() > 1;
+        if rows.is_err() {
+            self.stats.failures += 1;
+            self.ahead.retain(|ahead| !ahead.members.iter().any(|id| members.contains(id)));
         }
-        Err(message) => {
-            let shared = group.len() > 1;
-            for sequence in group {
-                if shared {
-                    sequence.restart(model);
-                } else {
-                    fail(sequence, message.clone());
+        for (place, id) in members.iter().enumerate() {
+            // One that has ended, or whose client has left, needs no more.
+            let Some(sequence) = self.active.iter_mut().find(|s| s.id == *id && !s.is_over()) else {
+                continue;
+            };
+            let failed = match rows {
+                Ok(rows) => {
+                    let row = rows.chunks_exact(info.vocab).nth(place);
+                    let row = row.ok_or_else(|| "a pass has too few rows".to_owned());
+                    let chosen = row.and_then(|row| caught(|| sequence.choose(row, info)));
+                    self.stats.completion_tokens += u64::from(chosen.is_ok());
+                    chosen.err()
                 }
+                Err(_) if shared => {
+                    sequence.restart(model);
+                    None
+                }
+                Err(message) => Some(message.clone()),
+            };
+            if let Some(message) = failed {
+                self.stats.failures += u64::from(rows.is_ok());
+                (self.log)(LogEvent::Failure { message });
+                sequence
+                    .fail(ApiError::server("The model failed on this request; the server's log says why."));
             }
         }
     }
 }
 
-/// Logits (M, V) of hidden states (M, E) as f32 on the host; keys and values are computed with them.
-fn logits(model: &Model, hidden: &Array, route: &Route, caches: &[&mut KvCache]) -> Result<Vec<f32>, String> {
-    let logits = model.logits(hidden, route).map_err(words)?.as_dtype(Dtype::Float32).map_err(words)?;
-    let logits = logits.contiguous().map_err(words)?;
-    let arrays = caches.iter().flat_map(|cache| cache.arrays());
-    ffi::eval(arrays.chain([&logits])).map_err(words)?;
-    Ok(ffi::read::<f32>(&logits).map_err(words)?.to_vec())
-}
-
-fn route(tables: &[Table], adapter: Option<usize>) -> Route<'_> {
-    adapter.and_then(|index| tables.get(index)).map_or(Route::Base, Route::Table)
+/// The adapter that a job is for, whatever its scale; none is the base.
+fn slot(job: &Job) -> Option<u64> {
+    job.adapter.as_ref().and_then(Lease::key).map(|key| key.slot)
 }
 
 fn refuse(job: &Job, error: ApiError) {
     // The channel is empty: nothing was sent before. If it is closed, nobody is left to tell.
     let _left = job.events.try_send((job.index, Event::Failed(error)));
-}
-
-fn words(error: impl std::fmt::Display) -> String {
-    error.to_string()
-}
-
-/// Runs a part of a step; a panic in it is a failure of that part, not the end of the thread.
-fn caught<T>(part: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
-    catch_unwind(AssertUnwindSafe(part)).unwrap_or_else(|panic| Err(panic_message(&*panic)))
-}
-
-fn panic_message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "a panic without a message".into())
 }
 
 #[cfg(test)]
@@ -254,6 +412,7 @@ mod tests {
     use std::sync::Arc;
 
     use graft_model::Sampling;
+    use graft_ops::Dtype;
     use graft_testkit::{Family, Tiny, mlx, tiny_model};
     use tokio::sync::{Semaphore, mpsc};
 
@@ -262,11 +421,13 @@ mod tests {
     use crate::engine::load;
 
     /// Runs three sequences side by side; before turn `failing` the shared pass "fails". Their texts and how they ended.
-    fn texts(dir: &Path, failing: Option<usize>) -> BTreeMap<usize, (String, bool)> {
+    fn texts(dir: &Path, temperature: f32, failing: Option<usize>) -> BTreeMap<usize, (String, bool)> {
         let config = EngineConfig {
             model_dir: dir.to_path_buf(),
             dtype: Dtype::Float32,
             adapters: Vec::new(),
+            fingerprint: None,
+            kv_memory: 1 << 20,
             chat_template: None,
             max_context: None,
             max_concurrent: 8,
@@ -274,13 +435,13 @@ mod tests {
             stall_timeout: Duration::from_secs(1),
             log: Arc::new(|_| {}),
         };
-        let (model, tables, info) = load(&config).unwrap();
-        let mut scheduler = Scheduler::new(&model, &tables, &info, &config);
+        let (model, info) = load(&config).unwrap();
+        let mut scheduler = Scheduler::new(&model, &info, &config);
         let places = Arc::new(Semaphore::new(3));
         let (sender, mut events) = mpsc::channel(256);
         for index in 0..3 {
             let prompt = vec![5 + index as u32; 3 + 2 * index];
-            let sampling = Sampling { seed: Some(1), temperature: 1.0, ..Sampling::greedy() };
+            let sampling = Sampling { seed: Some(1), temperature, ..Sampling::greedy() };
             let params = Params { max_tokens: 20, sampling, stop: Vec::new() };
             let (permit, events) = (places.clone().try_acquire_owned().unwrap(), sender.clone());
             scheduler.waiting.push_back(Job {
@@ -294,16 +455,12 @@ mod tests {
             });
         }
         for turn in 0..60 {
-            let now = Instant::now();
-            scheduler.active.retain_mut(|s| s.keep(now, config.stall_timeout));
-            scheduler.start();
             if failing == Some(turn) {
-                let mut group: Vec<_> = scheduler.active.iter_mut().collect();
-                assert_eq!(group.len(), 3);
-                settle(&model, &info, &config.log, &mut group, Err("injected".into()), info.vocab);
+                let members: Vec<u64> = scheduler.active.iter().map(|s| s.id).collect();
+                assert_eq!(members.len(), 3);
+                scheduler.settle(&members, &Err("injected".into()));
             }
-            scheduler.decode();
-            scheduler.read();
+            scheduler.turn();
         }
         assert!(scheduler.active.is_empty());
         assert_eq!(places.available_permits(), 3, "every place is given back");
@@ -323,14 +480,11 @@ mod tests {
     #[test]
     fn sequences_that_shared_a_failed_pass_go_on_alone_where_they_were() {
         let dir = tiny_model(&Tiny { packed: Some((4, 32)), ..Tiny::new(Family::Qwen3) });
-        let undisturbed = mlx(|| texts(dir.path(), None));
-        assert!(undisturbed.len() == 3 && undisturbed.values().all(|(_, done)| *done));
-        assert_eq!(mlx(|| texts(dir.path(), Some(8))), undisturbed);
-    }
-
-    #[test]
-    fn a_panic_is_a_failure_of_its_part() {
-        assert_eq!(caught::<()>(|| panic!("at {}", 3)), Err("at 3".into()));
-        assert_eq!(caught(|| Ok(3)), Ok(3));
+        // Drawn tokens need the logits; the most probable ones are computed ahead.
+        for temperature in [1.0, 0.0] {
+            let undisturbed = mlx(|| texts(dir.path(), temperature, None));
+            assert!(undisturbed.len() == 3 && undisturbed.values().all(|(_, done)| *done));
+            assert_eq!(mlx(|| texts(dir.path(), temperature, Some(8))), undisturbed);
+        }
     }
 }

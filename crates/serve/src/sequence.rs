@@ -1,18 +1,34 @@
 //! One sequence on the engine thread: what it has read and said, and what of that its client may see yet.
 
 use std::collections::VecDeque;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use graft_adapters::Table;
 use graft_model::{KvCache, Model, Sampler, TextStream};
 use tokio::sync::mpsc::error::TrySendError;
 
 use crate::engine::Info;
+use crate::generation::Key;
 use crate::stop::StopMatcher;
-use crate::{ApiError, Event, Finish, Job, TokenLogprob, Usage};
+use crate::{ApiError, Event, Finish, Job, Lease, TokenLogprob, Usage};
+
+/// What a sequence starts with.
+pub(crate) struct Start {
+    pub(crate) job: Job,
+    pub(crate) sampler: Sampler,
+    pub(crate) table: Option<Rc<Table>>,
+    pub(crate) reserved: usize,
+}
 
 /// A sequence that runs.
 pub(crate) struct Sequence {
+    pub(crate) id: u64,
     pub(crate) job: Job,
+    /// What the adapter that it holds changes; none is the base.
+    pub(crate) table: Option<Rc<Table>>,
+    /// Bytes that its keys and values may take, to the last token that it may answer.
+    pub(crate) reserved: usize,
     /// Keys and values of the first `cache.len()` tokens of `history`.
     pub(crate) cache: KvCache,
     /// Prompt and answer.
@@ -21,7 +37,10 @@ pub(crate) struct Sequence {
     pub(crate) alone: bool,
     /// When it last had a turn to read its prompt.
     pub(crate) turn: u64,
-    prompt: usize,
+    /// Tokens that it was given.
+    pub(crate) prompt: usize,
+    /// Tokens of the prompt that were not computed for it.
+    cached: usize,
     sampler: Sampler,
     text: TextStream,
     stop: StopMatcher,
@@ -37,14 +56,19 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    /// Starts `job`; nothing is computed yet.
-    pub(crate) fn new(model: &Model, info: &Info, job: Job, sampler: Sampler) -> Self {
+    /// Starts a job; nothing is computed yet.
+    pub(crate) fn new(model: &Model, info: &Info, start: Start, id: u64) -> Self {
+        let Start { job, sampler, table, reserved } = start;
         Self {
+            id,
             cache: KvCache::new(model),
             history: job.prompt.clone(),
+            table,
+            reserved,
             alone: false,
             turn: 0,
             prompt: job.prompt.len(),
+            cached: 0,
             sampler,
             text: info.tokenizer.stream(),
             stop: StopMatcher::new(&job.params.stop),
@@ -58,9 +82,48 @@ impl Sequence {
         }
     }
 
+    /// Which update its passes apply.
+    pub(crate) fn key(&self) -> Option<Key> {
+        self.job.adapter.as_ref().and_then(Lease::key)
+    }
+
+    /// The tokens that it was given.
+    pub(crate) fn prompt(&self) -> &[u32] {
+        &self.history[..self.prompt]
+    }
+
+    /// Takes over the keys and values of the first tokens of its prompt instead of reading them.
+    /// Says how many it need not read.
+    pub(crate) fn skip(&mut self, cache: KvCache) -> usize {
+        let skipped = (cache.len() - self.cache.len()).max(0) as usize;
+        self.cached += skipped;
+        self.cache = cache;
+        skipped
+    }
+
+    /// It has taken over what others had read.
+    pub(crate) fn has_skipped(&self) -> bool {
+        self.cached > 0
+    }
+
+    /// Nothing more is to be computed for it.
+    pub(crate) fn is_over(&self) -> bool {
+        self.ended
+    }
+
+    /// The largest logit is all that it asks for, so that its next token is known without the host.
+    pub(crate) fn plain(&self) -> bool {
+        self.job.params.sampling.is_plain_greedy() && self.job.guide.is_none()
+    }
+
+    /// After the token that is being computed it takes one more, unless that ends it.
+    pub(crate) fn goes_on(&self) -> bool {
+        self.history.len() - self.prompt + 1 < self.job.params.max_tokens
+    }
+
     /// Tokens that are in the history and not in the cache.
     fn unread(&self) -> usize {
-        self.history.len() - self.cache.len().max(0) as usize
+        self.history.len().saturating_sub(self.cache.len().max(0) as usize)
     }
 
     /// The next pass reads (more of) the prompt, or reads all again after a failure.
@@ -68,9 +131,10 @@ impl Sequence {
         self.runs() && !self.decodes()
     }
 
-    /// The next pass takes the last token and gives one more.
+    /// The next pass takes the last token and gives one more. The last one may still be computed; then all that is known is
+    /// in the cache.
     pub(crate) fn decodes(&self) -> bool {
-        self.runs() && self.history.len() > self.prompt && self.unread() == 1
+        self.runs() && self.history.len() > self.prompt && self.unread() <= 1
     }
 
     /// A reader that is behind makes its own sequence wait, no other.
@@ -192,7 +256,7 @@ impl Sequence {
 
     fn done(&mut self, finish: Finish) {
         let completion = self.history.len() - self.prompt;
-        let usage = Usage { prompt: self.prompt, completion, cached: 0 };
+        let usage = Usage { prompt: self.prompt, completion, cached: self.cached };
         self.outbox.push_back(Event::Done { finish, usage });
         self.ended = true;
     }
@@ -207,6 +271,7 @@ impl Sequence {
     /// has read and said.
     pub(crate) fn restart(&mut self, model: &Model) {
         self.cache = KvCache::new(model);
+        self.cached = 0;
         self.alone = true;
     }
 }

@@ -19,8 +19,11 @@ use tokio::task::JoinSet;
 use crate::guide::Guides;
 use crate::http::handle;
 use crate::metrics::Metrics;
+use crate::registry::Registry;
 use crate::stall::Stall;
-use crate::{ApiError, ApiKeys, Catalog, Defaults, Engine, Error, LogEvent, LogSink, Result};
+use crate::{
+    AdapterPolicy, ApiError, ApiKeys, Defaults, Engine, EngineStats, Error, Lease, LogEvent, LogSink, Result,
+};
 
 /// Pause after the system refuses a connection (too many open files), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -36,6 +39,8 @@ pub struct ServeConfig {
     pub model_id: String,
     /// The adapter for requests that name no model.
     pub default_adapter: Option<String>,
+    /// Which adapters may come while the server runs.
+    pub adapters: AdapterPolicy,
     /// Origins whose pages may call (`*`: all). Empty: none.
     pub allowed_origins: Vec<String>,
     /// Keys of which a request has to show one; without any, everybody may ask.
@@ -72,7 +77,7 @@ pub const MAX_BODY_BYTES: usize = 32 << 20;
 pub(crate) struct State {
     pub(crate) config: ServeConfig,
     pub(crate) engine: Engine,
-    pub(crate) catalog: Catalog,
+    pub(crate) registry: Registry,
     pub(crate) guides: Guides,
     pub(crate) metrics: Arc<Metrics>,
     /// Counts what it is told, then tells the caller.
@@ -93,6 +98,24 @@ impl State {
             return Err(ApiError::unavailable("engine_dead", "The engine has ended; restart the server."));
         }
         Ok(())
+    }
+
+    /// Whether one adapter (or the base) may have `count` sequences more, which are admitted already: where several are
+    /// served, none may fill the part of the queue that is kept for the others.
+    pub(crate) fn fair(&self, lease: Option<&Lease>, count: usize) -> std::result::Result<(), ApiError> {
+        let held = self.registry.holding(lease, self.engine.occupied().saturating_sub(count));
+        let share = self.engine.share();
+        if self.registry.has_adapters() && held + count > share {
+            return Err(ApiError::queue_full(share));
+        }
+        Ok(())
+    }
+
+    /// What the engine and the registry do and hold.
+    pub(crate) fn stats(&self) -> EngineStats {
+        let mut stats = self.engine.stats();
+        self.registry.count(&mut stats);
+        stats
     }
 
     /// The next of a sequence of well-mixed numbers (splitmix64 over a counter).
@@ -137,7 +160,8 @@ pub async fn serve(
 ) -> Result<()> {
     check(&config)?;
     let default = config.default_adapter.as_deref();
-    let catalog = Catalog::new(&config.model_id, &engine.info().adapters, default, seconds())?;
+    let (started, policy) = (engine.started(), config.adapters.clone());
+    let registry = Registry::new(&config.model_id, started, default, policy, seconds())?;
     let (listener, addr) = listen(config.addr).await?;
     let drain_timeout = config.drain_timeout;
     let places = Arc::new(Semaphore::new(config.max_connections));
@@ -152,7 +176,7 @@ pub async fn serve(
     let state = Arc::new(State {
         config,
         engine,
-        catalog,
+        registry,
         guides: Guides::default(),
         metrics,
         log,

@@ -280,6 +280,7 @@ mod tests {
             created: 7,
             model,
             fingerprint: "graft".into(),
+            generation: None,
             shape: Shape::default(),
             choices: 1,
             prompt_tokens: 3,

@@ -29,8 +29,8 @@ const KV: &str = "graft keeps the KV cache in the compute dtype; bound it with -
 const PREFILL: &str = "graft prefills in chunks of 512 tokens at fixed positions, so that an answer does not depend on it; \
      --prefill-step-size changes nothing";
 
-const CACHE: &str = "graft keeps no prompt cache between requests yet; --prompt-cache-size, --prompt-cache-bytes and \
-     --prompt-concurrency change nothing";
+const CACHE: &str = "graft keeps prompts in what running requests leave of --kv-memory, and reads them one chunk at a time; \
+     --prompt-cache-size, --prompt-cache-bytes and --prompt-concurrency change nothing";
 
 const FLAGS: &[Flag] = &[
     flag(&["server"], "prompt-concurrency", 1, Noted(CACHE)),

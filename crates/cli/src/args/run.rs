@@ -149,6 +149,24 @@ pub(crate) struct ServerArgs {
     /// An adapter and the model name that selects it; may be repeated
     #[arg(long, value_name = "NAME=DIR", help_heading = "graft's own")]
     pub(crate) adapter: Vec<String>,
+    /// Directory of adapters: a request for a model that is not known is answered by the adapter of that name below it
+    #[arg(long, value_name = "DIR", help_heading = "graft's own")]
+    pub(crate) adapter_root: Option<PathBuf>,
+    /// Key that a request to load or unload an adapter must show (default: $GRAFT_ADMIN_KEY; none: such requests are refused)
+    #[arg(long, value_name = "KEY", help_heading = "graft's own")]
+    pub(crate) admin_key: Option<String>,
+    /// Most adapters at a time
+    #[arg(long, default_value_t = 64, value_name = "N", help_heading = "graft's own")]
+    pub(crate) max_adapters: usize,
+    /// Largest rank of an adapter
+    #[arg(long, default_value_t = 256, value_name = "N", help_heading = "graft's own")]
+    pub(crate) max_adapter_rank: usize,
+    /// Memory for adapters, such as 512M or 4G
+    #[arg(long, default_value = "4G", value_parser = bytes, value_name = "BYTES", help_heading = "graft's own")]
+    pub(crate) adapter_memory: usize,
+    /// Memory for keys and values, such as 512M or 4G; requests for which there is none wait (default: half of what is free)
+    #[arg(long, value_parser = bytes, value_name = "BYTES", help_heading = "graft's own")]
+    pub(crate) kv_memory: Option<usize>,
     /// A key that requests have to show, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`; may be repeated. Others on
     /// this machine see it among the processes: --api-key-file or GRAFT_API_KEY are better
     #[arg(long, value_name = "KEY", help_heading = "graft's own")]
@@ -195,4 +213,34 @@ pub(crate) struct PerplexityArgs {
     /// Report as JSON
     #[arg(long, help_heading = "graft's own")]
     pub(crate) json: bool,
+}
+
+/// A number of bytes, or of K, M, G or T of 1024 each.
+fn bytes(text: &str) -> Result<usize, String> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let shift = match text[digits.len()..].to_ascii_uppercase().trim_end_matches('B') {
+        "" => 0,
+        "K" | "KI" => 10,
+        "M" | "MI" => 20,
+        "G" | "GI" => 30,
+        "T" | "TI" => 40,
+        _ => return Err("expected a whole number of bytes, or one with K, M, G or T, such as 512M".into()),
+    };
+    let number = digits.parse::<usize>().ok().and_then(|n| n.checked_mul(1 << shift));
+    number.ok_or_else(|| "expected a whole number of bytes, or one with K, M, G or T, such as 512M".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bytes;
+
+    #[test]
+    fn sizes_are_read() {
+        for (text, expected) in [("0", 0), ("512", 512), ("4K", 4096), ("2MB", 2 << 20), ("1gib", 1 << 30)] {
+            assert_eq!(bytes(text), Ok(expected), "{text}");
+        }
+        for text in ["", "G", "1.5G", "-1", "4X", "99999999999T"] {
+            assert!(bytes(text).is_err(), "{text}");
+        }
+    }
 }

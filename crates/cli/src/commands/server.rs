@@ -11,15 +11,18 @@ use graft_adapters::{AdapterSet, Fingerprint};
 use graft_model::Sampling;
 use graft_quant::Checkpoint;
 use graft_serve::{
-    ApiKeys, Defaults, Engine, EngineConfig, LogEvent, LogSink, MAX_BODY_BYTES, MAX_CONCURRENT, MAX_QUEUE,
-    RequestLog, ServeConfig,
+    AdapterPolicy, ApiKeys, Defaults, Engine, EngineConfig, LogEvent, LogSink, MAX_BODY_BYTES,
+    MAX_CONCURRENT, MAX_QUEUE, RequestLog, ServeConfig,
 };
 use serde_json::{Value, json};
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
+
+/// Bytes for keys and values on a machine that has hardly any left.
+const LEAST_KV: u64 = 64 << 20;
 
 /// Connections at a time.
 const MAX_CONNECTIONS: usize = 1024;
@@ -45,6 +48,7 @@ pub(crate) fn server(args: &ServerArgs) -> Result<()> {
     };
     let addr = address(&args.host, args.port)?;
     let (adapters, default_adapter) = adapters(args)?;
+    let policy = policy(args)?;
     let dir = hub::resolve(model, What::Model)?;
     let checkpoint = Checkpoint::open(&dir)?;
     let base = Fingerprint::of(&checkpoint, model);
@@ -59,6 +63,7 @@ pub(crate) fn server(args: &ServerArgs) -> Result<()> {
         addr,
         model_id: model_id.clone(),
         default_adapter: default_adapter.clone(),
+        adapters: policy,
         allowed_origins: args.allowed_origins.clone(),
         api_keys,
         allowed_hosts: args.allowed_hosts.clone(),
@@ -79,9 +84,11 @@ pub(crate) fn server(args: &ServerArgs) -> Result<()> {
     })?);
     ui::note(&format!("Loading {model}"));
     let engine = Engine::start(EngineConfig {
-        model_dir: dir,
+        model_dir: dir.clone(),
         dtype: compute_dtype(&checkpoint),
         adapters,
+        fingerprint: Some(base),
+        kv_memory: args.kv_memory.unwrap_or_else(|| kv_memory(&dir)),
         chat_template: Some(args.chat_template.clone()).filter(|t| !t.is_empty()),
         max_context: None,
         max_concurrent: concurrency,
@@ -113,6 +120,40 @@ pub(crate) fn server(args: &ServerArgs) -> Result<()> {
     drop(ended);
     ui::note("Stopped.");
     Ok(())
+}
+
+/// Where adapters may come from while the server runs, and who may send for them.
+fn policy(args: &ServerArgs) -> Result<AdapterPolicy> {
+    let own = || std::env::var("GRAFT_ADMIN_KEY").ok();
+    let admin_key = args.admin_key.clone().or_else(own).filter(|key| !key.is_empty());
+    if admin_key.is_some() && args.adapter_root.is_none() {
+        bail!(Usage(
+            "--admin-key needs --adapter-root DIR: adapters are loaded from below that directory only".into()
+        ));
+    }
+    if let Some(root) = args.adapter_root.as_ref().filter(|root| !root.is_dir()) {
+        bail!("--adapter-root {}: there is no such directory", root.display());
+    }
+    Ok(AdapterPolicy {
+        root: args.adapter_root.clone(),
+        admin_key,
+        max_adapters: args.max_adapters,
+        max_rank: args.max_adapter_rank,
+        max_bytes: args.adapter_memory,
+    })
+}
+
+/// Half of the memory that is free once the weights in `dir` are loaded; where that is not known, a quarter of the machine's.
+fn kv_memory(dir: &Path) -> usize {
+    let files = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let weights = files.filter(|file| file.path().extension().is_some_and(|e| e == "safetensors"));
+    let weights: u64 = weights.filter_map(|file| Some(file.path().metadata().ok()?.len())).sum();
+    let free = match host::memory() {
+        (_, Some(available)) => available.saturating_sub(weights) / 2,
+        (Some(total), None) => total / 4,
+        (None, None) => 2 << 30,
+    };
+    usize::try_from(free.max(LEAST_KV)).unwrap_or(usize::MAX)
 }
 
 /// What a request gets where it says nothing. The ids that XTC spares are the engine's to know.

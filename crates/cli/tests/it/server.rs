@@ -36,6 +36,23 @@ fn it_serves_a_base_and_its_adapters_by_name_until_it_is_interrupted() {
 }
 
 #[test]
+fn adapters_come_by_name_from_their_directory_and_by_key_only_into_it() {
+    let folder = Folder::with_model();
+    let flags = "server --model model --model-id mine --adapter-root . --admin-key secret --max-adapters 1 \
+                 --adapter-memory 1G --kv-memory 64M --port 0";
+    let (_server, address) = serve(&folder, flags);
+    let ask =
+        |model: &str| json(&address, "/v1/completions", Some(&json!({"model": model, "prompt": "hello"})));
+    let answer = ask("adapter");
+    assert_eq!(answer["adapter_generation"].as_str().map(str::len), Some(64), "{answer}");
+    assert_ne!(answer["choices"][0]["text"], ask("mine")["choices"][0]["text"]);
+    assert_eq!(json(&address, "/v1/models", None)["data"][1]["id"], "adapter");
+    let body = json!({"lora_name": "a", "lora_path": "adapter"});
+    let (status, text) = request(&address, "/v1/load_lora_adapter", Some(&body));
+    assert!(status == 401 && text.contains("invalid_api_key"), "{status} {text}");
+}
+
+#[test]
 fn keys_come_from_a_file_and_requests_are_logged_as_json() {
     let folder = Folder::with_model();
     folder.write("keys", "# mine\n\n  one-key \n");
@@ -81,6 +98,11 @@ fn what_stops_it_is_said_at_once() {
         (2, "--model model --decode-concurrency 0", "--decode-concurrency must be at least 1"),
         (2, "--model model --adapter adapter", "--adapter adapter: expected NAME=DIR"),
         (2, "--model model --temp -2", "`temperature`"),
+        (2, "--model model --admin-key secret", "--admin-key needs --adapter-root DIR"),
+        (2, "--model model --kv-memory 5X", "expected a whole number of bytes"),
+        (1, "--model model --adapter-root gone", "--adapter-root gone: there is no such directory"),
+        (1, "--model model --port 0 --kv-memory 9K", "9216 bytes for keys and values hold no sequence"),
+        (1, "--model model --port 0 --adapter a=adapter --max-adapter-rank 1", "at most 1 is served"),
         (2, "--model model --chat-template-args [1]", "--chat-template-args must be a JSON object"),
         (2, "--model model --kv-bits 4", "--kv-bits is not supported by graft server"),
         (2, "--model model --port 99999", "invalid value '99999' for '--port"),

@@ -10,7 +10,8 @@ use graft_adapters::{AdapterSet, Route};
 use graft_model::{GenerateOptions, Generator, Model, Sampling, Tokenizer};
 use graft_ops::Dtype;
 use graft_serve::{
-    ApiKeys, Defaults, Engine, EngineConfig, LogEvent, LogSink, RequestLog, ServeConfig, serve_blocking,
+    AdapterPolicy, ApiKeys, Defaults, Engine, EngineConfig, LogEvent, LogSink, RequestLog, ServeConfig,
+    serve_blocking,
 };
 use graft_testkit::{Family, Tiny, tiny_adapter, tiny_model};
 use serde_json::json;
@@ -91,6 +92,8 @@ pub(crate) fn configs() -> (EngineConfig, ServeConfig, Arc<Mutex<Vec<LogEvent>>>
         model_dir: f.model.path().to_path_buf(),
         dtype: Dtype::Float32,
         adapters: vec![named("lora", &f.lora), named("org/dora", &f.dora), named("broken", &f.broken)],
+        fingerprint: None,
+        kv_memory: 512 << 20,
         chat_template: None,
         max_context: None,
         max_concurrent: 8,
@@ -102,6 +105,7 @@ pub(crate) fn configs() -> (EngineConfig, ServeConfig, Arc<Mutex<Vec<LogEvent>>>
         addr: "127.0.0.1:0".parse().unwrap(),
         model_id: "org/tiny".into(),
         default_adapter: None,
+        adapters: AdapterPolicy::default(),
         allowed_origins: vec!["http://localhost:3000".into()],
         api_keys: ApiKeys::default(),
         allowed_hosts: Vec::new(),

@@ -1,0 +1,131 @@
+//! Passes through the model for sequences that share one: a chunk of a prompt, or one token of each.
+//!
+//! Where the largest logit is all that is asked for, the next pass begins before the tokens of the last one are read: its
+//! graph is built, and its tokens are arrays, while the last one is computed.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+
+use graft_adapters::{Route, RouteRows, Table};
+use graft_model::{KvCache, Model, PREFILL_STEP};
+use graft_ops::{Array, Dtype, Rows, ffi};
+use mlx_rs::ops::indexing::{TryIndexOp as _, argmax_axis};
+
+use crate::sequence::Sequence;
+
+/// Logits that are being computed, and the ids that follow from them.
+pub(crate) struct Ahead {
+    /// The sequences, by row.
+    pub(crate) members: Vec<u64>,
+    logits: Array,
+    ids: Option<Array>,
+}
+
+impl Ahead {
+    /// Waits for the logits: a row of the vocabulary's length for each member.
+    pub(crate) fn read(&self) -> Result<Vec<f32>, String> {
+        caught(|| Ok(ffi::read::<f32>(&self.logits).map_err(words)?.to_vec()))
+    }
+}
+
+/// Begins the pass that gives one more token of each sequence of a group, those of one adapter side by side. The tokens that
+/// it takes are those that `last` is computing, or else the last ones that were chosen; with `ids` it computes the next ones, too.
+pub(crate) fn begin(
+    model: &Model,
+    group: &mut [&mut Sequence],
+    last: Option<&Ahead>,
+    ids: bool,
+) -> Result<Ahead, String> {
+    caught(|| {
+        let members = group.iter().map(|sequence| sequence.id).collect();
+        let tokens: Vec<i32> = group.iter().filter_map(|s| s.history.last()).map(|id| *id as i32).collect();
+        let tokens = match last.and_then(|last| last.ids.clone()) {
+            Some(ids) => ids,
+            None => Array::from_slice(&tokens, &[tokens.len() as i32]),
+        };
+        let tables: Vec<Option<Rc<Table>>> = group.iter().map(|sequence| sequence.table.clone()).collect();
+        let parts = parts(&tables);
+        let route = match parts.as_slice() {
+            [one] => one.table.map_or(Route::Base, Route::Table),
+            several => Route::Mixed(several),
+        };
+        let mut caches: Vec<&mut KvCache> = group.iter_mut().map(|s| &mut s.cache).collect();
+        let rows = Rows { lengths: vec![1; caches.len()], starts: caches.iter().map(|c| c.len()).collect() };
+        let hidden = model.hidden(&tokens, &rows, Some(&mut caches), &route).map_err(words)?;
+        let logits = logits(model, &hidden, &route)?;
+        let next = || argmax_axis(&logits, -1, false)?.as_dtype(Dtype::Int32);
+        let ids = ids.then(next).transpose().map_err(words)?;
+        let arrays = caches.iter().flat_map(|cache| cache.arrays()).chain([&logits]).chain(&ids);
+        ffi::async_eval(arrays).map_err(words)?;
+        Ok(Ahead { members, logits, ids })
+    })
+}
+
+/// Rows that stand together and have one adapter.
+fn parts(tables: &[Option<Rc<Table>>]) -> Vec<RouteRows<'_>> {
+    let same = |a: &Option<Rc<Table>>, b: &Option<Rc<Table>>| match (a, b) {
+        (Some(a), Some(b)) => Rc::ptr_eq(a, b),
+        (None, None) => true,
+        _ => false,
+    };
+    let groups = tables.chunk_by(same);
+    groups.map(|group| RouteRows { rows: group.len() as i32, table: group[0].as_deref() }).collect()
+}
+
+/// Reads a sequence's tokens up to the next border of a chunk. If that is the end, the logits (V,) after it; else nothing.
+pub(crate) fn chunk(model: &Model, sequence: &mut Sequence) -> Result<Option<Vec<f32>>, String> {
+    caught(|| {
+        let start = sequence.cache.len().max(0) as usize;
+        let end = ((start / PREFILL_STEP + 1) * PREFILL_STEP).min(sequence.history.len());
+        let last = end == sequence.history.len();
+        let route = sequence.table.as_deref().map_or(Route::Base, Route::Table);
+        let tokens: Vec<i32> = sequence.history[start..end].iter().map(|id| *id as i32).collect();
+        let count = tokens.len() as i32;
+        let rows = Rows { lengths: vec![count], starts: vec![start as i32] };
+        let tokens = Array::from_slice(&tokens, &[count]);
+        let mut caches = [&mut sequence.cache];
+        let hidden = model.hidden(&tokens, &rows, Some(&mut caches), &route).map_err(words)?;
+        let arrays = caches.iter().flat_map(|cache| cache.arrays());
+        if !last {
+            // Without this the whole prompt would be one graph.
+            ffi::eval(arrays).map_err(words)?;
+            return Ok(None);
+        }
+        let logits = logits(model, &hidden.try_index(count - 1..count).map_err(words)?, &route)?;
+        ffi::eval(arrays.chain([&logits])).map_err(words)?;
+        Ok(Some(ffi::read::<f32>(&logits).map_err(words)?.to_vec()))
+    })
+}
+
+/// Logits (M, V) of hidden states (M, E) as f32, as the host reads them.
+fn logits(model: &Model, hidden: &Array, route: &Route) -> Result<Array, String> {
+    let logits = model.logits(hidden, route).map_err(words)?;
+    logits.as_dtype(Dtype::Float32).and_then(|logits| logits.contiguous()).map_err(words)
+}
+
+pub(crate) fn words(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+/// Runs a part of a step; a panic in it is a failure of that part, not the end of the thread.
+pub(crate) fn caught<T>(part: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(part)).unwrap_or_else(|panic| Err(panic_message(&*panic)))
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "a panic without a message".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::caught;
+
+    #[test]
+    fn a_panic_is_a_failure_of_its_part() {
+        assert_eq!(caught::<()>(|| panic!("at {}", 3)), Err("at 3".into()));
+        assert_eq!(caught(|| Ok(3)), Ok(3));
+    }
+}
