@@ -168,7 +168,7 @@ async fn route(request: Request<Incoming>, state: &Arc<State>, mut record: Recor
     }
     let done = match route {
         Route::Page => return page(&mut record),
-        Route::Metrics => return text(metrics::CONTENT_TYPE, state.metrics.text(&state.engine), &mut record),
+        Route::Metrics => return text(metrics::CONTENT_TYPE, state.metrics.text(state), &mut record),
         Route::OpenApi => return text("application/json", openapi::DOCUMENT, &mut record),
         Route::Health => health(state),
         Route::Ready => state.available().map(|()| json!({"status": "ready"})),

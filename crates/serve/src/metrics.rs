@@ -1,10 +1,11 @@
 //! Figures for Prometheus. What other servers count too has vLLM's names, which dashboards know; the rest has ours.
 
 use prometheus::{
-    HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+    Gauge, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
 };
 
-use crate::{Engine, Finish, RequestLog};
+use crate::serve::State;
+use crate::{EngineStats, Finish, RequestLog};
 
 /// The media type of the text.
 pub(crate) const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
@@ -41,9 +42,35 @@ pub(crate) struct Metrics {
     request: HistogramVec,
     prompt: HistogramVec,
     generation: HistogramVec,
-    running: IntGauge,
     up: IntGauge,
+    gauges: Vec<(Gauge, Read)>,
 }
+
+/// What a gauge shows of the engine's figures.
+type Read = fn(&EngineStats) -> f64;
+
+/// The engine's own figures; those that only grow are gauges here too, since they are read and not counted.
+const ENGINE: [(&str, &str, Read); 15] = [
+    ("vllm:num_requests_running", "Sequences that read their prompt or answer.", |s| s.running as f64),
+    ("vllm:num_requests_waiting", "Sequences that wait for a place or for memory.", |s| s.waiting as f64),
+    ("vllm:kv_cache_usage_perc", "Part of the memory for keys and values that is taken, 0 to 1.", |s| {
+        (s.kv_reserved + s.kv_cached) as f64 / s.kv_budget.max(1) as f64
+    }),
+    ("graft_kv_budget_bytes", "Memory for keys and values.", |s| s.kv_budget as f64),
+    ("graft_kv_reserved_bytes", "Of it, what running sequences have reserved.", |s| s.kv_reserved as f64),
+    ("graft_kv_cached_bytes", "Of it, what kept prefixes take.", |s| s.kv_cached as f64),
+    ("graft_prefix_hits", "Sequences that began with a kept prefix.", |s| s.prefix_hits as f64),
+    ("graft_prefix_tokens", "Tokens of prompts that did not have to be computed.", |s| {
+        s.prefix_tokens as f64
+    }),
+    ("graft_adapters", "Names of adapters that are served.", |s| s.adapters as f64),
+    ("graft_adapter_generations", "Versions of adapters in memory.", |s| s.generations as f64),
+    ("graft_adapter_leases", "Sequences that hold a version of an adapter.", |s| s.leases as f64),
+    ("graft_adapter_bytes", "Memory of all versions.", |s| s.adapter_bytes as f64),
+    ("graft_engine_steps", "Passes that gave tokens.", |s| s.steps as f64),
+    ("graft_engine_failures", "Passes, and choices of a token, that failed.", |s| s.failures as f64),
+    ("graft_engine_busy_seconds", "Seconds that the engine had work.", |s| s.busy_seconds),
+];
 
 impl Metrics {
     /// Nothing counted yet.
@@ -77,6 +104,12 @@ impl Metrics {
         let build = IntGauge::with_opts(build)?;
         build.set(1);
         registry.register(Box::new(build))?;
+        let mut gauges = Vec::with_capacity(ENGINE.len());
+        for (name, help, read) in ENGINE {
+            let made = Gauge::new(name, help)?;
+            registry.register(Box::new(made.clone()))?;
+            gauges.push((made, read));
+        }
         Ok(Self {
             requests: counters(
                 "graft_http_requests_total",
@@ -116,8 +149,8 @@ impl Metrics {
                 "Tokens of a request's answers.",
                 &TOKENS,
             )?,
-            running: gauge("vllm:num_requests_running", "Sequences that run or wait for their turn.")?,
             up: gauge("graft_engine_up", "1 while the engine's thread runs.")?,
+            gauges,
             canceled,
             registry,
         })
@@ -165,9 +198,12 @@ impl Metrics {
     }
 
     /// The text of them all, with what the engine does at the moment.
-    pub(crate) fn text(&self, engine: &Engine) -> String {
-        self.running.set(engine.occupied() as i64);
-        self.up.set(i64::from(engine.is_alive()));
+    pub(crate) fn text(&self, state: &State) -> String {
+        let stats = state.stats();
+        for (gauge, read) in &self.gauges {
+            gauge.set(read(&stats));
+        }
+        self.up.set(i64::from(state.engine.is_alive()));
         TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
     }
 }

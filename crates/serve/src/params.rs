@@ -96,7 +96,7 @@ fn refusals(fields: Fields) -> Result<(), ApiError> {
     let none = [json!(0), json!(0.0)];
     let one = [json!(1), json!(1.0)];
     let structured = "use `response_format` with a JSON schema";
-    let refused: [(&str, &[Value], &str); 35] = [
+    let refused: [(&str, &[Value], &str); 34] = [
         ("lora", &[json!([])], "give the adapter's name as `model` and its scale as `adapter_scale`"),
         ("best_of", &one, "use `n`, which returns all of them"),
         ("store", &off, "this server keeps no answers"),
@@ -130,7 +130,6 @@ fn refusals(fields: Fields) -> Result<(), ApiError> {
         ("prompt_logprobs", &[], "log-probabilities are those of the answer"),
         ("truncate_prompt_tokens", &[], "a prompt that is too long is refused"),
         ("truncation", &[json!("disabled")], "a prompt that is too long is refused"),
-        ("lora", &[json!([])], "give the adapter's name as `model`"),
         ("adapter_id", &[], "give the adapter's name as `model`"),
     ];
     for (name, neutral, why) in refused {
