@@ -53,15 +53,15 @@ const REFUSED: [(&str, &str); 11] = [
 const REWRITES_BASE: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
 
 /// Reads a PEFT directory.
-pub(crate) fn load(dir: &Path, file: &Path, raw: Map<String, Value>) -> Result<AdapterSet> {
-    refuse(file, &raw)?;
+pub(crate) fn load(dir: &Path, file: &Path, raw: &Map<String, Value>) -> Result<AdapterSet> {
+    refuse(file, raw)?;
     let tensors_file = dir.join(TENSORS);
     if !tensors_file.is_file() {
         return Err(Error::NotAnAdapter { dir: dir.to_path_buf(), missing: TENSORS.into() });
     }
     let (tensors, theirs) = graft_quant::read_safetensors(&tensors_file)?;
-    let scaling = Scaling::read(file, &raw)?;
-    let dora = uses_dora(&raw);
+    let scaling = Scaling::read(file, raw)?;
+    let dora = uses_dora(raw);
 
     let Sorted { parts, whole, mut names, mut problems } = sort(&tensors);
     problems.extend(unusable(&tensors));

@@ -56,7 +56,7 @@ impl AdapterSet {
     pub fn load(dir: &Path) -> Result<Self> {
         let (file, raw) = read_config(dir)?;
         if raw.contains_key("peft_type") {
-            return peft::load(dir, &file, raw);
+            return peft::load(dir, &file, &raw);
         }
         let config = AdapterConfig::from_map(&file, raw)?;
         let tensors = dir.join(ADAPTER_FILE);

@@ -40,6 +40,9 @@ fn options(method: &str, size: Size) -> MergeOptions {
     MergeOptions { method, size, normalize: None, lambda: 1.0, t: None, seed: 5 }
 }
 
+/// What a module's path and the single updates make of it.
+type Formula<'a> = &'a dyn Fn(&str, &[Vec<f64>]) -> Vec<f64>;
+
 struct Merged {
     dir: PathBuf,
     report: MergeReport,
@@ -263,13 +266,12 @@ fn dense_methods_equal_their_formulas() {
                 [adapter(path, &tiny, dora[0], (4, 1), 0.7), adapter(path, &tiny, dora[1], (6, 2), 2.0)];
             let dirs = [dirs[0].path(), dirs[1].path()];
             let (weights, densities) = ([0.8, 0.5], [0.6, 0.3]);
-            let run =
-                |method: &str, normalize: Option<bool>, wanted: &dyn Fn(&str, &[Vec<f64>]) -> Vec<f64>| {
-                    let sources = [source(dirs[0], 0.8, 0.6), source(dirs[1], 0.5, 0.3)];
-                    let options = MergeOptions { normalize, ..options(method, Size::Rank(128)) };
-                    let found = merged(&sources, Some(path), &options).unwrap();
-                    check(path, &dirs, &found.dir, 2e-5, wanted);
-                };
+            let run = |method: &str, normalize: Option<bool>, wanted: Formula| {
+                let sources = [source(dirs[0], 0.8, 0.6), source(dirs[1], 0.5, 0.3)];
+                let options = MergeOptions { normalize, ..options(method, Size::Rank(128)) };
+                let found = merged(&sources, Some(path), &options).unwrap();
+                check(path, &dirs, &found.dir, 2e-5, wanted);
+            };
             let trim = |d: &[Vec<f64>]| [0, 1].map(|i| largest(&d[i], densities[i]));
             let draw =
                 |path: &str, d: &[Vec<f64>]| [0, 1].map(|i| drawn(&d[i], densities[i], path, i as u64));
