@@ -40,6 +40,9 @@ fn options(method: &str, size: Size) -> MergeOptions {
     MergeOptions { method, size, normalize: None, lambda: 1.0, t: None, seed: 5 }
 }
 
+/// What a module's path and the single updates make of it.
+type Formula<'a> = &'a dyn Fn(&str, &[Vec<f64>]) -> Vec<f64>;
+
 struct Merged {
     dir: PathBuf,
     report: MergeReport,
@@ -152,9 +155,6 @@ fn elected(single: &[Vec<f64>], weights: &[f64]) -> Vec<f64> {
     (0..single[0].len()).map(one).collect()
 }
 
-/// What a module, given the dense updates of all adapters, should become.
-type Wanted<'a> = &'a dyn Fn(&str, &[Vec<f64>]) -> Vec<f64>;
-
 #[test]
 fn one_adapter_with_weight_one_is_itself() {
     arrays(|| {
@@ -266,7 +266,7 @@ fn dense_methods_equal_their_formulas() {
                 [adapter(path, &tiny, dora[0], (4, 1), 0.7), adapter(path, &tiny, dora[1], (6, 2), 2.0)];
             let dirs = [dirs[0].path(), dirs[1].path()];
             let (weights, densities) = ([0.8, 0.5], [0.6, 0.3]);
-            let run = |method: &str, normalize: Option<bool>, wanted: Wanted| {
+            let run = |method: &str, normalize: Option<bool>, wanted: Formula| {
                 let sources = [source(dirs[0], 0.8, 0.6), source(dirs[1], 0.5, 0.3)];
                 let options = MergeOptions { normalize, ..options(method, Size::Rank(128)) };
                 let found = merged(&sources, Some(path), &options).unwrap();
