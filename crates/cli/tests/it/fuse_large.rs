@@ -85,7 +85,7 @@ fn make(folder: &Folder, layers: usize) {
         "tie_word_embeddings": true, "torch_dtype": "float16", "quantization": block,
     });
     std::fs::write(model.join("config.json"), config.to_string()).unwrap();
-    let mut files = vec![Vec::new(), Vec::new(), Vec::new()];
+    let mut files = [Vec::new(), Vec::new(), Vec::new()];
     files[0].extend(packed("model.embed_tokens", V, E));
     files[2].push(("model.norm.weight".to_owned(), "F16", vec![E]));
     let mut adapter = Vec::new();
