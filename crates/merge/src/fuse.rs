@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use graft_adapters::{ADAPTER_FILE, Adapter, AdapterSet, CONFIG_FILE, FineTuneType, Fingerprint, Kind};
+use graft_adapters::{
+    ADAPTER_FILE, Adapter, AdapterSet, CONFIG_FILE, FineTuneType, Fingerprint, Kind, Origin, Provenance,
+};
 use graft_ops::Array;
 use graft_quant::convert::{companion_files, is_float};
 use graft_quant::recipe::layer_of;
@@ -13,9 +15,7 @@ use graft_quant::{Checkpoint, DirWriter, Hessian, Made, Quantization, Tensor, We
 use serde_json::{Map, Value, json};
 
 use crate::layer::{Stored, Update, dense, fuse_weight};
-use crate::{
-    Error, FuseReport, LayerReport, Plan, Policy, Provenance, REPORT_FILE, Result, Source, Totals, provenance,
-};
+use crate::{Error, FuseReport, LayerReport, Plan, Policy, REPORT_FILE, Result, Totals};
 
 /// How to fuse.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,8 +98,6 @@ pub fn fuse(
         }
     })?;
     let plan = Plan::of_fused(&checkpoint, adapter, policy, options.dequantize)?;
-    let config_file = model.join("config.json");
-    let files: Vec<&Path> = std::iter::once(config_file.as_path()).chain(checkpoint.files()).collect();
     let mut job = Job {
         checkpoint: &checkpoint,
         adapter,
@@ -115,12 +113,12 @@ pub fn fuse(
     };
     // The hashes take a core for as long as the disk gives; the sums take the others.
     let (ran, base) = std::thread::scope(|scope| {
-        let base = scope.spawn(|| Source::model(&options.base_name, &files, checkpoint.config()));
+        let base = scope.spawn(|| Origin::of_model(&checkpoint, &options.base_name));
         (job.run(), base.join())
     });
     ran.map_err(|error| error.with_size(plan.bytes))?;
     let base = base.map_err(|_| Error::Stopped)??;
-    let sources = (base, Source::adapter(&options.adapter_name, &options.adapter_dir)?);
+    let sources = (base, Origin::of_adapter(&options.adapter_dir, &options.adapter_name)?);
     job.complete(out, options, plan, sources).map_err(|error| error.with_size(plan.bytes))
 }
 
@@ -300,7 +298,7 @@ impl<'a> Job<'a, '_> {
         out: &Path,
         options: &FuseOptions,
         plan: Plan,
-        sources: (Source, Source),
+        sources: (Origin, Origin),
     ) -> Result<Sibling> {
         let model = self.checkpoint.dir();
         self.layers.sort_by(|a, b| a.path.cmp(&b.path));
@@ -318,17 +316,17 @@ impl<'a> Job<'a, '_> {
         }
         let (base, adapter) = sources;
         let provenance = Provenance {
-            made_by: "fuse".into(),
-            version: env!("CARGO_PKG_VERSION").into(),
-            base,
-            adapters: vec![adapter],
+            graft: env!("CARGO_PKG_VERSION").into(),
+            operation: "fuse".into(),
+            base: Some(base),
+            inputs: vec![adapter],
             recipe: json!({"policy": self.policy.name(), "dequantize": self.dequantize, "other_precision": options.other_precision}),
-            summary: None,
+            summary: Value::Null,
         };
         let report = FuseReport {
             schema: 1,
             kind: "fuse".into(),
-            version: provenance.version.clone(),
+            version: provenance.graft.clone(),
             base: options.base_name.clone(),
             adapter: options.adapter_name.clone(),
             fine_tune_type: self.adapter.config.fine_tune_type.name().into(),
@@ -345,8 +343,8 @@ impl<'a> Job<'a, '_> {
             provenance,
             layers: self.layers,
         };
-        let described = Provenance { summary: Some(report.summary()), ..report.provenance.clone() };
-        self.writer.describe(provenance::KEY, serde_json::to_string(&described).map_err(Error::Report)?);
+        let described = Provenance { summary: report.summary(), ..report.provenance.clone() };
+        self.writer.describe(Provenance::METADATA, serde_json::to_string(&described).map_err(Error::Report)?);
         self.writer.write_config(&config)?;
         let mut sibling = Sibling { made: self.writer.complete()?, report, config };
         sibling.write_rest(self.adapter, self.rest, out)?;
@@ -375,11 +373,11 @@ impl Sibling {
     /// When writing or renaming fails; what stood at the target is then untouched.
     pub fn place(mut self) -> Result<FuseReport> {
         self.report.judged_by = self.report.judge().0.into();
-        self.report.provenance.summary = Some(self.report.summary());
+        self.report.provenance.summary = self.report.summary();
         self.made
             .write_file(REPORT_FILE, &serde_json::to_vec_pretty(&self.report).map_err(Error::Report)?)?;
-        let provenance = serde_json::to_value(&self.report.provenance).map_err(Error::Report)?;
-        self.config.insert(provenance::KEY.into(), provenance);
+        let (key, provenance) = self.report.provenance.entry()?;
+        self.config.insert(key, provenance);
         let sorted: BTreeMap<&String, &Value> = self.config.iter().collect();
         self.made.write_file("config.json", &graft_quant::pretty(&json!(sorted))?)?;
         self.made.place()?;

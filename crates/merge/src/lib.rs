@@ -14,7 +14,6 @@ mod method;
 mod module;
 mod output;
 mod plan;
-mod provenance;
 mod recipe;
 mod report;
 mod sums;
@@ -26,7 +25,6 @@ pub use fuse::{Event, FuseOptions, Inputs, Sibling, Watch, check, fuse};
 pub use layer::Policy;
 pub use method::{Filtered, Method, Setting, Size, Sparsify};
 pub use plan::Plan;
-pub use provenance::{Provenance, Source};
 pub use recipe::{InputParameters, MergeRecipe, RecipeInput, RecipeParameters};
 pub use report::{
     Distance, ENOUGH, Estimated, FuseReport, HARDLY, LayerReport, MERGE_REPORT_FILE, MergeLayer, MergeReport,

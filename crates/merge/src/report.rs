@@ -3,7 +3,9 @@
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::{Plan, Provenance};
+use graft_adapters::Provenance;
+
+use crate::Plan;
 
 /// The report's name in the fused directory.
 pub const REPORT_FILE: &str = "fuse_report.json";

@@ -365,7 +365,6 @@ mod tests {
             merges_by_score(&vocabulary, &learned).into_iter().map(|pair| pair.map(str::to_owned)).collect();
         let back: Vec<f64> = scores(&vocabulary, &merges).into_iter().map(f64::from).collect();
         assert_eq!(merges_by_score(&vocabulary, &back), merges);
-        assert!(back[8] >= back[9] && back[9] > back[4]);
         assert!(back[4] > back[6] && back[6] > back[5]);
     }
 }

@@ -45,13 +45,13 @@ fn the_model_says_from_what_it_was_made() {
     let folder = Folder::with_model();
     folder.ok(&format!("{FUSE} --data data"));
     let (report, config) = (folder.json("fused/fuse_report.json"), folder.json("fused/config.json"));
-    let made = &config["graft"];
+    let made = &config["graft"]["provenance"];
     assert_eq!(made, &report["provenance"]);
-    assert_eq!((&made["made_by"], &made["recipe"]["policy"]), (&json!("fuse"), &json!("raise")));
+    assert_eq!((&made["operation"], &made["recipe"]["policy"]), (&json!("fuse"), &json!("raise")));
     for (source, file) in [
         (&made["base"], "model/model.safetensors"),
         (&made["base"], "model/config.json"),
-        (&made["adapters"][0], "adapter/adapters.safetensors"),
+        (&made["inputs"][0], "adapter/adapters.safetensors"),
     ] {
         let output = std::process::Command::new("sha256sum").arg(folder.path(file)).output().unwrap();
         let hash = String::from_utf8(output.stdout).unwrap();
@@ -64,12 +64,13 @@ fn the_model_says_from_what_it_was_made() {
     let bytes = folder.read("fused/model.safetensors");
     let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
-    let described: Value = serde_json::from_str(header["__metadata__"]["graft"].as_str().unwrap()).unwrap();
+    let described: Value =
+        serde_json::from_str(header["__metadata__"]["graft_provenance"].as_str().unwrap()).unwrap();
     assert_eq!(described["base"], made["base"]);
     assert_eq!(described["summary"]["kept"], made["summary"]["kept"]);
     // What is made of it says so, too.
     folder.ok("fuse --model fused --adapter-path adapter --save-path again --verify layers");
-    assert_eq!(&folder.json("again/config.json")["graft"]["base"]["made_from"], made);
+    assert_eq!(&folder.json("again/config.json")["graft"]["provenance"]["base"]["made_from"], made);
 }
 
 #[test]

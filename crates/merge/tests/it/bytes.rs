@@ -45,7 +45,7 @@ fn an_adapter_of_nothing_changes_no_byte() {
                     let done = fused_with(base.path(), &set, &options(policy)).unwrap();
                     assert!(tensors(&done.dir) == before, "{tiny:?}, dora {dora}, {policy:?}");
                     let mut config = read_json(&done.dir.join("config.json"));
-                    assert_eq!(config["graft"]["made_by"], "fuse");
+                    assert_eq!(config["graft"]["provenance"]["operation"], "fuse");
                     config.as_object_mut().unwrap().remove("graft");
                     assert_eq!(config, read_json(&base.path().join("config.json")));
                     let totals = &done.report.totals;
