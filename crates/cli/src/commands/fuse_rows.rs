@@ -39,6 +39,11 @@ pub(crate) fn find(args: &FuseArgs, config: &AdapterConfig, model: &Path) -> Res
         },
         None => (recorded(config, "valid"), recorded(config, "train").ok()),
     };
+    // Weights alone need no tokenizer, and a directory without one can be fused.
+    let (valid, train) = match (valid, train) {
+        (Err(why), None) => return Ok(Found { valid: Err(why), observed: Vec::new() }),
+        found => found,
+    };
     let form = form(config);
     let (tokenizer, template) = load::text(model)?;
     let encoder = load::encoder(&tokenizer, template.as_ref());

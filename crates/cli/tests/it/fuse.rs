@@ -41,6 +41,15 @@ fn policies_say_what_they_do_and_replace_what_they_did() {
 }
 
 #[test]
+fn without_rows_no_tokenizer_is_needed() {
+    let folder = Folder::with_model();
+    std::fs::remove_file(folder.path("model/tokenizer.json")).unwrap();
+    let run = folder.ok(FUSE);
+    assert!(run.err.contains("the result is judged by its weights"), "{run:?}");
+    assert_eq!(folder.json("fused/fuse_report.json")["judged_by"], "weights");
+}
+
+#[test]
 fn the_model_says_from_what_it_was_made() {
     let folder = Folder::with_model();
     folder.ok(&format!("{FUSE} --data data"));
