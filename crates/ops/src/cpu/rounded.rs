@@ -1,6 +1,6 @@
 //! Products of arranged weights with rows of x rounded to 16 bits: who rounds, multiplies and finishes what.
 //!
-//! The integer products stand in [`super::vnni`] and [`super::avx2`], bit for bit the same; what is added to them is written
+//! The integer products stand in [`super::vnni`] and [`super::avx2`] and sum the same whole numbers; what is added to them is written
 //! once for all levels.
 
 use std::ops::Range;
