@@ -1,5 +1,5 @@
 //! What `cargo xtask bench` measured: the record in target/bench.json, the table that it makes, and docs/benchmarks.md,
-//! whose record is docs/benchmarks.json.
+//! whose record, docs/benchmarks.json, holds one such record for each set of instructions, since each has its own kernels.
 
 use std::fs;
 use std::path::Path;
@@ -53,20 +53,46 @@ pub(crate) fn machine(graft: &Graft) -> Result<Value> {
     }))
 }
 
-/// Puts what was measured into the document and its record.
+/// Puts what was measured into the document and its record, in the place of what was measured with the same instructions.
 pub(crate) fn write(file: &Path) -> Result<()> {
     let record = load(file)?;
-    if record["jobs"].is_null() {
+    if record["jobs"].is_null() && record["scaling"].is_null() {
         bail!("{} holds no figures: run `cargo xtask bench` first", file.display());
     }
     let document = sh::root().join(DOCUMENT);
+    let kept = document.with_extension("json");
+    let mut records = load(&kept)?;
+    // Part by part: a run of the jobs alone leaves the figures of longer rows where they are.
+    let own = &mut records["machines"][instructions(&record)];
+    for (part, value) in record.as_object().into_iter().flatten() {
+        own[part] = value.clone();
+    }
     let text = fs::read_to_string(&document).with_context(|| format!("cannot read {DOCUMENT}"))?;
-    let text = replaced(&text, MARKERS, &render(&record))
+    let text = replaced(&text, MARKERS, &render_all(&records))
         .with_context(|| format!("{DOCUMENT} needs the lines\n{}\n{}", MARKERS[0], MARKERS[1]))?;
     fs::write(&document, text).with_context(|| format!("cannot write {DOCUMENT}"))?;
-    fs::copy(file, document.with_extension("json"))?;
+    fs::write(&kept, serde_json::to_string_pretty(&records)? + "\n")?;
     eprintln!("written: {DOCUMENT}");
     Ok(())
+}
+
+/// The widest instructions of a record's machine that graft has kernels for.
+fn instructions(record: &Value) -> &'static str {
+    let has =
+        |name: &str| record["machine"]["features"].as_array().is_some_and(|all| all.contains(&name.into()));
+    if has("avx512f") {
+        "AVX-512"
+    } else if has("avx2") {
+        "AVX2"
+    } else {
+        "portable"
+    }
+}
+
+/// The records of all machines, each under the name of its instructions.
+fn render_all(records: &Value) -> String {
+    let machines = records["machines"].as_object().into_iter().flatten();
+    machines.map(|(name, record)| format!("### {name}\n\n{}", render(record))).collect::<Vec<_>>().join("\n")
 }
 
 /// All of a record as Markdown that is readable as it is.
@@ -196,14 +222,19 @@ mod tests {
     }
 
     #[test]
+    fn instructions_name_a_record() {
+        let record = |features: &[&str]| json!({"machine": {"features": features}});
+        let names =
+            [&["avx2", "avx512f"][..], &["avx2", "fma"], &["neon"]].map(|all| instructions(&record(all)));
+        assert_eq!(names, ["AVX-512", "AVX2", "portable"]);
+    }
+
+    #[test]
     fn the_document_holds_what_the_record_says() {
         let document = sh::root().join(DOCUMENT);
         let text = fs::read_to_string(&document).unwrap();
-        let record = load(&document.with_extension("json")).unwrap();
-        if record["jobs"].is_null() {
-            return;
-        }
-        let expected = replaced(&text, MARKERS, &render(&record)).expect("the markers");
+        let records = load(&document.with_extension("json")).unwrap();
+        let expected = replaced(&text, MARKERS, &render_all(&records)).expect("the markers");
         assert!(text == expected, "{DOCUMENT} differs from its record: run `cargo xtask bench --write`");
     }
 }
