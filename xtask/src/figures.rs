@@ -121,6 +121,7 @@ pub(crate) fn render(record: &Value) -> String {
             record["rounds"],
             compared(jobs),
         );
+        text += &first_tokens(jobs);
         for line in record["missing"].as_array().into_iter().flatten().filter_map(Value::as_str) {
             text += &format!("\nNot measured: {}\n", line.lines().next().unwrap_or_default());
         }
@@ -151,6 +152,26 @@ fn compared(jobs: &[Value]) -> String {
         }
     }
     table(&rows)
+}
+
+/// How long clients wait for the first token, where that was measured.
+fn first_tokens(jobs: &[Value]) -> String {
+    let heads = ["job", "program", "to the first token, ms (least–most)"];
+    let mut rows = vec![heads.map(str::to_owned).to_vec()];
+    for job in jobs {
+        for program in job["programs"].as_array().into_iter().flatten() {
+            let times = samples(program, "first_token_seconds").iter().map(|s| 1e3 * s).collect::<Vec<_>>();
+            if !times.is_empty() {
+                let name = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+                rows.push(vec![
+                    name(&job["name"]),
+                    name(&program["name"]),
+                    spread(&times, median(&times), ""),
+                ]);
+            }
+        }
+    }
+    if rows.len() > 1 { format!("\n{}", table(&rows)) } else { String::new() }
 }
 
 fn samples(program: &Value, key: &str) -> Vec<f64> {
@@ -199,6 +220,7 @@ mod tests {
     #[test]
     fn a_record_is_a_table() {
         let sample = |speed: f64, peak: u64| json!({"tokens_per_second": speed, "peak_memory_bytes": peak});
+        let served = json!({"tokens_per_second": 9.0, "peak_memory_bytes": 1, "first_token_seconds": 0.025});
         let record = json!({
             "schema": 1, "rounds": 2, "rows": "48 rows of d", "versions": {"graft": "0.1.0", "PEFT": "0.2"},
             "machine": {"processor": "P", "cores": 2, "threads": 2, "features": ["avx2", "fma"],
@@ -206,15 +228,16 @@ mod tests {
             "jobs": [{"name": "train", "programs": [
                 {"name": "graft", "samples": [sample(400.0, 400_000_000), sample(380.0, 410_000_000)]},
                 {"name": "PEFT", "samples": [sample(200.0, 0), sample(190.0, 0)]},
-            ]}],
+            ]}, {"name": "server", "programs": [{"name": "graft", "samples": [served]}]}],
             "missing": ["mlx-lm: no network\nmore"],
         });
         let text = render(&record);
         for part in [
             "P, 2 cores, 2 threads (avx2, fma), 8.00 GB of memory, S.",
             "graft 0.1.0; PEFT 0.2. Training: 48 rows of d. Rounds: 2.",
-            "| train | graft   | 390 (380–400)         | 405.0 MB    |                   |",
-            "|       | PEFT    | 195 (190–200)         | unknown     | 2.00x (2.00–2.00) |",
+            "| train  | graft   | 390 (380–400)         | 405.0 MB    |                   |",
+            "|        | PEFT    | 195 (190–200)         | unknown     | 2.00x (2.00–2.00) |",
+            "| server | graft   | 25 ",
             "Not measured: mlx-lm: no network\n",
         ] {
             assert!(text.contains(part), "{part} in\n{text}");
