@@ -15,9 +15,9 @@ use serde_json::{Value, json};
 use crate::children::Process;
 use crate::peers::Peers;
 use crate::pipeline::{Graft, words};
-use crate::{data, figures, http, model, scaling, setup, sh};
+use crate::{data, figures, http, model, peers, scaling, setup, sh};
 
-const USAGE: &str = "usage: cargo xtask bench [--quick] [--peers] [--only NAME] [--data DIR] [--scaling] [--write]\n       \
+const USAGE: &str = "usage: cargo xtask bench [--quick] [--peers [--without KIT]] [--only NAME] [--data DIR] [--scaling] [--write]\n       \
     cargo xtask bench --criterion [FILTER]";
 
 /// The reference job of training: blocks that get an adapter, its rank, rows of a batch. peers.py says the same.
@@ -134,6 +134,8 @@ struct Options {
     peers: bool,
     scaling: bool,
     write: bool,
+    /// A kit that is not run: one of them takes longer than all others.
+    without: Option<String>,
     only: Option<String>,
     data: Option<PathBuf>,
 }
@@ -149,10 +151,18 @@ impl Options {
                 "--peers" => options.peers = true,
                 "--scaling" => options.scaling = true,
                 "--write" => options.write = true,
+                "--without" => options.without = Some(value()?),
                 "--only" => options.only = Some(value()?),
                 "--data" => options.data = Some(value()?.into()),
                 _ => bail!("unknown argument {arg}\n{USAGE}"),
             }
+        }
+        if let Some(kit) = &options.without {
+            ensure!(
+                peers::KITS.contains(&kit.as_str()),
+                "--without {kit}: expected one of the kits {:?}",
+                peers::KITS
+            );
         }
         if let Some(only) = &options.only {
             let names = JOBS.map(|job| job.0);
@@ -238,7 +248,11 @@ impl<'a> Bench<'a> {
 
     /// Runs the jobs and puts them into the record, which is kept after each.
     fn run(&self, options: &Options, record: &mut Value, keep: impl Fn(&Value) -> Result<()>) -> Result<()> {
-        let peers = if options.peers { Peers::install(&self.folder)? } else { Peers::default() };
+        let peers = if options.peers {
+            Peers::install(&self.folder, options.without.as_deref())?
+        } else {
+            Peers::default()
+        };
         let mut missing = peers.missing.clone();
         record["jobs"] = json!([]);
         record["rounds"] = options.rounds().into();
@@ -570,9 +584,12 @@ mod tests {
     fn arguments_are_checked() {
         let options = |line: &str| Options::of(&words(&line.split(' ').collect::<Vec<_>>()));
         assert_eq!(options("--quick --only DoRA").unwrap().rounds(), 1);
-        for (line, part) in
-            [("--fast", "--fast"), ("--data", "--data needs a value"), ("--only x9", "prefill 512")]
-        {
+        for (line, part) in [
+            ("--fast", "--fast"),
+            ("--data", "--data needs a value"),
+            ("--only x9", "prefill 512"),
+            ("--without x9", "llama.cpp"),
+        ] {
             assert!(format!("{:#}", options(line).err().unwrap()).contains(part), "{line}");
         }
     }
