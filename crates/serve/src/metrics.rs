@@ -50,7 +50,7 @@ pub(crate) struct Metrics {
 type Read = fn(&EngineStats) -> f64;
 
 /// The engine's own figures; those that only grow are gauges here too, since they are read and not counted.
-const ENGINE: [(&str, &str, Read); 15] = [
+const ENGINE: [(&str, &str, Read); 17] = [
     ("vllm:num_requests_running", "Sequences that read their prompt or answer.", |s| s.running as f64),
     ("vllm:num_requests_waiting", "Sequences that wait for a place or for memory.", |s| s.waiting as f64),
     ("vllm:kv_cache_usage_perc", "Part of the memory for keys and values that is taken, 0 to 1.", |s| {
@@ -69,6 +69,10 @@ const ENGINE: [(&str, &str, Read); 15] = [
     ("graft_adapter_bytes", "Memory of all versions.", |s| s.adapter_bytes as f64),
     ("graft_engine_steps", "Passes that gave tokens.", |s| s.steps as f64),
     ("graft_engine_failures", "Passes, and choices of a token, that failed.", |s| s.failures as f64),
+    ("graft_sequences_canceled", "Sequences whose reader left or stood still before they were over.", |s| {
+        s.canceled as f64
+    }),
+    ("graft_canceled_tokens", "Tokens that such sequences were answered.", |s| s.canceled_tokens as f64),
     ("graft_engine_busy_seconds", "Seconds that the engine had work.", |s| s.busy_seconds),
 ];
 
@@ -185,6 +189,10 @@ impl Metrics {
         self.prompt_tokens.with_label_values(labels).inc_by(usage.prompt as u64);
         self.cached_tokens.with_label_values(labels).inc_by(usage.cached as u64);
         self.generation_tokens.with_label_values(labels).inc_by(usage.completion as u64);
+        // How long a request took says something only where all of it was answered.
+        if log.canceled || log.error.is_some() {
+            return;
+        }
         self.request.with_label_values(labels).observe(total);
         self.prompt.with_label_values(labels).observe(usage.prompt as f64);
         self.generation.with_label_values(labels).observe(usage.completion as f64);

@@ -31,8 +31,10 @@ impl Ahead {
 
 /// Begins the pass that gives one more token of each sequence of a group, those of one adapter side by side. The tokens that
 /// it takes are those that `last` is computing, or else the last ones that were chosen; with `ids` it computes the next ones, too.
+/// Sequences that hold no adapter take `base`.
 pub(crate) fn begin(
     model: &Model,
+    base: Route,
     group: &mut [&mut Sequence],
     last: Option<&Ahead>,
     ids: bool,
@@ -47,7 +49,7 @@ pub(crate) fn begin(
         let tables: Vec<Option<Rc<Table>>> = group.iter().map(|sequence| sequence.table.clone()).collect();
         let parts = parts(&tables);
         let route = match parts.as_slice() {
-            [one] => one.table.map_or(Route::Base, Route::Table),
+            [one] => one.table.map_or(base, Route::Table),
             several => Route::Mixed(several),
         };
         let mut caches: Vec<&mut KvCache> = group.iter_mut().map(|s| &mut s.cache).collect();
@@ -74,12 +76,13 @@ fn parts(tables: &[Option<Rc<Table>>]) -> Vec<RouteRows<'_>> {
 }
 
 /// Reads a sequence's tokens up to the next border of a chunk. If that is the end, the logits (V,) after it; else nothing.
-pub(crate) fn chunk(model: &Model, sequence: &mut Sequence) -> Result<Option<Vec<f32>>, String> {
+/// A sequence that holds no adapter takes `base`.
+pub(crate) fn chunk(model: &Model, base: Route, sequence: &mut Sequence) -> Result<Option<Vec<f32>>, String> {
     caught(|| {
         let start = sequence.cache.len().max(0) as usize;
         let end = ((start / PREFILL_STEP + 1) * PREFILL_STEP).min(sequence.history.len());
         let last = end == sequence.history.len();
-        let route = sequence.table.as_deref().map_or(Route::Base, Route::Table);
+        let route = sequence.table.as_deref().map_or(base, Route::Table);
         let tokens: Vec<i32> = sequence.history[start..end].iter().map(|id| *id as i32).collect();
         let count = tokens.len() as i32;
         let rows = Rows { lengths: vec![count], starts: vec![start as i32] };

@@ -12,15 +12,16 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use graft_adapters::Table;
+use graft_adapters::{Route, Table};
 use graft_model::{KvCache, Model, Sampler};
 
-use crate::engine::{Command, EngineConfig, Info};
+use crate::engine::Command;
 use crate::log::LogEvent;
 use crate::pass::{Ahead, begin, caught, chunk};
 use crate::prefixes::Prefixes;
 use crate::residents::{Found, Residents};
 use crate::sequence::{Sequence, Start};
+use crate::tokens::Vocabulary;
 use crate::{ApiError, EngineStats, Event, Job, Lease, LogSink};
 
 /// Pause when every sequence waits for its reader.
@@ -29,14 +30,31 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// An adapter on its way takes one linear a turn, or this part of the turn's time if that is more.
 const ADAPTING: u32 = 16;
 
+/// How much a scheduler takes on, and in which order.
+#[derive(Clone)]
+pub(crate) struct Limits {
+    /// Sequences that run at a time.
+    pub(crate) max_concurrent: usize,
+    /// Bytes that keys and values of all sequences, and of the prefixes that are kept, may take.
+    pub(crate) kv_memory: usize,
+    /// Of these, bytes that prefixes may take at most.
+    pub(crate) prefix_memory: usize,
+    /// All prompts are read before a token is decoded. The first tokens come later, and all of them sooner, since a pass over
+    /// few rows takes nearly as long as one over many.
+    pub(crate) prompts_first: bool,
+    /// How long a reader may take nothing before its sequence is ended.
+    pub(crate) stall_timeout: Duration,
+    /// Told of failures.
+    pub(crate) log: LogSink,
+}
+
 /// The engine's loop.
 pub(crate) struct Scheduler<'a> {
     model: &'a Model,
-    info: &'a Info,
-    max_concurrent: usize,
-    stall_timeout: Duration,
-    kv_memory: usize,
-    log: &'a LogSink,
+    words: Vocabulary<'a>,
+    /// What a sequence without an adapter of its own computes with.
+    base: Route<'a>,
+    limits: Limits,
     residents: Residents<'a>,
     prefixes: Prefixes,
     waiting: VecDeque<Job>,
@@ -52,14 +70,12 @@ pub(crate) struct Scheduler<'a> {
 }
 
 impl<'a> Scheduler<'a> {
-    pub(crate) fn new(model: &'a Model, info: &'a Info, config: &'a EngineConfig) -> Self {
+    pub(crate) fn new(model: &'a Model, words: Vocabulary<'a>, base: Route<'a>, limits: Limits) -> Self {
         Self {
             model,
-            info,
-            max_concurrent: config.max_concurrent,
-            stall_timeout: config.stall_timeout,
-            kv_memory: config.kv_memory,
-            log: &config.log,
+            words,
+            base,
+            limits,
             residents: Residents::new(model),
             prefixes: Prefixes::default(),
             waiting: VecDeque::new(),
@@ -94,21 +110,63 @@ impl<'a> Scheduler<'a> {
     }
 
     /// One step of everything. False if there was nothing to do but to wait.
-    fn turn(&mut self) -> bool {
+    pub(crate) fn turn(&mut self) -> bool {
+        let now = Instant::now();
+        let waited = self.queued();
         self.waiting.retain(|job| !job.events.is_closed());
         self.next = self.next.take().filter(|job| !job.events.is_closed());
-        let (now, patience) = (Instant::now(), self.stall_timeout);
-        self.active.retain_mut(|sequence| sequence.keep(now, patience));
+        self.stats.canceled += (waited - self.queued()) as u64;
+        self.deliver();
         self.start();
-        let decoded = self.decode();
+        let waits = self.limits.prompts_first && self.active.iter().any(Sequence::reads);
+        let decoded = !waits && self.decode();
         let read = self.read();
         decoded | read | self.adapt(now.elapsed() / ADAPTING)
     }
 
+    /// Hands out what has been said, and lets go of sequences that are over.
+    pub(crate) fn deliver(&mut self) {
+        let (now, patience) = (Instant::now(), self.limits.stall_timeout);
+        let stats = &mut self.stats;
+        self.active.retain_mut(|sequence| {
+            let kept = sequence.keep(now, patience);
+            if !kept && !sequence.is_told() {
+                stats.canceled += 1;
+                stats.canceled_tokens += sequence.answer().len() as u64;
+            }
+            kept
+        });
+    }
+
+    /// Jobs that wait.
+    fn queued(&self) -> usize {
+        self.waiting.len() + usize::from(self.next.is_some())
+    }
+
+    /// What it has done so far.
+    pub(crate) fn stats(&self) -> EngineStats {
+        self.stats
+    }
+
+    /// Takes a job in.
+    pub(crate) fn queue(&mut self, job: Job) {
+        self.waiting.push_back(job);
+    }
+
+    /// The sequences that run.
+    pub(crate) fn running(&self) -> &[Sequence] {
+        &self.active
+    }
+
+    /// Bytes that prefixes may take beside sequences that have reserved `reserved`.
+    fn room(&self, reserved: usize) -> usize {
+        self.limits.kv_memory.saturating_sub(reserved).min(self.limits.prefix_memory)
+    }
+
     fn tell(&mut self, stats: &Mutex<EngineStats>) {
-        self.stats.waiting = self.waiting.len() + usize::from(self.next.is_some());
+        self.stats.waiting = self.queued();
         self.stats.running = self.active.len();
-        self.stats.kv_budget = self.kv_memory;
+        self.stats.kv_budget = self.limits.kv_memory;
         self.stats.kv_reserved = self.reserved();
         self.stats.kv_cached = self.prefixes.bytes();
         self.stats.prefixes = self.prefixes.len();
@@ -135,7 +193,7 @@ impl<'a> Scheduler<'a> {
 
     fn obey(&mut self, command: Command) {
         match command {
-            Command::Run(job) => self.waiting.push_back(*job),
+            Command::Run(job) => self.queue(*job),
             Command::Adopt(slot, stored, done) => self.residents.adopt(slot, stored, done),
             Command::Release(slot) => {
                 self.residents.release(slot);
@@ -160,7 +218,7 @@ impl<'a> Scheduler<'a> {
 
     /// Lets waiting sequences run.
     fn start(&mut self) {
-        while self.active.len() < self.max_concurrent {
+        while self.active.len() < self.limits.max_concurrent {
             let Some(job) = self.next.take().or_else(|| self.choose()) else { return };
             let sampler = match Sampler::new(&job.params.sampling) {
                 Ok(sampler) if !job.prompt.is_empty() => sampler,
@@ -187,21 +245,22 @@ impl<'a> Scheduler<'a> {
             };
             let reserved = KvCache::bytes_for(self.model, job.prompt.len() + job.params.max_tokens);
             let taken = self.reserved();
-            if reserved > self.kv_memory {
+            if reserved > self.limits.kv_memory {
                 let message =
                     "The prompt and `max_tokens` need more memory than this server has for a sequence.";
                 refuse(&job, ApiError { param: Some("max_tokens".into()), ..ApiError::invalid("", message) });
                 continue;
             }
-            if taken + reserved > self.kv_memory {
+            if taken + reserved > self.limits.kv_memory {
                 self.next = Some(job);
                 return;
             }
-            self.prefixes.shrink(self.kv_memory - taken - reserved);
+            let room = self.room(taken + reserved);
+            self.prefixes.shrink(room);
             self.begun += 1;
             self.last.insert(slot(&job), self.begun);
             let start = Start { job, sampler, table, reserved };
-            self.active.push(Sequence::new(self.model, self.info, start, self.begun));
+            self.active.push(Sequence::new(self.model, &self.words, start, self.begun));
         }
     }
 
@@ -226,7 +285,7 @@ impl<'a> Scheduler<'a> {
             Found::Ready(table) => Ok(Some(Some(table))),
             Found::Soon => Ok(None),
             Found::Never(why) => {
-                (self.log)(LogEvent::Failure { message: format!("an adapter cannot be used: {why}") });
+                (self.limits.log)(LogEvent::Failure { message: format!("an adapter cannot be used: {why}") });
                 Err(ApiError::server("The adapter cannot be used; the server's log says why."))
             }
         }
@@ -241,7 +300,7 @@ impl<'a> Scheduler<'a> {
                 Ok(false) => return any,
                 Ok(true) => any = true,
                 // What was in work is dropped, and so is whoever waited for it.
-                Err(message) => (self.log)(LogEvent::Failure { message }),
+                Err(message) => (self.limits.log)(LogEvent::Failure { message }),
             }
             if began.elapsed() >= time {
                 return true;
@@ -309,7 +368,7 @@ impl<'a> Scheduler<'a> {
         group.sort_by_key(|sequence| members.iter().position(|id| *id == sequence.id));
         let plain = onward && group.iter().all(|sequence| sequence.plain());
         let begins = last.is_none() || group.iter().all(|sequence| sequence.goes_on());
-        let next = begins.then(|| begin(self.model, &mut group, last.as_ref(), plain)).transpose();
+        let next = begins.then(|| begin(self.model, self.base, &mut group, last.as_ref(), plain)).transpose();
         self.stats.steps += u64::from(begins);
         match (last, next) {
             (_, Err(message)) => Some(Err(message)),
@@ -327,7 +386,7 @@ impl<'a> Scheduler<'a> {
 
     /// One chunk of the prompt whose turn it is.
     fn read(&mut self) -> bool {
-        let room = self.kv_memory.saturating_sub(self.reserved());
+        let room = self.room(self.reserved());
         let Some(sequence) = self.active.iter_mut().filter(|s| s.reads()).min_by_key(|s| s.turn) else {
             return false;
         };
@@ -343,10 +402,11 @@ impl<'a> Scheduler<'a> {
             self.stats.prefix_tokens += sequence.skip(cache) as u64;
         }
         let (start, began) = (sequence.cache.len(), Instant::now());
-        let result = chunk(self.model, sequence);
+        let result = chunk(self.model, self.base, sequence);
         self.stats.pass_seconds += began.elapsed().as_secs_f64();
         self.stats.chunks += 1;
         self.stats.prompt_tokens += u64::try_from(sequence.cache.len() - start).unwrap_or(0);
+        sequence.has_read();
         if result.is_ok() && !sequence.alone {
             let Sequence { history, prompt, cache, .. } = sequence;
             self.prefixes.keep(key, &history[..*prompt], cache, room);
@@ -360,7 +420,7 @@ impl<'a> Scheduler<'a> {
     /// Hands each sequence of a pass its logits. If the pass failed, those that shared it go on alone, since one of them
     /// may be the cause; one that was alone ends.
     fn settle(&mut self, members: &[u64], rows: &Result<Vec<f32>, String>) {
-        let (model, info) = (self.model, self.info);
+        let (model, words) = (self.model, &self.words);
         let shared = members.len() > 1;
         if rows.is_err() {
             self.stats.failures += 1;
@@ -373,9 +433,9 @@ impl<'a> Scheduler<'a> {
             };
             let failed = match rows {
                 Ok(rows) => {
-                    let row = rows.chunks_exact(info.vocab).nth(place);
+                    let row = rows.chunks_exact(words.size).nth(place);
                     let row = row.ok_or_else(|| "a pass has too few rows".to_owned());
-                    let chosen = row.and_then(|row| caught(|| sequence.choose(row, info)));
+                    let chosen = row.and_then(|row| caught(|| sequence.choose(row, words)));
                     self.stats.completion_tokens += u64::from(chosen.is_ok());
                     chosen.err()
                 }
@@ -387,7 +447,7 @@ impl<'a> Scheduler<'a> {
             };
             if let Some(message) = failed {
                 self.stats.failures += u64::from(rows.is_ok());
-                (self.log)(LogEvent::Failure { message });
+                (self.limits.log)(LogEvent::Failure { message });
                 sequence
                     .fail(ApiError::server("The model failed on this request; the server's log says why."));
             }
@@ -436,23 +496,16 @@ mod tests {
             log: Arc::new(|_| {}),
         };
         let (model, info) = load(&config).unwrap();
-        let mut scheduler = Scheduler::new(&model, &info, &config);
+        let mut scheduler = Scheduler::new(&model, info.words(), Route::Base, config.limits());
         let places = Arc::new(Semaphore::new(3));
         let (sender, mut events) = mpsc::channel(256);
         for index in 0..3 {
             let prompt = vec![5 + index as u32; 3 + 2 * index];
             let sampling = Sampling { seed: Some(1), temperature, ..Sampling::greedy() };
-            let params = Params { max_tokens: 20, sampling, stop: Vec::new() };
+            let params = Params { max_tokens: 20, sampling, stop: Vec::new(), stop_ids: [].into() };
             let (permit, events) = (places.clone().try_acquire_owned().unwrap(), sender.clone());
-            scheduler.waiting.push_back(Job {
-                prompt,
-                params,
-                guide: None,
-                adapter: None,
-                index,
-                events,
-                permit,
-            });
+            let tally = Arc::default();
+            scheduler.queue(Job { prompt, params, guide: None, adapter: None, index, events, tally, permit });
         }
         for turn in 0..60 {
             if failing == Some(turn) {
