@@ -99,6 +99,8 @@ pub(crate) async fn generate(
     common.params.stop.extend(ready.stops.iter().cloned());
     record.follow(count, common.choices);
     let events = submit(state, &common, lease.as_ref(), &ready, (permits, record.tallies()))?;
+    // From here on each sequence holds the version for itself, and only what runs or waits is counted.
+    drop(lease);
     if common.stream {
         let writer = Writer::new(reply, count, common.include_usage);
         hold(events, writer, state.config.ping_interval).await.map(|start| Answer::Stream(Box::new(start)))

@@ -30,7 +30,7 @@ impl Ahead {
 }
 
 /// Begins the pass that gives one more token of each sequence of a group, those of one adapter side by side. The tokens that
-/// it takes are those that `last` is computing, or else the last ones that were chosen; with `ids` it computes the next ones, too.
+/// it takes are those that `last` is computing, or else the next ones of those that are known; with `ids` it computes the next ones, too.
 /// Sequences that hold no adapter take `base`.
 pub(crate) fn begin(
     model: &Model,
@@ -41,10 +41,12 @@ pub(crate) fn begin(
 ) -> Result<Ahead, String> {
     caught(|| {
         let members = group.iter().map(|sequence| sequence.id).collect();
-        let tokens: Vec<i32> = group.iter().filter_map(|s| s.history.last()).map(|id| *id as i32).collect();
         let tokens = match last.and_then(|last| last.ids.clone()) {
             Some(ids) => ids,
-            None => Array::from_slice(&tokens, &[tokens.len() as i32]),
+            None => {
+                let known: Vec<i32> = group.iter().filter_map(|s| s.next()).map(|id| id as i32).collect();
+                Array::from_slice(&known, &[known.len() as i32])
+            }
         };
         let tables: Vec<Option<Rc<Table>>> = group.iter().map(|sequence| sequence.table.clone()).collect();
         let parts = parts(&tables);
@@ -75,12 +77,13 @@ fn parts(tables: &[Option<Rc<Table>>]) -> Vec<RouteRows<'_>> {
     groups.map(|group| RouteRows { rows: group.len() as i32, table: group[0].as_deref() }).collect()
 }
 
-/// Reads a sequence's tokens up to the next border of a chunk. If that is the end, the logits (V,) after it; else nothing.
+/// Reads a sequence's prompt up to the next border of a chunk. If that is its end, and nothing was said after it, the logits
+/// (V,) that follow; else nothing.
 /// A sequence that holds no adapter takes `base`.
 pub(crate) fn chunk(model: &Model, base: Route, sequence: &mut Sequence) -> Result<Option<Vec<f32>>, String> {
     caught(|| {
         let start = sequence.cache.len().max(0) as usize;
-        let end = ((start / PREFILL_STEP + 1) * PREFILL_STEP).min(sequence.history.len());
+        let end = ((start / PREFILL_STEP + 1) * PREFILL_STEP).min(sequence.prompt);
         let last = end == sequence.history.len();
         let route = sequence.table.as_deref().map_or(base, Route::Table);
         let tokens: Vec<i32> = sequence.history[start..end].iter().map(|id| *id as i32).collect();

@@ -204,7 +204,8 @@ impl<'a> Scheduler<'a> {
                 for job in self.waiting.drain(..).chain(self.next.take()) {
                     refuse(&job, error.clone());
                 }
-                for sequence in &mut self.active {
+                // One that has ended and is only read slowly has nothing to lose.
+                for sequence in self.active.iter_mut().filter(|sequence| !sequence.is_over()) {
                     sequence.fail(error.clone());
                 }
             }
@@ -296,12 +297,10 @@ impl<'a> Scheduler<'a> {
         let began = Instant::now();
         let mut any = false;
         loop {
-            match caught(|| Ok(self.residents.advance())) {
-                Ok(false) => return any,
-                Ok(true) => any = true,
-                // What was in work is dropped, and so is whoever waited for it.
-                Err(message) => (self.limits.log)(LogEvent::Failure { message }),
+            if !self.residents.advance() {
+                return any;
             }
+            any = true;
             if began.elapsed() >= time {
                 return true;
             }
@@ -431,6 +430,9 @@ impl<'a> Scheduler<'a> {
             let Some(sequence) = self.active.iter_mut().find(|s| s.id == *id && !s.is_over()) else {
                 continue;
             };
+            if rows.is_ok() && sequence.repeats() {
+                continue;
+            }
             let failed = match rows {
                 Ok(rows) => {
                     let row = rows.chunks_exact(words.size).nth(place);
@@ -478,11 +480,10 @@ mod tests {
 
     use super::*;
     use crate::Params;
-    use crate::engine::load;
+    use crate::engine::{EngineConfig, load};
 
-    /// Runs three sequences side by side; before turn `failing` the shared pass "fails". Their texts and how they ended.
-    fn texts(dir: &Path, temperature: f32, failing: Option<usize>) -> BTreeMap<usize, (String, bool)> {
-        let config = EngineConfig {
+    fn config(dir: &Path) -> EngineConfig {
+        EngineConfig {
             model_dir: dir.to_path_buf(),
             dtype: Dtype::Float32,
             adapters: Vec::new(),
@@ -494,20 +495,28 @@ mod tests {
             max_queue: 0,
             stall_timeout: Duration::from_secs(1),
             log: Arc::new(|_| {}),
-        };
+        }
+    }
+
+    /// What a sequence said: its text, the bits of its log-probabilities, and whether it came to its end.
+    type Said = (String, Vec<u32>, bool);
+
+    /// Runs three sequences side by side; before turn `failing` the shared pass "fails". What they said.
+    fn said(dir: &Path, temperature: f32, logprobs: Option<usize>, failing: Option<usize>) -> BTreeMap<usize, Said> {
+        let config = config(dir);
         let (model, info) = load(&config).unwrap();
         let mut scheduler = Scheduler::new(&model, info.words(), Route::Base, config.limits());
         let places = Arc::new(Semaphore::new(3));
-        let (sender, mut events) = mpsc::channel(256);
+        let (sender, mut events) = mpsc::channel(1024);
         for index in 0..3 {
-            let prompt = vec![5 + index as u32; 3 + 2 * index];
-            let sampling = Sampling { seed: Some(1), temperature, ..Sampling::greedy() };
-            let params = Params { max_tokens: 20, sampling, stop: Vec::new(), stop_ids: [].into() };
+            let prompt = vec![5 + index as u32; 3 + 40 * index];
+            let sampling = Sampling { seed: Some(1), temperature, logprobs, ..Sampling::greedy() };
+            let params = Params { max_tokens: 60, sampling, stop: Vec::new(), stop_ids: [].into() };
             let (permit, events) = (places.clone().try_acquire_owned().unwrap(), sender.clone());
             let tally = Arc::default();
             scheduler.queue(Job { prompt, params, guide: None, adapter: None, index, events, tally, permit });
         }
-        for turn in 0..60 {
+        for turn in 0..250 {
             if failing == Some(turn) {
                 let members: Vec<u64> = scheduler.active.iter().map(|s| s.id).collect();
                 assert_eq!(members.len(), 3);
@@ -517,27 +526,65 @@ mod tests {
         }
         assert!(scheduler.active.is_empty());
         assert_eq!(places.available_permits(), 3, "every place is given back");
-        let mut texts = BTreeMap::new();
+        let mut all = BTreeMap::new();
         while let Ok((index, event)) = events.try_recv() {
-            let (text, done) = texts.entry(index).or_insert((String::new(), false));
+            let (text, bits, done) = all.entry(index).or_insert((String::new(), Vec::new(), false));
             match event {
                 Event::Accepted => {}
-                Event::Piece { text: piece, .. } => text.push_str(&piece),
+                Event::Piece { text: piece, logprobs } => {
+                    text.push_str(&piece);
+                    bits.extend(logprobs.iter().map(|token| token.logprob.to_bits()));
+                }
                 Event::Done { .. } => *done = true,
                 Event::Failed(error) => panic!("{error:?}"),
             }
         }
-        texts
+        all
     }
 
     #[test]
     fn sequences_that_shared_a_failed_pass_go_on_alone_where_they_were() {
         let dir = tiny_model(&Tiny { packed: Some((4, 32)), ..Tiny::new(Family::Qwen3) });
-        // Drawn tokens need the logits; the most probable ones are computed ahead.
-        for temperature in [1.0, 0.0] {
-            let undisturbed = mlx(|| texts(dir.path(), temperature, None));
-            assert!(undisturbed.len() == 3 && undisturbed.values().all(|(_, done)| *done));
-            assert_eq!(mlx(|| texts(dir.path(), temperature, Some(8))), undisturbed);
+        // Drawn tokens need the logits; the most probable ones are computed ahead. By turn 45 more has been said than a pass
+        // of few rows takes.
+        for (temperature, logprobs) in [(1.0, None), (0.0, None), (1.0, Some(0))] {
+            let undisturbed = mlx(|| said(dir.path(), temperature, logprobs, None));
+            assert!(undisturbed.len() == 3 && undisturbed.values().all(|(.., done)| *done));
+            for turn in [8, 45] {
+                assert_eq!(mlx(|| said(dir.path(), temperature, logprobs, Some(turn))), undisturbed, "{turn}");
+            }
         }
+    }
+
+    #[test]
+    fn what_has_ended_does_not_fail_when_all_is_ended() {
+        let dir = tiny_model(&Tiny::new(Family::Qwen3));
+        let config = config(dir.path());
+        mlx(|| {
+            let (model, info) = load(&config).unwrap();
+            let mut scheduler = Scheduler::new(&model, info.words(), Route::Base, config.limits());
+            let places = Arc::new(Semaphore::new(1));
+            // A reader that takes one event and then nothing more.
+            let (events, mut reader) = mpsc::channel(1);
+            let (permit, tally) = (places.clone().try_acquire_owned().unwrap(), Arc::default());
+            let sampling = Sampling { logit_bias: vec![(40, 100.0)], ..Sampling::greedy() };
+            let params = Params { max_tokens: 1, sampling, stop: Vec::new(), stop_ids: [].into() };
+            let (prompt, index) = (vec![5], 0);
+            scheduler.queue(Job { prompt, params, guide: None, adapter: None, index, events, tally, permit });
+            for _ in 0..3 {
+                scheduler.turn();
+            }
+            assert_eq!(reader.try_recv(), Ok((0, Event::Accepted)));
+            for _ in 0..3 {
+                scheduler.turn();
+            }
+            scheduler.obey(Command::Abort(ApiError::server("over")));
+            let mut ends = Vec::new();
+            for _ in 0..6 {
+                scheduler.turn();
+                ends.extend(reader.try_recv().ok().filter(|(_, event)| !matches!(event, Event::Piece { .. })));
+            }
+            assert!(matches!(ends[..], [(0, Event::Done { .. })]), "{ends:?}");
+        });
     }
 }

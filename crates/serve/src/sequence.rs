@@ -118,7 +118,7 @@ impl Sequence {
 
     /// The largest logit is all that it asks for, so that its next token is known without the host.
     pub(crate) fn plain(&self) -> bool {
-        self.job.params.sampling.is_plain_greedy() && self.job.guide.is_none()
+        self.job.params.sampling.is_plain_greedy() && self.job.guide.is_none() && self.unread() <= 1
     }
 
     /// After the token that is being computed it takes one more, unless that ends it.
@@ -131,15 +131,26 @@ impl Sequence {
         self.history.len().saturating_sub(self.cache.len().max(0) as usize)
     }
 
-    /// The next pass reads (more of) the prompt, or reads all again after a failure.
+    /// The next pass reads (more of) the prompt.
     pub(crate) fn reads(&self) -> bool {
         self.runs() && !self.decodes()
     }
 
-    /// The next pass takes the last token and gives one more. The last one may still be computed; then all that is known is
-    /// in the cache.
+    /// The next pass takes the first token that is not in the cache, usually the last one, and gives one more. The last one
+    /// may still be computed; then all that is known is in the cache.
     pub(crate) fn decodes(&self) -> bool {
-        self.runs() && self.history.len() > self.prompt && self.unread() <= 1
+        let read = usize::try_from(self.cache.len()).is_ok_and(|read| read >= self.prompt);
+        self.runs() && self.history.len() > self.prompt && read
+    }
+
+    /// The last pass took a token behind which others have been said already, so that nothing is to be chosen.
+    pub(crate) fn repeats(&self) -> bool {
+        self.unread() > 0
+    }
+
+    /// The token that the next pass takes, if it is known.
+    pub(crate) fn next(&self) -> Option<u32> {
+        self.history.get(usize::try_from(self.cache.len()).ok()?).copied()
     }
 
     /// A reader that is behind makes its own sequence wait, no other.
@@ -290,7 +301,8 @@ impl Sequence {
     }
 
     /// Forgets what it computed, which a failed pass may have left half-written, and goes on by itself from what it
-    /// has read and said.
+    /// has read and said. It reads its prompt again as a prompt, and what it has said token by token: read in one piece, that
+    /// would differ in its last bits, and the answer would depend on who has failed beside it.
     pub(crate) fn restart(&mut self, model: &Model) {
         self.cache = KvCache::new(model);
         self.cached = 0;
