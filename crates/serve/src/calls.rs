@@ -132,12 +132,12 @@ impl<'a> Cursor<'a> {
         Err(if word.starts_with(self.rest()) { Lead::Open } else { Lead::Other })
     }
 
-    /// A string without escapes, behind space: names have none.
+    /// A string without escapes, behind space, that is no longer than a name: so it does not matter how much of it has come.
     fn string(&mut self) -> Result<&'a str, Lead> {
         self.word("\"")?;
         let rest = self.rest();
         match rest.find(['"', '\\']) {
-            Some(end) if rest[end..].starts_with('"') => {
+            Some(end) if end <= MAX_NAME && rest[end..].starts_with('"') => {
                 self.at += end + 1;
                 Ok(&rest[..end])
             }
@@ -179,9 +179,11 @@ impl<'a> Cursor<'a> {
     /// `name[ARGS]`, before a brace.
     fn named(&mut self, known: impl Fn(&str) -> bool) -> Result<Lead, Lead> {
         let rest = self.rest();
-        let Some(brace) = rest.find('{') else {
-            let open = rest.len() <= MAX_NAME + ARGS.len();
-            return Err(if open { Lead::Open } else { Lead::Other });
+        let most = MAX_NAME + ARGS.len();
+        let brace = match rest.find('{') {
+            Some(brace) if brace <= most => brace,
+            None if rest.len() <= most => return Err(Lead::Open),
+            _ => return Err(Lead::Other),
         };
         let name = rest[..brace].trim().trim_end_matches(ARGS).trim();
         if !known(name) {

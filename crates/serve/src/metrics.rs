@@ -255,8 +255,12 @@ mod tests {
             }
         }
         let text = TextEncoder::new().encode_to_string(&metrics.registry.gather()).unwrap();
-        let aborts: Vec<&str> = text.lines().filter(|l| l.starts_with("vllm:request_success_total{")).collect();
+        let aborts: Vec<&str> =
+            text.lines().filter(|l| l.starts_with("vllm:request_success_total{")).collect();
         assert_eq!(aborts.len(), MAX_MODELS + 1);
-        assert!(aborts.iter().any(|line| line.contains("\"others\"") && line.ends_with(" 100")), "{aborts:?}");
+        assert!(
+            aborts.iter().any(|line| line.contains("\"others\"") && line.ends_with(" 100")),
+            "{aborts:?}"
+        );
     }
 }

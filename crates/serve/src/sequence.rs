@@ -196,6 +196,16 @@ impl Sequence {
         } else {
             self.sampler.sample(logits, &self.history).map_err(|e| e.to_string())?
         };
+        self.say(id, logprob, words)
+    }
+
+    /// Takes the token of the largest logit as its next one.
+    pub(crate) fn take(&mut self, (id, best): (u32, f32), words: &Vocabulary) -> Result<(), String> {
+        let id = Sampler::best_of(id, best).map_err(|e| e.to_string())?;
+        self.say(id, 0.0, words)
+    }
+
+    fn say(&mut self, id: u32, logprob: f32, words: &Vocabulary) -> Result<(), String> {
         self.history.push(id);
         self.job.tally.set(self.usage());
         let complete = match self.job.guide.as_mut().map(|guide| guide.take(id)) {

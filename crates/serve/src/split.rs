@@ -372,7 +372,10 @@ mod tests {
         let tagged = shape(Some(CallStyle::Tagged));
         let thought = Part::Thought("so so".into());
         let whole = "\n<think>\nso so\n</think>\n\nHere:\n<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>\n";
-        assert_eq!(split(&tagged, &[whole]), [&[thought.clone(), text("Here:")][..], &streamed("{}")].concat());
+        assert_eq!(
+            split(&tagged, &[whole]),
+            [&[thought.clone(), text("Here:")][..], &streamed("{}")].concat()
+        );
         assert_eq!(split(&shape(None), &["<think>so so"]), std::slice::from_ref(&thought));
         let begun = Shape { thinks: true, ..shape(None) };
         assert_eq!(split(&begun, &["so so</think>yes"]), [thought, text("yes")]);
