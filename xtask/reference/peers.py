@@ -5,8 +5,8 @@ usage: peers.py peft     --model DENSE --data FILE --steps N [--dora] [--nf4]
        peers.py generate --model DIR --prompt TEXT --tokens N
 
 The training job is graft's in xtask/src/bench.rs: 4 rows a batch, rank 8, scale 20, all linears of the last 16 blocks, Adam at 1e-5.
-Counted are trained targets without padding; the first step warms up and is not counted. `peft` (bfloat16; `--nf4`: bitsandbytes' 4-bit
-base with bfloat16 compute) needs torch, transformers and peft; `mlx` and `generate` need mlx-lm, on float32 values and scales, since
+Counted are trained targets without padding; the first step warms up and is not counted. `peft` (`--nf4`: on bitsandbytes' 4-bit base) computes
+in bfloat16 where the processor multiplies it, else in float32, which is many times faster there; it needs torch, transformers and peft; `mlx` and `generate` need mlx-lm, on float32 values and scales, since
 its CPU kernels are some thirty times slower on 16 bits.
 """
 
@@ -46,10 +46,12 @@ def peft(a):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    options = {"dtype": torch.bfloat16}
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    dtype = torch.bfloat16 if flags & {"avx512_bf16", "amx_bf16"} else torch.float32
+    options = {"dtype": dtype}
     if a.nf4:
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     base = AutoModelForCausalLM.from_pretrained(a.model, **options)
     count = base.config.num_hidden_layers

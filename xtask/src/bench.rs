@@ -254,7 +254,10 @@ impl<'a> Bench<'a> {
             Peers::default()
         };
         let mut missing = peers.missing.clone();
-        record["jobs"] = json!([]);
+        // A part of the jobs leaves the figures of the others.
+        if options.only.is_none() || record["jobs"].is_null() {
+            record["jobs"] = json!([]);
+        }
         record["rounds"] = options.rounds().into();
         record["rows"] = self.rows.clone().into();
         record["versions"] = peers.versions();
@@ -291,7 +294,9 @@ impl<'a> Bench<'a> {
             };
             let programs: Vec<Value> = programs.iter().zip(samples).filter_map(of).collect();
             if let Some(jobs) = record["jobs"].as_array_mut() {
+                jobs.retain(|job| job["name"] != name);
                 jobs.push(json!({"name": name, "programs": programs}));
+                jobs.sort_by_key(|job| JOBS.iter().position(|(name, _)| job["name"] == *name));
             }
             record["missing"] = missing.clone().into();
             keep(record)?;

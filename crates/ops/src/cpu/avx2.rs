@@ -18,8 +18,9 @@ use super::primitive::Floats;
 use super::rounded::{AHEAD, FINE, Rounded};
 use crate::pool::Shares;
 
-/// Lanes of a vector: half a panel.
+/// Lanes of a vector, of which two make a panel.
 const HALF: usize = 8;
+const HALVES: usize = ROWS / HALF;
 
 /// Rounds one row.
 ///
@@ -87,7 +88,7 @@ pub(crate) unsafe fn multiply(w: &Panels, panel: usize, x: &Rounded, rows: Range
     }
 }
 
-/// Tiles of as many rows as the registers hold: four of them with half a panel, or one with the whole.
+/// Four rows or one with a whole panel: a pair of numbers is read once for both halves.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn by_rows<const BITS: usize>(
     w: &Panels,
@@ -99,43 +100,42 @@ unsafe fn by_rows<const BITS: usize>(
     let mut at = rows.start;
     unsafe {
         while rows.end - at >= 4 {
-            tile::<BITS, 1, 4>(w, (panel, 0), x, at, y);
-            tile::<BITS, 1, 4>(w, (panel, 1), x, at, y);
+            tile::<BITS, 4>(w, panel, x, at, y);
             at += 4;
         }
         while at < rows.end {
-            tile::<BITS, 2, 1>(w, (panel, 0), x, at, y);
+            tile::<BITS, 1>(w, panel, x, at, y);
             at += 1;
         }
     }
 }
 
-/// H halves of a panel, from `half` on, times rows `at`..`at + C` of x. Each result is one chain of sums, whatever the tile.
+/// A panel times rows `at`..`at + C` of x. Each result is one chain of sums, whatever the tile.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn tile<const BITS: usize, const H: usize, const C: usize>(
+unsafe fn tile<const BITS: usize, const C: usize>(
     w: &Panels,
-    (panel, half): (usize, usize),
+    panel: usize,
     x: &Rounded,
     at: usize,
     y: &Shares<f32>,
 ) {
     let of = w.arrangement;
     let (blocks, groups) = (of.inputs / BLOCK, of.inputs / of.group);
-    let mut sums = [[_mm256_setzero_ps(); C]; H];
+    let mut sums = [[_mm256_setzero_ps(); C]; HALVES];
     unsafe {
-        let mut codes = w.panel(panel).as_ptr().add(half * 32);
+        let mut codes = w.panel(panel).as_ptr();
         // Pairs of numbers.
         let mut q = x.q.as_ptr().cast::<i32>().add(at * of.inputs / 2);
         let (mut factors, mut totals) =
             (x.factors.as_ptr().add(at * blocks), x.sums.as_ptr().add(at * blocks));
         for g in 0..groups {
-            let level = (panel * groups + g) * ROWS + half * HALF;
-            let mut levels = [(_mm256_setzero_ps(), _mm256_setzero_ps()); H];
+            let level = (panel * groups + g) * ROWS;
+            let mut levels = [(_mm256_setzero_ps(), _mm256_setzero_ps()); HALVES];
             for (h, levels) in levels.iter_mut().enumerate() {
                 *levels = (eight(w.scales, level + h * HALF), eight(w.biases, level + h * HALF));
             }
             for _ in 0..of.group / BLOCK {
-                let mut products = [[_mm256_setzero_si256(); C]; H];
+                let mut products = [[_mm256_setzero_si256(); C]; HALVES];
                 for t in 0..BLOCK * BITS / 32 {
                     // With few rows reading W is all there is to do, and it lies in one piece up to the task's last panel.
                     _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(64 * t + AHEAD).cast());
@@ -166,7 +166,7 @@ unsafe fn tile<const BITS: usize, const H: usize, const C: usize>(
             }
         }
         for (h, sums) in sums.into_iter().enumerate() {
-            let column = panel * ROWS + (half + h) * HALF;
+            let column = panel * ROWS + h * HALF;
             let columns = HALF.min(of.out.saturating_sub(column));
             for (c, sum) in sums.into_iter().enumerate() {
                 if columns == HALF {

@@ -21,6 +21,8 @@ const BLOCKS: usize = 8;
 const ROWS: usize = 1020;
 /// Panels of B that one task makes at a time.
 const WIDE: usize = 4;
+/// Elements of A that all of them are multiplied with before others: with the panels, half of a second-level cache.
+const TURN: usize = 24 << 10;
 /// Below this many multiply-adds waking another thread costs more than it saves.
 const SMALL: usize = 1 << 17;
 
@@ -330,20 +332,23 @@ impl<B: Right, const BF16: bool> Kernel for Task<'_, B, BF16> {
     fn run<S: Simd>(self, s: S) {
         let Block { sizes, row, rows, begin, here, depth, width, narrow, c_row, add } = self.block;
         let panels = rows.div_ceil(S::LARGE_ROWS);
-        let pairs = if BF16 { width * steps::<BF16>(depth) } else { 0 };
-        // One row more than the depth, for the zeros that make an odd depth even.
-        let mut scratch = scratch(&PANEL, width * (depth + 1) + pairs + S::LARGE_ROWS * width);
-        let (panel, rest) = scratch.split_at_mut(width * (depth + 1));
-        let (pairs, edge) = rest.split_at_mut(pairs);
+        let columns = self.first_panel..self.last_panel;
+        // A panel of B as it is multiplied, and with BF16 as it is made, with one row more for the zeros that make an odd
+        // depth even.
+        let (kept, made) = (width * steps::<BF16>(depth), if BF16 { width * (depth + 1) } else { 0 });
+        let mut scratch = scratch(&PANEL, columns.len() * kept + made + S::LARGE_ROWS * width);
+        let (right, rest) = scratch.split_at_mut(columns.len() * kept);
+        let (made, edge) = rest.split_at_mut(made);
         for from in (0..here).step_by(depth) {
             let depth = depth.min(here - from);
-            for p in self.first_panel..self.last_panel {
+            for (p, kept) in columns.clone().zip(right.chunks_exact_mut(kept)) {
                 let column = p * width;
-                let columns = width.min(sizes.n - column);
-                self.b.panel(s, (begin + from, depth), (column, columns), width, &mut panel[..width * depth]);
+                let n = (column, width.min(sizes.n - column));
+                let to = if BF16 { &mut made[..width * depth] } else { &mut kept[..width * depth] };
+                self.b.panel(s, (begin + from, depth), n, width, to);
                 if BF16 {
-                    panel[width * depth..width * (depth + depth % 2)].fill(0.0);
-                    for (two, to) in panel.chunks_exact(2 * width).zip(pairs.chunks_exact_mut(width)) {
+                    made[width * depth..width * (depth + depth % 2)].fill(0.0);
+                    for (two, to) in made.chunks_exact(2 * width).zip(kept.chunks_exact_mut(width)) {
                         for j in (0..width).step_by(S::LANES) {
                             // SAFETY: a row is `width`, which is whole vectors.
                             unsafe {
@@ -353,7 +358,16 @@ impl<B: Right, const BF16: bool> Kernel for Task<'_, B, BF16> {
                         }
                     }
                 }
-                for r in self.first_row..self.last_row {
+            }
+            // The panels take turns with some rows of A, which come from far away once for all of them.
+            let turn = (TURN / (S::LARGE_ROWS * steps::<BF16>(depth))).max(1);
+            for first in (self.first_row..self.last_row).step_by(turn) {
+                for (p, r) in columns
+                    .clone()
+                    .flat_map(|p| (first..(first + turn).min(self.last_row)).map(move |r| (p, r)))
+                {
+                    let column = p * width;
+                    let columns = width.min(sizes.n - column);
                     let at = r * S::LARGE_ROWS;
                     let valid = S::LARGE_ROWS.min(rows - at);
                     let whole = valid == S::LARGE_ROWS && columns == width;
@@ -366,7 +380,7 @@ impl<B: Right, const BF16: bool> Kernel for Task<'_, B, BF16> {
                         a: self.left[left..].as_ptr(),
                         a_row: 1,
                         a_k: S::LARGE_ROWS,
-                        b: if BF16 { pairs.as_ptr() } else { panel.as_ptr() },
+                        b: right[(p - self.first_panel) * kept..].as_ptr(),
                         b_k: width,
                         c: if whole { c } else { edge.as_mut_ptr() },
                         c_row: if whole { c_row } else { width },
