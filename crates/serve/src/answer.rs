@@ -120,8 +120,9 @@ fn chat_source(body: &Map<String, Value>, state: &State) -> Result<(Common, Sour
 pub(crate) async fn count_tokens(state: &Arc<State>, body: Map<String, Value>) -> Result<Value, ApiError> {
     state.available()?;
     let (common, source, count) = chat_source(&anthropic::chat_request(&body, true)?, state)?;
-    state.registry.resolve(common.model.as_deref(), common.adapter_scale)?;
     let permits = state.engine.admit(count)?;
+    // What could be asked can be counted, so a name that is not known is looked for as it is there.
+    let _held = resolve(state, common.model.as_deref(), common.adapter_scale).await?;
     let (ready, _permits) = prepared(state, &common, source, permits).await?;
     Ok(json!({"input_tokens": ready.prompts.iter().map(Vec::len).sum::<usize>()}))
 }

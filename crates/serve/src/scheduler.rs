@@ -120,6 +120,8 @@ impl<'a> Scheduler<'a> {
         self.stats.canceled += (waited - self.queued()) as u64;
         self.deliver();
         self.start();
+        // Those that begin are told so at once: nothing is done for one that still has something to be told.
+        self.deliver();
         let waits = self.limits.prompts_first && self.active.iter().any(Sequence::reads);
         let decoded = !waits && self.decode();
         let read = self.read();
@@ -316,7 +318,7 @@ fn slot(job: &Job) -> Option<u64> {
 }
 
 fn refuse(job: &Job, error: ApiError) {
-    // The channel is empty: nothing was sent before. If it is closed, nobody is left to tell.
+    // If the channel is closed, nobody is left to tell; if other choices have filled it, its end will tell.
     let _left = job.events.try_send((job.index, Event::Failed(error)));
 }
 

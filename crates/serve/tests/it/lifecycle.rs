@@ -173,6 +173,17 @@ fn answers_that_are_not_streamed_hold_their_version_once_each() {
 }
 
 #[test]
+fn what_can_be_asked_can_be_counted() {
+    let (server, root) = with_root(|_| {});
+    publish(root.path(), "a", false, 31);
+    for (model, status) in [("a", 200), ("org/tiny", 200), ("nobody", 404)] {
+        let body = json!({"model": model, "messages": [{"role": "user", "content": "hello"}]});
+        let reply = post(server.addr, "/v1/messages/count_tokens", &body);
+        assert_eq!(reply.status, status, "{model}: {}", reply.text());
+    }
+}
+
+#[test]
 fn the_administrators_key_is_read_as_other_keys_are() {
     let (server, root) = with_root(|_| {});
     publish(root.path(), "a", false, 31);

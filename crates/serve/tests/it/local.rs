@@ -66,7 +66,7 @@ fn answers_are_the_models_own_whatever_their_order_and_company() {
                         answers(&mut engine, &asks.iter().rev().cloned().collect::<Vec<_>>());
                     turned.reverse();
                     assert_eq!(turned, alone, "{name:?} {together}, the other way round");
-                    assert_eq!(engine.stats().prefix_hits > 0, kept > 0);
+                    assert!(kept > 0 || engine.stats().prefix_hits == 0);
                 }
             });
         }
@@ -77,7 +77,7 @@ fn answers_are_the_models_own_whatever_their_order_and_company() {
 fn a_conversation_is_read_once() {
     with(None, |model, tokenizer, route| {
         let mut engine = Local::new(model, tokenizer, route, 1, 10_000);
-        let mut history: Vec<u32> = (0..300).map(|i| 5 + i % 200).collect();
+        let mut history: Vec<u32> = (0..1200).map(|i| 5 + i % 200).collect();
         for turn in 0..3 {
             let asks = [ask(&history, 20, Sampling::greedy())];
             let before = engine.stats();
@@ -85,8 +85,8 @@ fn a_conversation_is_read_once() {
             let fresh = answers(&mut Local::new(model, tokenizer, route, 1, 0), &asks);
             assert_eq!(found, fresh, "turn {turn}");
             let read = engine.stats().prompt_tokens - before.prompt_tokens;
-            // At most what is new, the last answer, and a block that was not whole.
-            assert!(turn == 0 || read < 200, "turn {turn} read {read} of {}", history.len());
+            // At most what is new, the last answer, and what was not whole.
+            assert!(turn == 0 || read < 512, "turn {turn} read {read} of {}", history.len());
             history.extend(&found[0].1);
             history.extend((0..50).map(|i| 100 + i));
         }
@@ -118,7 +118,7 @@ fn what_happens_is_told_and_a_run_can_be_stopped() {
         let nothing = &engine.answer(&[ends], &mut |_, _| {}, &mut |_| true).unwrap().unwrap()[0];
         assert_eq!((nothing.text.as_str(), nothing.tokens.len(), nothing.finish), ("", 1, Finish::Stop));
         let none = engine.answer(&[ask(&[5], 0, Sampling::greedy())], &mut |_, _| {}, &mut |_| true);
-        assert_eq!(none.unwrap().unwrap()[0].tokens, []);
+        assert!(none.unwrap().unwrap()[0].tokens.is_empty());
     });
 }
 
