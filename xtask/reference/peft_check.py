@@ -46,12 +46,12 @@ def run(*command):
     return done
 
 
-def base_model(directory):
+def base_model(directory, tied=False):
     """A Llama of PEFT's side, written for both."""
     torch.manual_seed(11)
     config = LlamaConfig(
         vocab_size=288, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, tie_word_embeddings=False, rms_norm_eps=1e-5,
+        max_position_embeddings=256, tie_word_embeddings=tied, rms_norm_eps=1e-5,
     )
     model = LlamaForCausalLM(config).float()
     model.save_pretrained(directory)
@@ -170,6 +170,56 @@ def check_halves(a):
     same_bytes("bf16: PEFT to graft to PEFT", theirs, folder / "exported", ["adapter_config.json", "adapter_model.safetensors"])
 
 
+def check_tied(a):
+    """A head that is the embedding: PEFT changes it only with ensure_weight_tying, and only then are the two the same."""
+    folder = a.work / "tied"
+    base = folder / "base"
+    plain = logits(base_model(base, tied=True))
+    targets = ["q_proj", "embed_tokens"]
+    out = a.work / "logits.safetensors"
+
+    def save(name, **config):
+        model = get_peft_model(fresh(base), LoraConfig(r=8, lora_alpha=12, task_type="CAUSAL_LM", **config))
+        randomize(model)
+        with torch.no_grad():
+            for key, value in model.named_parameters():
+                if "modules_to_save" in key:
+                    value.add_(0.02 * torch.randn_like(value))
+        model.save_pretrained(str(folder / name), save_embedding_layers=False)
+        return logits(model)
+
+    def ours_of(adapter):
+        run(a.logits, base, ",".join(map(str, IDS)), out, adapter)
+        return load_file(out)["logits"]
+
+    wanted = save("both", target_modules=targets, ensure_weight_tying=True)
+    theirs, imported, exported, own = (folder / n for n in ("both", "imported", "exported", "own"))
+    compare("tied head: PEFT's adapter in graft", wanted, ours_of(theirs), plain)
+    run(a.graft, "adapter", "import", theirs, "--model", base, "--save-path", imported)
+    run(a.graft, "adapter", "export", imported, "--save-path", exported)
+    same_bytes("tied head: PEFT to graft to PEFT", theirs, exported, ["adapter_config.json", "adapter_model.safetensors"])
+    # Without PEFT's own config, as if graft had trained it.
+    merged = folder / "merged"
+    run(a.graft, "merge", "--method", "linear", "--adapter", imported, "--model", base, "--save-path", merged)
+    run(a.graft, "adapter", "export", merged, "--save-path", own)
+    compare("tied head: graft's own, in PEFT", logits(PeftModel.from_pretrained(fresh(base), own)), wanted, plain)
+    untied = logits(PeftModel.from_pretrained(fresh(a.base), own))
+    compare("a head of its own: graft's own, in PEFT", untied, ours(a, merged), logits(fresh(a.base)))
+    # What changes the embedding alone is refused wherever it would be applied.
+    for name, config in {"lora": {"target_modules": targets}, "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}}.items():
+        save(name, **config)
+        commands = [
+            [a.graft, "adapter", "import", folder / name, "--model", base, "--save-path", folder / "none"],
+            [a.graft, "fuse", "--model", base, "--adapter-path", folder / name, "--save-path", folder / "none", "--verify", "off"],
+            [a.logits, base, "1,2", out, folder / name],
+        ]
+        refused = 0
+        for command in commands:
+            done = subprocess.run([str(c) for c in command], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+            refused += done.returncode != 0 and ("leaves the head as it was" in done.stderr or "whole weight" in done.stderr)
+        report(f"tied head: {name} without ensure_weight_tying", f"{refused} of {len(commands)} refused", "all", refused == len(commands))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("graft", "logits", "work"):
@@ -185,6 +235,7 @@ def main():
         check_case(a, name, extra, plain)
     check_saved(a)
     check_halves(a)
+    check_tied(a)
     print(f"{sum(results)} of {len(results)} hold")
     sys.exit(0 if results and all(results) else 1)
 

@@ -5,6 +5,7 @@ use std::io::Read as _;
 use std::path::Path;
 
 use graft_quant::Checkpoint;
+use graft_quant::convert::dtype_name;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
@@ -24,6 +25,10 @@ pub struct Fingerprint {
     /// file. Not over its bytes, since tools write the same tokenizer in different ways.
     #[serde(default)]
     pub vocabulary: String,
+    /// What the norms hold, which tells models of the same shapes apart: rounding weights leaves norms alone, and so does a
+    /// low-rank adapter that is fused. Two hashes of all of them, see [`Fingerprint::of`]; empty where it is not known.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub norms: String,
     /// The base's quantization block as JSON, or the floats' dtype.
     pub precision: String,
     /// What the base was called when the adapter was trained (a path or an id).
@@ -35,6 +40,9 @@ impl Fingerprint {
     pub const KEY: &str = "base";
 
     /// Takes the fingerprint of a checkpoint.
+    ///
+    /// Norms are hashed as bf16, in which most models are made, and as bf16 by way of f16: a cast of the whole model to another
+    /// type leaves one of the two, except from f32 to f16 on one side and to bf16 on the other.
     pub fn of(checkpoint: &Checkpoint, lineage: &str) -> Self {
         let config = checkpoint.config();
         let text = |key: &str| config.get(key).and_then(|v| v.as_str()).unwrap_or_default().to_owned();
@@ -42,11 +50,13 @@ impl Fingerprint {
         for (path, (out, input)) in checkpoint.module_shapes() {
             shapes.update(format!("{path} {out} {input}\n"));
         }
-        let precision = config.get("quantization").map_or_else(|| text("torch_dtype"), ToString::to_string);
+        let dtype = || checkpoint.stored_dtype().and_then(dtype_name).unwrap_or_default().to_owned();
+        let precision = config.get("quantization").map_or_else(dtype, ToString::to_string);
         Self {
             model_type: text("model_type"),
             shapes: hex(&shapes.finalize()),
             vocabulary: vocabulary(&checkpoint.dir().join("tokenizer.json")),
+            norms: norms(checkpoint).unwrap_or_default(),
             precision,
             lineage: lineage.to_owned(),
         }
@@ -73,6 +83,42 @@ impl Fingerprint {
         }
         None
     }
+
+    /// Why an adapter with this fingerprint belongs to another model of the shapes of `base`, or none if it does not or nothing
+    /// says so: adapters of other tools and of before norms were recorded do not, nor do models whose norms are the same.
+    pub fn other_model_than(&self, base: &Self) -> Option<String> {
+        let mut hashes = self.norms.split('+');
+        let known = !self.norms.is_empty() && !base.norms.is_empty();
+        (known && !hashes.any(|own| base.norms.split('+').any(|other| own == other))).then(|| {
+            format!(
+                "it was trained on {}, another model of the same shapes: its norms hold other values",
+                self.lineage
+            )
+        })
+    }
+}
+
+/// Below this f16 has fewer bits than bf16; so small a weight counts as none.
+const SMALLEST: f32 = 6.103_515_6e-5;
+
+/// Two hashes with a `+` between, of all norms' weights by name; none where there are no norms or they cannot be read.
+fn norms(checkpoint: &Checkpoint) -> Option<String> {
+    let mut hashes = [Sha256::new(), Sha256::new()];
+    let is_norm = |name: &&String| {
+        name.ends_with("norm.weight") && checkpoint.info(name).is_some_and(|info| info.shape.len() == 1)
+    };
+    let mut found = false;
+    for name in checkpoint.names().filter(is_norm) {
+        let values = checkpoint.read(name).ok()?.to_f32().ok()?;
+        found = true;
+        let large = |x: f32| if x.abs() < SMALLEST { 0.0 } else { x };
+        let by_f16 = |x: f32| half::f16::from_f32(x).to_f32();
+        for (hash, by) in hashes.iter_mut().zip([&large as &dyn Fn(f32) -> f32, &|x| by_f16(large(x))]) {
+            hash.update(format!("{} {name} {}\n", name.len(), values.len()));
+            values.iter().for_each(|x| hash.update(half::bf16::from_f32(by(*x)).to_le_bytes()));
+        }
+    }
+    found.then(|| hashes.map(|hash| hex(&hash.finalize()[..8])).join("+"))
 }
 
 /// SHA-256 of a file's bytes in hexadecimal, as `sha256sum` prints it. Takes a megabyte at a time.

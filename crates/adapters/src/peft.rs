@@ -10,6 +10,11 @@
 //!
 //! | `<prefix><path>.weight`, `.bias` (`modules_to_save`) | whole weights beside the updates |
 //!
+//! A LoRA of the embedding, or a whole one, of a base whose head is the embedding means two things: PEFT leaves the head as it
+//! was unless `ensure_weight_tying` is set, mlx-lm and we change it, too. Where PEFT leaves it, the set says so
+//! ([`AdapterSet::leaves_head`](crate::AdapterSet::leaves_head)), and a base with a tied head is refused. Where PEFT changes it, the file has A and B of the
+//! embedding once more, turned, as those of the head; here they stand once.
+//!
 //! The prefix is `base_model.model.`. Source: PEFT's `tuners/lora` and `utils/save_and_load.py`. What our form has no place
 //! for goes into the metadata of the tensors, so that `peft_write` gives the same bytes again.
 
@@ -20,7 +25,7 @@ use graft_quant::Tensor;
 use serde_json::{Map, Value, json};
 
 use crate::config::block_keys;
-use crate::set::{WHOLE, note_dtypes};
+use crate::set::{EMBEDDING, UNTIED_HEAD, WHOLE, note_dtypes, updates_embedding};
 use crate::stored::unusable;
 use crate::{AdapterConfig, Error, FineTuneType, LoraParameters, Result, StoredAdapter, StoredSet};
 
@@ -64,8 +69,14 @@ pub(crate) fn load(dir: &Path, file: &Path, raw: &Map<String, Value>) -> Result<
     let scaling = Scaling::read(file, raw)?;
     let dora = uses_dora(raw);
 
-    let Sorted { parts, whole, mut names, mut problems } = sort(&tensors);
+    let mut sorted = sort(&tensors);
+    let tying = ties_head(raw);
+    if tying {
+        sorted.leave_out_tied_head();
+    }
+    let Sorted { parts, whole, mut names, mut problems } = sorted;
     problems.extend(unusable(&tensors));
+    problems.extend(not_saved(raw, &whole));
     let (mut adapters, mut dtypes) = (BTreeMap::new(), BTreeMap::new());
     for (path, part) in parts {
         let (Some(a), Some(b)) = (part.a, part.b) else {
@@ -82,6 +93,9 @@ pub(crate) fn load(dir: &Path, file: &Path, raw: &Map<String, Value>) -> Result<
         }
         if dora && part.m.is_none() {
             problems.push(format!("{path}: use_dora is set, but lora_magnitude_vector is missing"));
+        }
+        if !dora && part.m.is_some() {
+            problems.push(format!("{path}: lora_magnitude_vector is there, but use_dora is not set"));
         }
         if part.embedding && part.m.is_some() {
             problems.push(format!("{path}: DoRA on an embedding has no counterpart in mlx-lm's form"));
@@ -116,6 +130,9 @@ pub(crate) fn load(dir: &Path, file: &Path, raw: &Map<String, Value>) -> Result<
     let mut config = AdapterConfig { fine_tune_type, num_layers: -1, parameters, scales, raw: Map::new() };
     if !whole.is_empty() {
         config.set_extra(WHOLE, whole.keys().cloned().collect::<Vec<_>>().into());
+    }
+    if !tying && updates_embedding(adapters.keys().chain(whole.keys())) {
+        config.set_extra(UNTIED_HEAD, true.into());
     }
     let text =
         std::fs::read_to_string(file).map_err(|source| Error::Io { path: file.to_path_buf(), source })?;
@@ -159,6 +176,24 @@ pub(crate) fn uses_dora(raw: &Map<String, Value>) -> bool {
     raw.get("use_dora").and_then(Value::as_bool).unwrap_or(false)
 }
 
+/// Whether a PEFT config says that what is tied to the embedding gets its update, too.
+pub(crate) fn ties_head(raw: &Map<String, Value>) -> bool {
+    raw.get("ensure_weight_tying").and_then(Value::as_bool).unwrap_or(false)
+}
+
+/// A sentence on each module of `modules_to_save` of which the file has no weight.
+fn not_saved(raw: &Map<String, Value>, whole: &BTreeMap<String, Tensor>) -> Vec<String> {
+    let is = |module: &str, name: &String| {
+        let path = name.rsplit_once('.').map_or("", |(path, _)| path);
+        path.strip_suffix(module).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+    };
+    let named = raw.get("modules_to_save").and_then(Value::as_array).into_iter().flatten();
+    let missing = named.filter_map(Value::as_str).filter(|module| !whole.keys().any(|name| is(module, name)));
+    missing
+        .map(|module| format!("{module}: modules_to_save names it, but the file has no weight of it"))
+        .collect()
+}
+
 /// The tensors of one module.
 #[derive(Default)]
 struct Parts<'a> {
@@ -179,6 +214,45 @@ struct Sorted<'a> {
     names: BTreeMap<String, String>,
     /// A sentence on each tensor that is none of these.
     problems: Vec<String>,
+}
+
+/// Our names of what PEFT has of a head that is tied to the embedding, and of which part of the embedding each is the same.
+pub(crate) const TIED_HEAD: [(&str, &str); 3] =
+    [("lm_head.lora_a", "lora_b"), ("lm_head.lora_b", "lora_a"), ("lm_head.weight", "weight")];
+
+impl Sorted<'_> {
+    /// Takes out the head's copies of the embedding's update or whole weight; their names stay, for the way back.
+    fn leave_out_tied_head(&mut self) {
+        let embedding = self.parts.iter().find(|(path, _)| path.ends_with(EMBEDDING));
+        let turned =
+            |a: Option<&Tensor>, b: Option<&Tensor>| matches!((a, b), (Some(a), Some(b)) if are_turned(a, b));
+        let same = match (embedding, self.parts.get("lm_head")) {
+            (Some((_, own)), Some(head)) => turned(head.a, own.b) && turned(head.b, own.a),
+            _ => false,
+        };
+        if same {
+            self.parts.remove("lm_head");
+            for (name, _) in &TIED_HEAD[..2] {
+                self.names.entry((*name).into()).or_insert_with(|| tensor_name(name, false));
+            }
+        }
+        let whole = self.whole.iter().find(|(name, _)| name.ends_with(&format!("{EMBEDDING}.weight")));
+        if whole.is_some_and(|(_, own)| self.whole.get("lm_head.weight") == Some(own)) {
+            self.whole.remove("lm_head.weight");
+            self.names.entry("lm_head.weight".into()).or_insert_with(|| format!("{PREFIX}lm_head.weight"));
+        }
+    }
+}
+
+/// Whether two matrices are each other's transposes, bit for bit.
+fn are_turned(a: &Tensor, b: &Tensor) -> bool {
+    let (&[rows, columns], &[other_rows, other_columns]) = (&a.shape[..], &b.shape[..]) else { return false };
+    if (rows, columns) != (other_columns, other_rows) || a.dtype != b.dtype {
+        return false;
+    }
+    let size = a.data.len().checked_div(rows * columns).unwrap_or(0);
+    let at = |i: usize| i * size..(i + 1) * size;
+    (0..rows * columns).all(|i| a.data[at(i)] == b.data[at(i % columns * rows + i / columns)])
 }
 
 fn sort(tensors: &BTreeMap<String, Tensor>) -> Sorted<'_> {

@@ -10,9 +10,10 @@ use graft_quant::{DirWriter, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::peft::{
-    GRAFT_CONFIG, GRAFT_METADATA, PEFT_CONFIG, PEFT_NAMES, PREFIX, Scaling, TENSORS, tensor_name, uses_dora,
-    usual_metadata,
+    GRAFT_CONFIG, GRAFT_METADATA, PEFT_CONFIG, PEFT_NAMES, PREFIX, Scaling, TENSORS, TIED_HEAD, tensor_name,
+    uses_dora, usual_metadata,
 };
+use crate::set::{EMBEDDING, HEAD};
 use crate::{AdapterSet, CONFIG_FILE, Error, FineTuneType, Fingerprint, Provenance, Result};
 
 /// Writes `set` as PEFT's adapter directory at `target`, whole or not at all; `origin` is what errors call the set, and
@@ -23,9 +24,19 @@ use crate::{AdapterSet, CONFIG_FILE, Error, FineTuneType, Fingerprint, Provenanc
 pub fn export(set: &AdapterSet, origin: &Path, made_of: &Provenance, target: &Path) -> Result<()> {
     refuse(set, origin)?;
     let kept = kept(set);
+    let ties = kept.is_none() && ties_head(set);
     let names = kept.as_ref().map(|kept| kept.names.clone()).unwrap_or_default();
     let mut tensors = BTreeMap::new();
-    for (own, tensor) in set.tensors()? {
+    let own_tensors = set.tensors()?;
+    for (head, part) in TIED_HEAD {
+        // The head's copy lies as the embedding's own part does in our form.
+        let name = names.get(head).cloned().or_else(|| ties.then(|| tensor_name(head, false)));
+        let source = own_tensors.iter().find(|(own, _)| own.ends_with(&format!("{EMBEDDING}.{part}")));
+        if let (Some(name), Some((_, tensor)), false) = (name, source, own_tensors.contains_key(head)) {
+            tensors.insert(name, tensor.clone());
+        }
+    }
+    for (own, tensor) in own_tensors {
         let (path, _) = own.rsplit_once('.').unwrap_or(("", &own));
         let turned = !set.weights.contains_key(&own) && !own.ends_with(".m");
         let usual = if set.weights.contains_key(&own) {
@@ -54,7 +65,14 @@ pub fn export(set: &AdapterSet, origin: &Path, made_of: &Provenance, target: &Pa
 
 /// Embeddings have names of their own in PEFT; the base's names decide, as no network is built here.
 fn is_embedding(path: &str) -> bool {
-    path.ends_with("embed_tokens")
+    path.ends_with(EMBEDDING)
+}
+
+/// Whether PEFT must change a tied head with the embedding, as we do. One that has an update of its own is not tied.
+fn ties_head(set: &AdapterSet) -> bool {
+    set.adapters.keys().any(|path| is_embedding(path))
+        && !set.leaves_head()
+        && !set.adapters.contains_key(HEAD)
 }
 
 /// Refuses what PEFT has no form for, by name.
@@ -131,6 +149,7 @@ fn config(set: &AdapterSet) -> String {
         "alpha_pattern": alpha_pattern,
         "base_model_name_or_path": base,
         "bias": "none",
+        "ensure_weight_tying": ties_head(set),
         "fan_in_fan_out": false,
         "inference_mode": true,
         "init_lora_weights": true,

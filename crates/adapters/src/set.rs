@@ -7,7 +7,7 @@ use graft_ops::Dtype;
 use graft_quant::{StoredDtype, Tensor, Weight};
 use serde_json::{Map, Value};
 
-use crate::{Adapter, AdapterConfig, Error, FineTuneType, Fingerprint, Kind, Result, StoredSet, Table};
+use crate::{Adapter, AdapterConfig, Error, FineTuneType, Fingerprint, Kind, Result, StoredSet, Table, peft};
 
 /// mlx-lm's name of the tensors.
 pub const ADAPTER_FILE: &str = "adapters.safetensors";
@@ -16,6 +16,10 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 
 /// The key in graft's part of the config that names the whole weights beside low-rank updates.
 pub(crate) const WHOLE: &str = "weights";
+/// The key in graft's part of the config that says that the update of the embedding leaves a tied head as it was.
+pub(crate) const UNTIED_HEAD: &str = "untied_head";
+/// How the path of an embedding ends; the names decide, as no network is built here.
+pub(crate) const EMBEDDING: &str = "embed_tokens";
 /// The key in a set's metadata, in memory only, under which types other than f32 stand by tensor.
 const DTYPES: &str = "dtypes";
 
@@ -101,8 +105,19 @@ impl AdapterSet {
         Ok(tensors)
     }
 
+    /// Whether it updates an embedding, or replaces it, and leaves the head that is tied to it as it was, as PEFT does: with a
+    /// base whose head is the embedding we would change both.
+    pub fn leaves_head(&self) -> bool {
+        leaves_head(&self.config, &self.metadata, self.adapters.keys().chain(self.weights.keys()))
+    }
+
+    /// Says so of a set that was made of such ones.
+    pub fn leave_head(&mut self) {
+        self.config.set_extra(UNTIED_HEAD, true.into());
+    }
+
     /// The metadata that goes into a file.
-    pub(crate) fn file_metadata(&self) -> BTreeMap<String, String> {
+    pub fn file_metadata(&self) -> BTreeMap<String, String> {
         let mut metadata = self.metadata.clone();
         metadata.remove(DTYPES);
         metadata
@@ -139,6 +154,9 @@ impl AdapterSet {
             let shapes = [&adapter.a, &adapter.b].map(|side| [side.dim(0), side.dim(1)]);
             (path.as_str(), shapes, adapter.magnitude.as_ref().map(|m| m.shape().to_vec()))
         });
+        if self.leaves_head() && module(HEAD).is_none() {
+            return Err(head_would_change(origin));
+        }
         check_each(origin, each, module)
     }
 
@@ -157,6 +175,36 @@ impl AdapterSet {
         let table = Table { sites };
         graft_ops::ffi::eval(table.arrays())?;
         Ok(table)
+    }
+}
+
+/// The path of a head that is not the embedding.
+pub(crate) const HEAD: &str = "lm_head";
+
+/// Whether modules or weights of these names are those of an embedding.
+pub(crate) fn updates_embedding<'a>(mut names: impl Iterator<Item = &'a String>) -> bool {
+    names.any(|name| name.strip_suffix(".weight").unwrap_or(name).ends_with(EMBEDDING))
+}
+
+/// As [`AdapterSet::leaves_head`]; adapters imported before there was the mark remember PEFT's config.
+pub(crate) fn leaves_head<'a>(
+    config: &AdapterConfig,
+    metadata: &BTreeMap<String, String>,
+    names: impl Iterator<Item = &'a String>,
+) -> bool {
+    let peft = || serde_json::from_str::<Map<String, Value>>(metadata.get(peft::PEFT_CONFIG)?).ok();
+    let marked = || config.extra(UNTIED_HEAD).and_then(Value::as_bool) == Some(true);
+    updates_embedding(names) && (marked() || peft().is_some_and(|raw| !peft::ties_head(&raw)))
+}
+
+/// Why an update that leaves the head cannot be used with a base whose head is the embedding.
+pub(crate) fn head_would_change(origin: &Path) -> Error {
+    Error::Unsupported {
+        file: origin.to_path_buf(),
+        what: "an update of the embedding that leaves the head as it was".into(),
+        why: "the head of this base is its embedding, which would change with it, and the answers would be others than in \
+              PEFT; train it with ensure_weight_tying=True, or merge it with PEFT and convert the result"
+            .into(),
     }
 }
 

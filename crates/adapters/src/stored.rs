@@ -8,7 +8,10 @@ use graft_quant::Tensor;
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
-use crate::set::{WHOLE, array_f32, check_each, note_dtypes, read_config, refuse_whole};
+use crate::set::{
+    HEAD, WHOLE, array_f32, check_each, head_would_change, leaves_head, note_dtypes, read_config,
+    refuse_whole,
+};
 use crate::{ADAPTER_FILE, Adapter, AdapterConfig, AdapterSet, Error, FineTuneType, Kind, Result, peft};
 
 /// The update of one module as it is stored.
@@ -97,17 +100,18 @@ impl StoredSet {
     /// As for [`StoredSet::load`].
     pub fn from_file(file: &Path, config: AdapterConfig) -> Result<Self> {
         let (mut tensors, mut metadata) = graft_quant::read_safetensors(file)?;
-        let problems = unusable(&tensors);
+        let whole = config.extra(WHOLE).and_then(Value::as_array).into_iter().flatten();
+        let whole: Vec<&str> = whole.filter_map(Value::as_str).collect();
+        let mut problems = unusable(&tensors);
+        let missing = whole.iter().filter(|name| !tensors.contains_key(**name));
+        problems.extend(missing.map(|name| format!("{name}: graft.{WHOLE} names it, but the file lacks it")));
         if !problems.is_empty() {
             return Err(Error::Mismatch { file: file.to_path_buf(), problems });
         }
         if config.fine_tune_type == FineTuneType::Full {
             return Ok(Self { adapters: BTreeMap::new(), weights: tensors, config, metadata });
         }
-        let mut weights = BTreeMap::new();
-        for name in config.extra(WHOLE).and_then(Value::as_array).into_iter().flatten() {
-            weights.extend(name.as_str().and_then(|name| tensors.remove_entry(name)));
-        }
+        let weights = whole.into_iter().filter_map(|name| tensors.remove_entry(name)).collect();
         let adapters = collect(file, &tensors, &config)?;
         note_dtypes(&mut metadata, &tensors.iter().map(|(name, t)| (name.clone(), t.dtype)).collect());
         Ok(Self { adapters, weights, config, metadata })
@@ -134,6 +138,9 @@ impl StoredSet {
     /// With all problems.
     pub fn check(&self, origin: &Path, module: impl Fn(&str) -> Option<((i32, i32), Kind)>) -> Result<()> {
         refuse_whole(origin, &self.config, self.weights.keys())?;
+        if leaves_head(&self.config, &self.metadata, self.adapters.keys()) && module(HEAD).is_none() {
+            return Err(head_would_change(origin));
+        }
         let shape = |m: &Tensor| m.shape.iter().map(|n| i32::try_from(*n).unwrap_or(i32::MAX)).collect();
         let each = self
             .adapters
@@ -216,6 +223,9 @@ fn collect(
         }
         if config.fine_tune_type == FineTuneType::Dora && m.is_none() {
             problems.push(format!("{path}: fine_tune_type is dora, but m is missing"));
+        }
+        if config.fine_tune_type == FineTuneType::Lora && m.is_some() {
+            problems.push(format!("{path}: fine_tune_type is lora, but DoRA's m is there"));
         }
         let (a, b, magnitude) = (a.clone(), b.clone(), m.cloned());
         let stored = StoredAdapter { a, b, turned: false, scale: config.scale_of(path), magnitude };

@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use graft_adapters::{AdapterSet, AdapterWriter, Provenance, export};
+use graft_adapters::{AdapterSet, AdapterWriter, Fingerprint, Kind, Provenance, StoredSet, export};
 use graft_ops::{Array, Dtype};
-use graft_quant::{Tensor, read_safetensors, safetensors_bytes};
-use graft_testkit::{Family, Tiny, mlx, tiny_adapter, tiny_model};
+use graft_quant::{Checkpoint, Tensor, read_safetensors, safetensors_bytes};
+use graft_testkit::{Dtype as Stored, Family, Tiny, mlx, tiny_adapter, tiny_model};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -209,6 +209,171 @@ fn a_scale_that_changed_since_makes_another_config() {
         assert_eq!(back.adapters[Q].scale, 0.75);
         let text = std::fs::read_to_string(theirs.join("adapter_config.json")).unwrap();
         assert!(text.contains("\"use_rslora\": false") && text.contains("\"lora_alpha\": 3,"), "{text}");
+    });
+}
+
+/// A PEFT directory with an update of the embedding; `head` puts the copies beside it that PEFT makes of a tied head.
+fn embedding_dir(tying: bool, head: bool) -> TempDir {
+    let (a, b) = (wave(&[4, 288], 0.5, Dtype::Float32), wave(&[64, 4], 0.6, Dtype::Float32));
+    let turned =
+        |tensor: &Tensor| Tensor::from_array(&tensor.to_array().unwrap().transpose().unwrap()).unwrap();
+    let mut more = vec![
+        ("model.embed_tokens.lora_embedding_A", a.clone()),
+        ("model.embed_tokens.lora_embedding_B", b.clone()),
+    ];
+    if head {
+        more.extend([("lm_head.lora_A.weight", turned(&b)), ("lm_head.lora_B.weight", turned(&a))]);
+    }
+    let targets =
+        json!({"target_modules": ["q_proj", "up_proj", "embed_tokens"], "ensure_weight_tying": tying});
+    peft_dir(targets, 4, Dtype::Float32, &more)
+}
+
+/// Checks a set against a base whose head is, or is not, its embedding.
+fn check_on(set: &AdapterSet, tied: bool) -> Result<(), String> {
+    let module = |path: &str| match path {
+        Q => Some(((64, 64), Kind::Linear)),
+        UP => Some(((128, 64), Kind::Linear)),
+        "model.embed_tokens" => Some(((288, 64), Kind::Embedding)),
+        "lm_head" if !tied => Some(((288, 64), Kind::Linear)),
+        _ => None,
+    };
+    set.check(Path::new("dir"), module).map_err(|error| error.to_string())
+}
+
+#[test]
+fn an_embedding_without_its_tied_head_is_another_adapter() {
+    mlx(|| {
+        let refused = "an update of the embedding that leaves the head as it was";
+        let dir = embedding_dir(false, false);
+        let (_out, ours, _) = both_ways(dir.path());
+        // As PEFT has it, and imported.
+        for dir in [dir.path(), &ours] {
+            let set = AdapterSet::load(dir).unwrap();
+            assert!(set.leaves_head() && check_on(&set, false).is_ok());
+            let text = check_on(&set, true).unwrap_err();
+            assert!(text.contains(refused) && text.contains("ensure_weight_tying=True"), "{text}");
+            // What is read as bytes for a server, too.
+            let stored = StoredSet::load(dir).unwrap();
+            let module = |path: &str| (path != "lm_head").then_some(((1, 1), Kind::Linear));
+            assert!(stored.check(dir, module).unwrap_err().to_string().contains(refused));
+        }
+        // One that was imported before there was the mark.
+        let mut old = AdapterSet::load(&ours).unwrap();
+        old.config.raw.remove("graft");
+        assert!(check_on(&old, true).unwrap_err().contains(refused));
+        // A whole embedding.
+        let whole = [("model.embed_tokens.weight", wave(&[288, 64], 0.7, Dtype::Float32))];
+        let saved = |tying: bool| json!({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": tying});
+        let set = AdapterSet::load(peft_dir(saved(false), 4, Dtype::Float32, &whole).path()).unwrap();
+        assert!(check_on(&set, true).unwrap_err().contains(refused));
+        let both = [whole[0].clone(), ("lm_head.weight", whole[0].1.clone())];
+        let dir = peft_dir(saved(true), 4, Dtype::Float32, &both);
+        let set = AdapterSet::load(dir.path()).unwrap();
+        assert!(check_on(&set, true).is_ok() && set.weights.len() == 1);
+        let (_out, _, theirs) = both_ways(dir.path());
+        same_file(dir.path(), &theirs, "adapter_model.safetensors");
+        // Without an update of the embedding there is nothing to leave.
+        assert!(!AdapterSet::load(peft_dir(json!({}), 4, Dtype::Float32, &[]).path()).unwrap().leaves_head());
+    });
+}
+
+#[test]
+fn a_tied_head_stands_once_here_and_twice_in_peft() {
+    mlx(|| {
+        let dir = embedding_dir(true, true);
+        let set = AdapterSet::load(dir.path()).unwrap();
+        assert!(check_on(&set, true).is_ok() && !set.adapters.contains_key("lm_head"));
+        let (_out, ours, theirs) = both_ways(dir.path());
+        same_file(dir.path(), &theirs, "adapter_config.json");
+        same_file(dir.path(), &theirs, "adapter_model.safetensors");
+        // One of ours says so to PEFT, with the copies that PEFT looks for.
+        let mut own = AdapterSet::load(&ours).unwrap();
+        own.metadata.clear();
+        let out = tempfile::tempdir().unwrap();
+        let target = out.path().join("own");
+        export(&own, &ours, &made_of(), &target).unwrap();
+        let read = |dir: &Path| read_safetensors(&dir.join("adapter_model.safetensors")).unwrap().0;
+        assert_eq!(read(&target), read(dir.path()));
+        let text = std::fs::read_to_string(target.join("adapter_config.json")).unwrap();
+        assert!(text.contains("\"ensure_weight_tying\": true"), "{text}");
+        assert!(check_on(&AdapterSet::load(&target).unwrap(), true).is_ok());
+        // A head of its own stays.
+        let mut other = read(dir.path());
+        other.insert("base_model.model.lm_head.lora_A.weight".into(), wave(&[4, 64], 0.9, Dtype::Float32));
+        write(dir.path(), &std::fs::read_to_string(dir.path().join("adapter_config.json")).unwrap(), &other);
+        assert!(AdapterSet::load(dir.path()).unwrap().adapters.contains_key("lm_head"));
+    });
+}
+
+#[test]
+fn what_the_config_names_must_be_there_and_fit_it() {
+    mlx(|| {
+        let message = |dir: &Path| AdapterSet::load(dir).unwrap_err().to_string();
+        let norm = [("model.norm.weight", wave(&[64], 0.8, Dtype::Float32))];
+        let dir = peft_dir(json!({"modules_to_save": ["lm_head", "norm"]}), 4, Dtype::Float32, &norm);
+        let text = message(dir.path());
+        assert!(text.contains("lm_head: modules_to_save names it, but the file has no weight"), "{text}");
+        assert!(!text.contains("norm: modules"), "{text}");
+        let good = peft_dir(json!({"modules_to_save": ["norm"]}), 4, Dtype::Float32, &norm);
+        let (_out, ours, _) = both_ways(good.path());
+        let file = ours.join("adapters.safetensors");
+        let (mut tensors, metadata) = read_safetensors(&file).unwrap();
+        tensors.remove("model.norm.weight");
+        std::fs::write(&file, safetensors_bytes(&tensors, &metadata).unwrap()).unwrap();
+        let text = message(&ours);
+        assert!(text.contains("model.norm.weight: graft.weights names it, but the file lacks it"), "{text}");
+        // Magnitudes that the config does not know of.
+        let m = [("model.layers.0.self_attn.q_proj.lora_magnitude_vector", wave(&[64], 0.9, Dtype::Float32))];
+        let text = message(peft_dir(json!({}), 4, Dtype::Float32, &m).path());
+        assert!(text.contains("lora_magnitude_vector is there, but use_dora is not set"), "{text}");
+        let tiny = Tiny::new(Family::Llama);
+        let base = tiny_model(&tiny);
+        let dora = tiny_adapter(base.path(), &tiny, true, 4, 9);
+        let file = dora.path().join("adapter_config.json");
+        let config = std::fs::read_to_string(&file).unwrap().replace("\"dora\"", "\"lora\"");
+        std::fs::write(file, config).unwrap();
+        let text = message(dora.path());
+        assert!(text.contains("q_proj: fine_tune_type is lora, but DoRA's m is there"), "{text}");
+    });
+}
+
+#[test]
+fn a_base_is_known_by_its_norms_in_every_precision() {
+    mlx(|| {
+        let tiny = Tiny::new(Family::Qwen3);
+        let of = |tiny: &Tiny| {
+            let dir = tiny_model(tiny);
+            Fingerprint::of(&Checkpoint::open(dir.path()).unwrap(), "the base")
+        };
+        let own = of(&tiny);
+        let packed = Tiny { packed: Some((4, 32)), ..tiny.clone() };
+        for dtype in [Stored::F32, Stored::F16, Stored::Bf16] {
+            for same in [Tiny { dtype, ..tiny.clone() }, Tiny { dtype, ..packed.clone() }] {
+                let same = of(&same);
+                assert!(
+                    own.foreign_to(&same).is_none() && own.other_model_than(&same).is_none(),
+                    "{dtype:?}"
+                );
+                assert!(same.other_model_than(&own).is_none(), "{dtype:?}");
+            }
+        }
+        let other = of(&Tiny { seed: 2, ..packed });
+        assert!(own.foreign_to(&other).is_none());
+        let why = own.other_model_than(&other).unwrap();
+        assert!(why.contains("the base, another model of the same shapes"), "{why}");
+        // Without the mark nothing is known, and nothing is written.
+        let unmarked = Fingerprint { norms: String::new(), ..own.clone() };
+        assert!(unmarked.other_model_than(&other).is_none() && other.other_model_than(&unmarked).is_none());
+        assert!(!serde_json::to_string(&unmarked).unwrap().contains("norms"));
+        // transformers 5 calls the type by another name.
+        let dir = tiny_model(&tiny);
+        let file = dir.path().join("config.json");
+        let text = std::fs::read_to_string(&file).unwrap().replace("torch_dtype", "dtype");
+        std::fs::write(file, text).unwrap();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        assert!(checkpoint.config().get("torch_dtype").is_none());
+        assert_eq!(Fingerprint::of(&checkpoint, "").precision, "float32");
     });
 }
 

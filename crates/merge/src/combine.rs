@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use serde_json::json;
 
 use crate::dense::{self, Elements};
-use crate::fuse::{check, kind_of};
+use crate::fuse::{Allowed, check, kind_of};
 use crate::module::{Module, Outcome, Part, padded};
 use crate::output::{described, last_layers, layer_of, layers_of};
 use crate::{
@@ -56,6 +56,8 @@ pub struct MergeOptions {
     pub t: Option<Setting>,
     /// Seed of what is drawn.
     pub seed: u64,
+    /// Take adapters of other models of the same shapes, too, with a warning.
+    pub force: bool,
 }
 
 /// Merges adapters of one base to an adapter directory at `out`, whole or not at all.
@@ -74,7 +76,7 @@ pub fn merge(
     on_event: &mut dyn FnMut(Event),
 ) -> Result<MergeReport> {
     check_options(sources, options)?;
-    check_sources(sources, base, on_event)?;
+    check_sources(sources, base, options.force, on_event)?;
     let job = Job::new(sources, base, options)?;
     job.run(out, stop, on_event)
 }
@@ -103,10 +105,15 @@ fn check_options(sources: &[MergeSource], options: &MergeOptions) -> Result<()> 
         method if options.t.is_some() && method != Method::Slerp => {
             return refuse("t", "nothing, as it belongs to slerp", "a value".into());
         }
+        Method::Slerp if options.normalize == Some(true) => {
+            return refuse("normalize with slerp", "nothing, as an arc has no sum of weights", "true".into());
+        }
         _ => {}
     }
+    // The arithmetic is f32's.
+    let is_finite = |x: f64| (x as f32).is_finite();
     for source in sources {
-        if let Some(w) = source.weight.refused(f64::is_finite) {
+        if let Some(w) = source.weight.refused(is_finite) {
             return refuse(&format!("weight of {}", source.origin.name), "a finite number", w.to_string());
         }
         if let Some(p) = source.density.refused(|p| p > 0.0 && p <= 1.0) {
@@ -129,7 +136,7 @@ fn check_options(sources: &[MergeSource], options: &MergeOptions) -> Result<()> 
     if let Some(t) = options.t.as_ref().and_then(|t| t.refused(|t| (0.0..=1.0).contains(&t))) {
         return refuse("t", "from 0 to 1", t.to_string());
     }
-    if !options.lambda.is_finite() {
+    if !is_finite(options.lambda) {
         return refuse("lambda", "a finite number", options.lambda.to_string());
     }
     options.size.check()
@@ -139,8 +146,10 @@ fn check_options(sources: &[MergeSource], options: &MergeOptions) -> Result<()> 
 fn check_sources(
     sources: &[MergeSource],
     base: Option<&MergeBase>,
+    force: bool,
     on_event: &mut dyn FnMut(Event),
 ) -> Result<()> {
+    let allowed = Allowed { other_model: force, other_precision: false };
     let mut seen: Option<(&MergeSource, Fingerprint)> = None;
     let mut shapes: BTreeMap<&str, ((i32, i32), &str)> = BTreeMap::new();
     let mut problems = Vec::new();
@@ -148,7 +157,8 @@ fn check_sources(
         let name = &source.origin.name;
         if source.set.config.fine_tune_type == FineTuneType::Full || !source.set.weights.is_empty() {
             let whole: Vec<&str> = source.set.weights.keys().map(String::as_str).take(3).collect();
-            return Err(Error::Unmergeable {
+            return Err(Error::Unsuited {
+                purpose: "merged",
                 name: name.clone(),
                 what: format!("whole weights ({}..)", whole.join(", ")),
                 why: "they are no low-rank update; graft adapter extract makes one of a fine-tuned model"
@@ -156,16 +166,23 @@ fn check_sources(
             });
         }
         if let Some(base) = base {
-            check(base.checkpoint, &source.set, on_event)
+            check(base.checkpoint, &source.set, allowed, on_event)
                 .map_err(|error| Error::Input { name: name.clone(), source: Box::new(error) })?;
         } else if source.set.adapters.values().any(|adapter| adapter.magnitude.is_some()) {
             return Err(Error::NeedsBase { name: name.clone() });
         }
         match (Fingerprint::read(&source.set.config), &seen) {
             (Some(own), Some((first, other))) => {
-                if let Some(why) = own.foreign_to(other) {
+                let other_model = own.other_model_than(other);
+                if let Some(why) = other_model.as_ref().filter(|_| force && base.is_none()) {
+                    on_event(Event::Warning(format!("{name} and {}: {why}", first.origin.name)));
+                }
+                let other_model =
+                    other_model.filter(|_| !force).map(|why| format!("{why} (--force merges them)"));
+                if let Some(why) = own.foreign_to(other).or(other_model) {
                     let why = format!("{why}; {} was trained on {}", first.origin.name, other.lineage);
-                    return Err(Error::Unmergeable {
+                    return Err(Error::Unsuited {
+                        purpose: "merged",
                         name: name.clone(),
                         what: "an adapter of another base".into(),
                         why,
@@ -187,7 +204,8 @@ fn check_sources(
         return Ok(());
     }
     let names: Vec<&str> = sources.iter().map(|s| s.origin.name.as_str()).collect();
-    Err(Error::Unmergeable {
+    Err(Error::Unsuited {
+        purpose: "merged",
         name: names.join(", "),
         what: "adapters of different shapes".into(),
         why: format!("they were trained on different bases\n  {}", problems.join("\n  ")),
@@ -216,7 +234,8 @@ impl<'a> Job<'a> {
         let paths: BTreeSet<&str> = adapters().map(|(path, _)| path.as_str()).collect();
         let dora = adapters().any(|(_, adapter)| adapter.magnitude.is_some());
         if let Some(path) = paths.iter().find(|path| dora && kind_of(path) == Kind::Embedding) {
-            return Err(Error::Unmergeable {
+            return Err(Error::Unsuited {
+ purpose: "merged",
                 name: (*path).to_owned(),
                 what: "an embedding beside DoRA".into(),
                 why: "an adapter directory is LoRA or DoRA as a whole, and embeddings have no DoRA; leave it out".into(),
@@ -278,11 +297,7 @@ impl<'a> Job<'a> {
         let mut total = 0.0;
         for (index, source) in self.sources.iter().enumerate() {
             let value = |setting: &Setting, what: &str| {
-                setting.at(path, depth).ok_or_else(|| Error::Recipe {
-                    what: format!("{what} of {}", source.origin.name),
-                    expected: format!("a value for {path} (a filter `*` is for the rest)"),
-                    found: "none".into(),
-                })
+                value(setting, (path, depth), || format!("{what} of {}", source.origin.name))
             };
             let (weight, density) = (value(&source.weight, "weight")?, value(&source.density, "density")?);
             total += weight;
@@ -316,8 +331,13 @@ impl<'a> Job<'a> {
         if self.sources.len() == 1 {
             return Ok(module.weights());
         }
-        let place = self.options.t.as_ref().and_then(|t| t.at(module.path, depth));
-        let [first, second] = [0, 1].map(|i| self.sources[i].weight.at(module.path, depth).unwrap_or(1.0));
+        let at = (module.path, depth);
+        let place = self.options.t.as_ref().map(|t| value(t, at, || "t".into())).transpose()?;
+        let weight = |i: usize| {
+            let source: &MergeSource = &self.sources[i];
+            value(&source.weight, at, || format!("weight of {}", source.origin.name))
+        };
+        let (first, second) = (weight(0)?, weight(1)?);
         let t = place.unwrap_or(second / (first + second));
         if !(0.0..=1.0).contains(&t) {
             return Err(Error::Recipe {
@@ -413,7 +433,11 @@ impl<'a> Job<'a> {
         let kind = if self.dora { FineTuneType::Dora } else { FineTuneType::Lora };
         let trained = || self.sources.iter().find_map(|s| Fingerprint::read(&s.set.config));
         let base = self.base.map(|b| Fingerprint::of(b.checkpoint, &b.origin.name));
-        described(kind, num_layers, rank, paths(), base.or_else(trained))
+        let mut set = described(kind, num_layers, rank, paths(), base.or_else(trained))?;
+        if self.sources.iter().any(|s| s.set.leaves_head()) {
+            set.leave_head();
+        }
+        Ok(set)
     }
 
     fn provenance(&self, report: &MergeReport) -> Provenance {
@@ -434,6 +458,15 @@ impl<'a> Job<'a> {
             summary: serde_json::to_value(&report.totals).unwrap_or_default(),
         }
     }
+}
+
+/// A setting's value for a module at a depth; a filter must name it.
+fn value(setting: &Setting, (path, depth): (&str, f64), what: impl Fn() -> String) -> Result<f64> {
+    setting.at(path, depth).ok_or_else(|| Error::Recipe {
+        what: what(),
+        expected: format!("a value for {path} (a filter `*` is for the rest)"),
+        found: "none".into(),
+    })
 }
 
 /// Above this cosine two updates lie on a line, as in mergekit.

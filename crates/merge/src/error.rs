@@ -1,6 +1,5 @@
 //! What can stand in the way of a fuse: one enum, each message names the file, tensor or module and what to do.
 
-use std::io::ErrorKind;
 use std::path::PathBuf;
 
 /// Result of this crate.
@@ -26,11 +25,13 @@ pub enum Error {
         /// One sentence each.
         problems: Vec<String>,
     },
-    /// The target is the base itself.
-    #[error("{path} is the base itself, which the fused model would replace; choose another path")]
-    IntoBase {
+    /// The target is one of the inputs.
+    #[error("{path} is the {what} itself, which the fused model would replace; choose another path")]
+    IntoInput {
         /// The target.
         path: PathBuf,
+        /// `base` or `adapter`.
+        what: &'static str,
     },
     /// The fuse was asked to stop.
     #[error("stopped before the fused model was complete; nothing was written")]
@@ -44,6 +45,22 @@ pub enum Error {
         path: String,
         /// s of the adapter.
         scale: f32,
+    },
+    /// A merged or cut update is not finite.
+    #[error(
+        "{path}: the new update holds values that are not finite; check the adapters, their weights and lambda"
+    )]
+    UpdateNotFinite {
+        /// The module.
+        path: String,
+    },
+    /// The difference of two models is not finite.
+    #[error(
+        "{path}: the difference of the two models holds values that are not finite; one of the weights is damaged"
+    )]
+    DifferenceNotFinite {
+        /// The module.
+        path: String,
     },
     /// One of several inputs cannot be used.
     #[error("{name}: {source}")]
@@ -72,12 +89,14 @@ pub enum Error {
         name: String,
     },
     /// An input holds what has no low-rank form.
-    #[error("{name}: {what} cannot be merged: {why}")]
-    Unmergeable {
-        /// The adapter.
+    #[error("{name}: {what} cannot be {purpose}: {why}")]
+    Unsuited {
+        /// The adapter or model.
         name: String,
         /// What it holds.
         what: String,
+        /// What was to be done with it, as a participle.
+        purpose: &'static str,
         /// The reason, and what to do.
         why: String,
     },
@@ -140,14 +159,7 @@ impl Error {
     /// The same, with the size that was asked for where there was no room for it.
     pub(crate) fn with_size(self, bytes: u64) -> Error {
         match self {
-            Self::Quant(graft_quant::Error::Io { path, source })
-                if matches!(
-                    source.kind(),
-                    ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
-                ) =>
-            {
-                Self::Full { path, source, bytes }
-            }
+            Self::Quant(graft_quant::Error::Full { path, source, .. }) => Self::Full { path, source, bytes },
             other => other,
         }
     }

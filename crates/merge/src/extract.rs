@@ -10,7 +10,7 @@ use graft_quant::{Checkpoint, Weight};
 use serde_json::{Value, json};
 
 use crate::fuse::kind_of;
-use crate::module::{cut, padded};
+use crate::module::{check_finite, cut, padded};
 use crate::output::{described, last_layers, layers_of};
 use crate::{Error, Event, MERGE_REPORT_FILE, MergeLayer, MergeReport, MergeTotals, Result, Size, dense};
 
@@ -45,7 +45,8 @@ pub fn extract(
     let paths = common_modules(base, tuned)?;
     let others = changed_others(base, tuned, &paths)?;
     if !others.is_empty() && !options.leave_out {
-        return Err(Error::Unmergeable {
+        return Err(Error::Unsuited {
+            purpose: "extracted",
             name: options.tuned.name.clone(),
             what: format!("{} tensors that are no matrix and changed", others.len()),
             why: format!(
@@ -74,6 +75,7 @@ pub fn extract(
                 Size::Rank(rank) if rank > most => padded(adapter, rank)?,
                 _ => adapter,
             };
+            check_finite(path, &adapter, &[cut.norm, cut.error])?;
             writer.add(path, &adapter)?;
             layers.push(layer(path, adapter.rank(), cut.norm, cut.error));
         }
@@ -81,7 +83,8 @@ pub fn extract(
         on_event(Event::Tensor { done: done + 1, total: paths.len() });
     }
     if layers.is_empty() {
-        return Err(Error::Unmergeable {
+        return Err(Error::Unsuited {
+            purpose: "extracted",
             name: options.tuned.name.clone(),
             what: "a model without a changed matrix".into(),
             why: format!("each of its weights is that of {}", options.base.name),
@@ -89,7 +92,8 @@ pub fn extract(
     }
     let report = MergeReport {
         left_out: others,
-        ..report("extract", &options.base.name, &options.tuned.name, layers)
+        base: Some(options.base.name.clone()),
+        ..report("extract", FineTuneType::Lora, &options.tuned.name, layers)
     };
     let rank = report.layers.iter().map(|l| l.rank).max().unwrap_or(1);
     let named = || report.layers.iter().map(|l| l.path.as_str());
@@ -113,11 +117,19 @@ pub fn extract(
 /// direction that the cut leaves it.
 ///
 /// # Errors
-/// When it has no low-rank form, the size means nothing, or the target exists.
-pub fn resize(set: &AdapterSet, origin: &Origin, size: Size, out: &Path) -> Result<MergeReport> {
+/// When it has no low-rank form or is not finite, the size means nothing, the target exists, or `stop` was set, which is looked
+/// at between modules.
+pub fn resize(
+    (set, origin): (&AdapterSet, &Origin),
+    size: Size,
+    out: &Path,
+    stop: &AtomicBool,
+    on_event: &mut dyn FnMut(Event),
+) -> Result<MergeReport> {
     size.check()?;
     if set.config.fine_tune_type == FineTuneType::Full || !set.weights.is_empty() {
-        return Err(Error::Unmergeable {
+        return Err(Error::Unsuited {
+            purpose: "resized",
             name: origin.name.clone(),
             what: "an adapter with whole weights".into(),
             why: "they have no rank".into(),
@@ -127,23 +139,30 @@ pub fn resize(set: &AdapterSet, origin: &Origin, size: Size, out: &Path) -> Resu
     let most = set.adapters.values().map(graft_adapters::Adapter::rank).max().unwrap_or(1);
     let pad = if let Size::Rank(rank) = size { Some(rank.min(most)) } else { None };
     let mut layers = Vec::new();
-    for (path, adapter) in &set.adapters {
+    for (done, (path, adapter)) in set.adapters.iter().enumerate() {
+        if stop.load(Ordering::Relaxed) {
+            return Err(Error::Stopped);
+        }
         let scaled = adapter.b.multiply(Array::from_f32(adapter.scale))?;
         let cut = cut(&adapter.a, &scaled, size)?;
         let (norm, error) = (cut.norm, cut.error);
         let own =
             graft_adapters::Adapter { a: cut.a, b: cut.b, scale: 1.0, magnitude: adapter.magnitude.clone() };
         let own = pad.map_or_else(|| Ok(own.clone()), |rank| padded(own.clone(), rank))?;
-        ffi::eval(own.arrays())?;
+        check_finite(path, &own, &[norm, error])?;
         writer.add(path, &own)?;
         layers.push(layer(path, own.rank(), norm, error));
+        on_event(Event::Tensor { done: done + 1, total: set.adapters.len() });
     }
-    let report = report("resize", "", &origin.name, layers);
+    let report = report("resize", set.config.fine_tune_type, &origin.name, layers);
     let rank = report.layers.iter().map(|l| l.rank).max().unwrap_or(1);
     let named = report.layers.iter().map(|l| l.path.as_str());
     let config = &set.config;
     let mut done =
         described(config.fine_tune_type, config.num_layers, rank, named, Fingerprint::read(config))?;
+    if set.leaves_head() {
+        done.leave_head();
+    }
     let provenance = Provenance {
         graft: env!("CARGO_PKG_VERSION").into(),
         operation: "adapter resize".into(),
@@ -166,14 +185,14 @@ fn layer(path: &str, rank: i32, norm: f64, error: f64) -> MergeLayer {
     MergeLayer { path: path.to_owned(), rank, adapters: Vec::new(), norm, error }
 }
 
-fn report(kind: &str, base: &str, from: &str, layers: Vec<MergeLayer>) -> MergeReport {
+fn report(kind: &str, of: FineTuneType, from: &str, layers: Vec<MergeLayer>) -> MergeReport {
     MergeReport {
         schema: 1,
         kind: kind.into(),
         version: env!("CARGO_PKG_VERSION").into(),
         method: "svd".into(),
-        fine_tune_type: "lora".into(),
-        base: Some(base.to_owned()).filter(|base| !base.is_empty()),
+        fine_tune_type: of.name().into(),
+        base: None,
         adapters: vec![from.to_owned()],
         left_out: Vec::new(),
         totals: MergeTotals::of(&layers),
@@ -250,7 +269,7 @@ fn difference(base: &Weight, tuned: &Weight, path: &str) -> Result<Option<Array>
         let rows = own?.subtract(w?)?;
         let rows = ffi::read::<f32>(&rows)?;
         if rows.iter().any(|x| !x.is_finite()) {
-            return Err(Error::NotFinite { path: path.to_owned(), scale: 1.0 });
+            return Err(Error::DifferenceNotFinite { path: path.to_owned() });
         }
         let any = rows.iter().any(|x| *x != 0.0);
         // Nothing is held for the many weights that are the same.

@@ -15,6 +15,7 @@ use graft_quant::{Checkpoint, DirWriter, Hessian, Made, Quantization, Tensor, We
 use serde_json::{Map, Value, json};
 
 use crate::layer::{Stored, Update, dense, fuse_weight};
+use crate::output::described;
 use crate::{Error, FuseReport, LayerReport, Plan, Policy, REPORT_FILE, Result, Totals};
 
 /// How to fuse.
@@ -26,6 +27,8 @@ pub struct FuseOptions {
     pub dequantize: bool,
     /// Replace the model directory at the target, if there is one.
     pub overwrite: bool,
+    /// Fuse the adapter of another model of the same shapes, too, with a warning.
+    pub force: bool,
     /// The base is meant to be another precision of the one that the adapter was trained on: no warning then.
     pub other_precision: bool,
     /// What the report calls the base.
@@ -80,23 +83,18 @@ pub fn fuse(
     watch: Watch,
 ) -> Result<Sibling> {
     let checkpoint = Checkpoint::open(model)?;
-    if let (Ok(target), Ok(base)) = (out.canonicalize(), model.canonicalize())
-        && target == base
-    {
-        return Err(Error::IntoBase { path: out.to_path_buf() });
+    for (input, what) in [(model, "base"), (&options.adapter_dir, "adapter")] {
+        if out.canonicalize().is_ok_and(|target| input.canonicalize().is_ok_and(|input| input == target)) {
+            return Err(Error::IntoInput { path: out.to_path_buf(), what });
+        }
     }
     let policy = if options.dequantize { Policy::Dense } else { options.policy };
     if policy == Policy::Fold && adapter.config.fine_tune_type != FineTuneType::Dora {
         let kind = adapter.config.fine_tune_type.name().to_owned();
         return Err(Error::NothingToFold { kind, advice: "choose raise, same or dense".into() });
     }
-    // The one warning there is says that the precision is another, which is then what was asked for.
-    let expected = options.other_precision;
-    check(&checkpoint, adapter, &mut |event| {
-        if !expected {
-            (watch.on_event)(event)
-        }
-    })?;
+    let allowed = Allowed { other_model: options.force, other_precision: options.other_precision };
+    check(&checkpoint, adapter, allowed, watch.on_event)?;
     let plan = Plan::of_fused(&checkpoint, adapter, policy, options.dequantize)?;
     let mut job = Job {
         checkpoint: &checkpoint,
@@ -122,18 +120,45 @@ pub fn fuse(
     job.complete(out, options, plan, sources).map_err(|error| error.with_size(plan.bytes))
 }
 
+/// What an adapter may have been trained on besides the base at hand.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Allowed {
+    /// Another model of the same shapes; that is warned of then, and refused otherwise.
+    pub other_model: bool,
+    /// Another precision, which is warned of otherwise.
+    pub other_precision: bool,
+}
+
 /// Refuses an adapter of another base, with everything that does not fit.
 ///
 /// # Errors
 /// [`Error::Foreign`], [`Error::Mismatch`] or the adapter's own list.
-pub fn check(checkpoint: &Checkpoint, adapter: &AdapterSet, on_event: &mut dyn FnMut(Event)) -> Result<()> {
+pub fn check(
+    checkpoint: &Checkpoint,
+    adapter: &AdapterSet,
+    allowed: Allowed,
+    on_event: &mut dyn FnMut(Event),
+) -> Result<()> {
     let model = checkpoint.dir();
     if let Some(trained) = Fingerprint::read(&adapter.config) {
         let base = Fingerprint::of(checkpoint, &model.display().to_string());
         if let Some(why) = trained.foreign_to(&base) {
             return Err(Error::Foreign { model: model.to_path_buf(), why });
         }
-        if trained.precision != base.precision {
+        match trained.other_model_than(&base) {
+            Some(why) if allowed.other_model => {
+                let model = model.display();
+                on_event(Event::Warning(format!("the adapter does not belong to {model}: {why}")));
+            }
+            Some(why) => {
+                let why = format!("{why}; give the model it was trained on, or --force to take this one");
+                return Err(Error::Foreign { model: model.to_path_buf(), why });
+            }
+            None => {}
+        }
+        // Adapters of before say nothing where config.json said nothing.
+        let other = trained.precision != base.precision && !trained.precision.is_empty();
+        if other && !allowed.other_precision {
             on_event(Event::Warning(format!(
                 "the adapter was trained on {} in another precision ({}) than {}: the sum differs from what was trained",
                 trained.lineage,
@@ -343,11 +368,12 @@ impl<'a> Job<'a, '_> {
             provenance,
             layers: self.layers,
         };
-        let described = Provenance { summary: report.summary(), ..report.provenance.clone() };
-        self.writer.describe(Provenance::METADATA, serde_json::to_string(&described).map_err(Error::Report)?);
+        let made_of = Provenance { summary: report.summary(), ..report.provenance.clone() };
+        let left = (std::mem::take(&mut self.rest), made_of.clone());
+        self.writer.describe(Provenance::METADATA, serde_json::to_string(&made_of).map_err(Error::Report)?);
         self.writer.write_config(&config)?;
         let mut sibling = Sibling { made: self.writer.complete()?, report, config };
-        sibling.write_rest(self.adapter, self.rest, out)?;
+        sibling.write_rest(self.adapter, left, out)?;
         Ok(sibling)
     }
 }
@@ -388,20 +414,22 @@ impl Sibling {
     fn write_rest(
         &mut self,
         adapter: &AdapterSet,
-        rest: BTreeMap<String, Adapter>,
+        (rest, made_of): (BTreeMap<String, Adapter>, Provenance),
         out: &Path,
     ) -> Result<()> {
         if rest.is_empty() {
             return Ok(());
         }
-        let mut config = adapter.config.clone();
-        config.fine_tune_type = FineTuneType::Lora;
-        config.raw.insert("model".into(), out.display().to_string().into());
         let folded = Fingerprint::of(&Checkpoint::open(self.path())?, &out.display().to_string());
-        config.set_extra(Fingerprint::KEY, serde_json::to_value(folded).map_err(Error::Report)?);
-        let metadata = adapter.metadata.clone();
-        let set = AdapterSet { adapters: rest, weights: BTreeMap::new(), config, metadata };
-        let bytes = graft_quant::safetensors_bytes(&set.tensors()?, &set.metadata)?;
+        let (paths, trained) = (rest.keys().map(String::as_str), &adapter.config);
+        let mut set = described(FineTuneType::Lora, trained.num_layers, 1, paths, Some(folded))?;
+        // What training asked for is not what this one is; its form is.
+        set.config.parameters.clone_from(&trained.parameters);
+        set.config.scales.clone_from(&trained.scales);
+        set.config.raw.insert("model".into(), out.display().to_string().into());
+        set.adapters = rest;
+        made_of.write(&mut set)?;
+        let bytes = graft_quant::safetensors_bytes(&set.tensors()?, &set.file_metadata())?;
         self.made.write_file(ADAPTER_FILE, &bytes)?;
         Ok(self.made.write_file(CONFIG_FILE, &graft_quant::pretty(&Value::Object(set.config.to_map()))?)?)
     }

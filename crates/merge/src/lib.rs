@@ -21,7 +21,7 @@ mod sums;
 pub use combine::{MergeBase, MergeOptions, MergeSource, merge};
 pub use error::{Error, Result};
 pub use extract::{ExtractOptions, extract, resize};
-pub use fuse::{Event, FuseOptions, Inputs, Sibling, Watch, check, fuse};
+pub use fuse::{Allowed, Event, FuseOptions, Inputs, Sibling, Watch, check, fuse};
 pub use layer::Policy;
 pub use method::{Filtered, Method, Setting, Size, Sparsify};
 pub use plan::Plan;

@@ -117,10 +117,7 @@ impl<'a> Module<'a> {
             _ => None,
         };
         let adapter = Adapter { a, b, scale: 1.0, magnitude };
-        ffi::eval(adapter.arrays())?;
-        if !(norm.is_finite() && error.is_finite()) {
-            return Err(Error::NotFinite { path: self.path.to_owned(), scale: 1.0 });
-        }
+        check_finite(self.path, &adapter, &[norm, error])?;
         Ok(Outcome { adapter, norm, error })
     }
 
@@ -164,7 +161,9 @@ pub(crate) fn cut(a: &Array, b: &Array, size: Size) -> Result<Cut> {
         // ||A B||^2 = sum of (A^T A) * (B B^T), element by element.
         let gram = a.transpose()?.matmul(a)?.multiply(b.matmul(b.transpose()?)?)?;
         let norm = gram.sum_axis(0, false)?;
-        let norm = ffi::read::<f32>(&norm)?.iter().map(|x| f64::from(*x)).sum::<f64>().max(0.0).sqrt();
+        let norm = ffi::read::<f32>(&norm)?.iter().map(|x| f64::from(*x)).sum::<f64>();
+        // Below zero it is rounding; `max` would also make 0 of what is no number.
+        let norm = if norm < 0.0 { 0.0 } else { norm.sqrt() };
         return Ok(Cut { a: a.clone(), b: b.clone(), norm, error: 0.0 });
     }
     let svd = svd_of_product(a, b)?;
@@ -179,6 +178,16 @@ pub(crate) fn cut(a: &Array, b: &Array, size: Size) -> Result<Cut> {
 /// The sum of squares.
 pub(crate) fn squared(values: &[f32]) -> f64 {
     values.iter().map(|x| f64::from(*x).powi(2)).sum()
+}
+
+/// Refuses a result with a value that is not finite, evaluating it; `measured` are the numbers that go into the report.
+pub(crate) fn check_finite(path: &str, adapter: &Adapter, measured: &[f64]) -> Result<()> {
+    ffi::eval(adapter.arrays())?;
+    let mut finite = measured.iter().all(|x| x.is_finite());
+    for array in adapter.arrays() {
+        finite &= ffi::read::<f32>(array)?.iter().all(|x| x.is_finite());
+    }
+    if finite { Ok(()) } else { Err(Error::UpdateNotFinite { path: path.to_owned() }) }
 }
 
 /// Factors in an adapter's orientation of a weight's decomposition (rows, columns).

@@ -55,6 +55,16 @@ pub enum Error {
         /// What is wrong.
         message: String,
     },
+    /// Logits that are no numbers, of which nothing can be measured.
+    #[error(
+        "the logits of the {run} of two models are not finite at target {target}: its weights overflow or are damaged"
+    )]
+    NotFinite {
+        /// `first` or `second`.
+        run: &'static str,
+        /// Which of all targets, from 0.
+        target: usize,
+    },
     /// A sampling setting is outside its range.
     #[error("`{field}`: expected {expected}, found {found}")]
     Sampling {

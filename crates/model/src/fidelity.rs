@@ -135,7 +135,7 @@ pub struct Gap {
 /// Compares two runs over the same texts, target by target in their order. None if `go_on` says no.
 ///
 /// # Errors
-/// When the runs are of other texts or vocabularies, or an array operation fails.
+/// When the runs are of other texts or vocabularies, when logits are not finite, or an array operation fails.
 pub fn compare(
     first: &Run,
     second: &Run,
@@ -169,6 +169,11 @@ pub fn compare(
                 )));
             };
             let (p, q) = (read::<f32>(&p)?, read::<f32>(&q)?);
+            for (run, logits) in [("first", p), ("second", q)] {
+                if let Some(at) = logits.iter().position(|x| !x.is_finite()) {
+                    return Err(Error::NotFinite { run, target: gaps.len() + at / vocabulary });
+                }
+            }
             gaps.extend(rows(p, q, own, vocabulary));
         }
     }
@@ -207,8 +212,9 @@ fn gap(p: &[f32], q: &[f32], target: usize) -> Gap {
         let (p, q) = (f64::from(*p) - all_p, f64::from(*q) - all_q);
         p.exp() * (p - q)
     };
-    // Never below zero but for rounding.
-    let kl = p.iter().zip(q).map(term).sum::<f64>().max(0.0);
+    // Never below zero but for rounding; `max` would make 0 of what is no number.
+    let kl = p.iter().zip(q).map(term).sum::<f64>();
+    let kl = if kl < 0.0 { 0.0 } else { kl };
     Gap {
         kl,
         agree: best(p) == best(q),
@@ -231,6 +237,7 @@ mod tests {
         assert!((found.losses[1] + 0.4f64.ln()).abs() < 1e-6);
         assert_eq!(gap(&p, &p, 0).kl, 0.0);
         assert!(!gap(&p, &logits([0.1, 0.8, 0.1]), 0).agree);
+        assert!(gap(&[f32::NAN, 0.0, 0.0], &q, 2).kl.is_nan() && gap(&p, &[f32::NAN; 3], 2).kl.is_nan());
         assert_eq!(rows(&[p, q, p].concat(), &[q, q, q].concat(), &[0, 1, 2], 3)[1].kl, 0.0);
     }
 }

@@ -21,7 +21,8 @@ use crate::{PartKind, Result, parts};
 /// An adapter in llama.cpp's terms.
 #[derive(Debug)]
 pub struct GgufAdapter {
-    fields: Vec<(String, Field)>,
+    /// Metadata; whoever writes the file may add to it.
+    pub fields: Vec<(String, Field)>,
     tensors: Vec<(String, Tensor)>,
     /// llama.cpp's alpha.
     pub alpha: f32,

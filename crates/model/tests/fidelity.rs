@@ -4,7 +4,7 @@
 use graft_adapters::{AdapterSet, Route};
 use graft_model::{Model, Observer, Run, Text, compare};
 use graft_ops::{Array, Dtype, Rows};
-use graft_quant::{Checkpoint, Tensor};
+use graft_quant::{Checkpoint, Tensor, read_safetensors, safetensors_bytes};
 use graft_testkit::{Family, Tiny, mlx, tiny_adapter, tiny_model};
 
 fn texts() -> Vec<Text> {
@@ -66,6 +66,29 @@ fn a_comparison_is_that_of_the_logits_of_both_models() {
             assert!(gaps.iter().any(|gap| gap.kl > 1e-4));
             assert!(compare(&with, &without, &texts[..2], &mut || true).is_err());
             assert!(compare(&with, &without, &texts, &mut || false).unwrap().is_none());
+        }
+    });
+}
+
+#[test]
+fn logits_that_are_no_numbers_are_named() {
+    mlx(|| {
+        let tiny = Tiny::new(Family::Llama);
+        let (base, broken) = (tiny_model(&tiny), tiny_model(&tiny));
+        let file = broken.path().join("model.safetensors");
+        let (mut tensors, metadata) = read_safetensors(&file).unwrap();
+        tensors.get_mut("model.norm.weight").unwrap().data[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+        std::fs::write(&file, safetensors_bytes(&tensors, &metadata).unwrap()).unwrap();
+        let texts = texts();
+        let run = |dir: &std::path::Path| {
+            let model = Model::load(dir, Dtype::Float32).unwrap();
+            Run::of(&model, &Route::Base, &texts, &mut |_| true).unwrap().unwrap()
+        };
+        let (good, bad) = (run(base.path()), run(broken.path()));
+        for (first, second, wanted) in [(&good, &bad, "second"), (&bad, &good, "first")] {
+            let error = compare(first, second, &texts, &mut || true).unwrap_err().to_string();
+            assert!(error.contains(&format!("the logits of the {wanted} of two models")), "{error}");
+            assert!(error.contains("not finite at target 0"), "{error}");
         }
     });
 }

@@ -11,6 +11,7 @@ use safetensors::Dtype as StoredDtype;
 use safetensors::tensor::Metadata;
 use serde_json::{Map, Value};
 
+use crate::convert::{dtype_from_name, is_float};
 use crate::{Error, Grid, Packed, Quantization, Result, Tensor, Weight};
 
 /// Where a tensor stands and what it is.
@@ -67,7 +68,7 @@ impl Checkpoint {
         let mut tensors: BTreeMap<String, TensorInfo> = BTreeMap::new();
         for path in paths {
             let file = File::open(&path).map_err(Error::io(&path))?;
-            for (name, info) in read_header(&path, &file, files.len())? {
+            for (name, info) in read_header(&path, &file, files.len())?.0 {
                 if let Some(other) = tensors.get(&name) {
                     return Err(Error::Damaged {
                         file: path,
@@ -106,6 +107,15 @@ impl Checkpoint {
     /// The safetensors files.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(|(path, _)| path.as_path())
+    }
+
+    /// The type that config.json names, under its old name or the one of today, else that of the scales, else that of the
+    /// floats.
+    pub fn stored_dtype(&self) -> Option<StoredDtype> {
+        let named = ["torch_dtype", "dtype"].iter().find_map(|key| self.config.get(*key)?.as_str());
+        let of = |(_, info): (&String, &TensorInfo)| Some(info.dtype).filter(|dtype| is_float(*dtype));
+        let scales = || self.tensors.iter().filter(|(name, _)| name.ends_with(".scales")).find_map(of);
+        named.and_then(dtype_from_name).or_else(scales).or_else(|| self.tensors.iter().find_map(of))
     }
 
     /// All tensor names, sorted.
@@ -279,8 +289,11 @@ fn shard_files(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// The tensors of one file, after a check of its header against its size.
-fn read_header(path: &Path, file: &File, index: usize) -> Result<Vec<(String, TensorInfo)>> {
+/// What a header says: the tensors, and the metadata beside them.
+type Header = (Vec<(String, TensorInfo)>, BTreeMap<String, String>);
+
+/// The header of one file, after a check against its size.
+pub(crate) fn read_header(path: &Path, file: &File, index: usize) -> Result<Header> {
     let damaged = |what: String| Error::Damaged { file: path.to_path_buf(), what };
     let size = file.metadata().map_err(Error::io(path))?.len();
     if size < 8 {
@@ -310,7 +323,8 @@ fn read_header(path: &Path, file: &File, index: usize) -> Result<Vec<(String, Te
         let range = start + from as u64..start + to as u64;
         tensors.push((name, TensorInfo { dtype: info.dtype, shape: info.shape.clone(), file: index, range }));
     }
-    Ok(tensors)
+    let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
+    Ok((tensors, metadata))
 }
 
 /// An index that names a shard or tensor which is not there means that the download stopped half-way.

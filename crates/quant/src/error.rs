@@ -1,5 +1,6 @@
 //! What can be wrong with a checkpoint: one enum, each message names the file or tensor and what to do.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// Result of this crate.
@@ -16,6 +17,18 @@ pub enum Error {
         path: PathBuf,
         /// The system's error.
         source: std::io::Error,
+    },
+    /// There is no room for what is written, or a file may not become so large.
+    #[error(
+        "{path}: {source}, after {written} bytes; nothing was left behind: make room, or choose another place"
+    )]
+    Full {
+        /// The file or directory that was to be there.
+        path: PathBuf,
+        /// The system's error.
+        source: std::io::Error,
+        /// Bytes that were written before.
+        written: u64,
     },
     /// A file is not the JSON it should be.
     #[error("{path}: not valid JSON: {source}")]
@@ -101,5 +114,16 @@ impl Error {
     pub fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.to_path_buf();
         move |source| Error::Io { path, source }
+    }
+
+    /// As [`Error::io`], while `path` is being written; `written` bytes of it are there.
+    pub(crate) fn writing(path: &Path, written: u64) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.to_path_buf();
+        move |source| match source.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
+                Error::Full { path, source, written }
+            }
+            _ => Error::Io { path, source },
+        }
     }
 }

@@ -1,12 +1,15 @@
 //! A tensor as bytes on the host, and whole files of them.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use graft_ops::{Array, Dtype, ffi};
+use safetensors::Dtype as StoredDtype;
 use safetensors::tensor::TensorView;
-use safetensors::{Dtype as StoredDtype, SafeTensors};
 
+use crate::checkpoint::read_header;
 use crate::{Error, Result};
 
 /// A tensor's bytes, in the form of a safetensors file.
@@ -136,20 +139,15 @@ pub type TensorFile = (BTreeMap<String, Tensor>, BTreeMap<String, String>);
 /// # Errors
 /// When it cannot be read, or its header does not describe it.
 pub fn read_safetensors(path: &Path) -> Result<TensorFile> {
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let damaged =
-        |what: &dyn std::fmt::Display| Error::Damaged { file: path.to_path_buf(), what: what.to_string() };
-    let file = SafeTensors::deserialize(&bytes).map_err(|error| damaged(&error))?;
-    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|error| damaged(&error))?;
-    let tensors = file
-        .iter()
-        .map(|(name, view)| {
-            let tensor =
-                Tensor { dtype: view.dtype(), shape: view.shape().to_vec(), data: view.data().to_vec() };
-            (name.to_owned(), tensor)
-        })
-        .collect();
-    let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
+    let file = File::open(path).map_err(Error::io(path))?;
+    let (infos, metadata) = read_header(path, &file, 0)?;
+    let mut tensors = BTreeMap::new();
+    // One by one, so that no second copy of the file is held.
+    for (name, info) in infos {
+        let mut data = vec![0; (info.range.end - info.range.start) as usize];
+        file.read_exact_at(&mut data, info.range.start).map_err(Error::io(path))?;
+        tensors.insert(name, Tensor { dtype: info.dtype, shape: info.shape, data });
+    }
     Ok((tensors, metadata))
 }
 

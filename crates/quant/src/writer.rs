@@ -1,8 +1,10 @@
 //! Writing that is whole or not at all: a file or a directory is made beside its place and then takes it.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs::File;
-use std::io::{BufWriter, Read as _, Write as _};
+use std::io::{BufWriter, ErrorKind, Read as _, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
@@ -27,12 +29,24 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 pub(crate) struct AtomicFile {
     file: BufWriter<NamedTempFile>,
     path: PathBuf,
+    written: u64,
+    /// Whether what is there already may be replaced.
+    replace: bool,
 }
 
 impl AtomicFile {
     pub(crate) fn create(path: &Path) -> Result<Self> {
-        let file = NamedTempFile::new_in(parent(path)).map_err(Error::io(path))?;
-        Ok(Self { file: BufWriter::new(file), path: path.to_path_buf() })
+        let (dir, prefix) = (parent(path), prefix(path));
+        remove_abandoned(dir, &prefix);
+        let file = tempfile::Builder::new().prefix(&prefix).tempfile_in(dir).map_err(Error::io(path))?;
+        // As of a directory: it says that this process lives.
+        let _ = rustix::fs::flock(file.as_file(), FlockOperation::NonBlockingLockExclusive);
+        Ok(Self { file: BufWriter::new(file), path: path.to_path_buf(), written: 0, replace: true })
+    }
+
+    /// The same for a file that must not replace another.
+    pub(crate) fn create_new(path: &Path) -> Result<Self> {
+        Ok(Self { replace: false, ..Self::create(path)? })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -40,16 +54,26 @@ impl AtomicFile {
     }
 
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all(bytes).map_err(Error::io(&self.path))
+        self.file.write_all(bytes).map_err(Error::writing(&self.path, self.written))?;
+        self.written += bytes.len() as u64;
+        Ok(())
     }
 
     /// Synced and renamed to its place.
     pub(crate) fn persist(self) -> Result<()> {
-        let path = self.path;
-        let file = self.file.into_inner().map_err(|error| Error::io(&path)(error.into_error()))?;
-        file.as_file().sync_all().map_err(Error::io(&path))?;
+        let Self { file, path, written, replace } = self;
+        let file = file.into_inner().map_err(|error| Error::writing(&path, written)(error.into_error()))?;
+        file.as_file().sync_all().map_err(Error::writing(&path, written))?;
         readable_by_all(file.path())?;
-        file.persist(&path).map_err(|error| Error::Io { path: path.clone(), source: error.error })?;
+        let placed = if replace { file.persist(&path) } else { file.persist_noclobber(&path) };
+        let placed = match placed {
+            // A file system that cannot say so in one step.
+            Err(e) if !replace && e.error.kind() != ErrorKind::AlreadyExists && !path.exists() => {
+                e.file.persist(&path)
+            }
+            placed => placed,
+        };
+        placed.map_err(|error| Error::Io { path: path.clone(), source: error.error })?;
         sync_dir(parent(&path))
     }
 }
@@ -65,6 +89,11 @@ pub fn check_writable(path: &Path) -> Result<()> {
         return Err(Error::Io { path: path.to_path_buf(), source: std::io::Error::other(why) });
     }
     NamedTempFile::new_in(parent(path)).map(drop).map_err(Error::io(path))
+}
+
+/// How the names begin of what is being made beside `path`.
+fn prefix(path: &Path) -> String {
+    format!(".{}.part-", path.file_name().and_then(|name| name.to_str()).unwrap_or("model"))
 }
 
 /// The directory in which `path` stands.
@@ -91,7 +120,10 @@ fn readable_by_all(path: &Path) -> Result<()> {
 #[derive(Debug)]
 pub struct DirWriter {
     target: PathBuf,
+    overwrite: bool,
     temp: TempDir,
+    /// Bytes of the tensors so far.
+    written: u64,
     shards: Vec<Shard>,
     metadata: BTreeMap<String, String>,
     /// The one file of tensors, where there are to be no shards and no index.
@@ -104,6 +136,7 @@ pub struct DirWriter {
 #[derive(Debug)]
 pub struct Made {
     target: PathBuf,
+    overwrite: bool,
     temp: TempDir,
     _lock: File,
 }
@@ -120,23 +153,24 @@ struct Shard {
 const MAX_SHARD: u64 = 5 << 30;
 
 impl DirWriter {
-    /// Begins a directory that will stand at `target`, replacing what is there if `overwrite`.
+    /// Begins a directory that will stand at `target`, in the place of a model directory that is there if `overwrite`.
     ///
     /// # Errors
-    /// When the target exists and must not be replaced, or is no model directory; or when nothing can be written there.
+    /// When the target exists and must not or cannot be replaced, or holds other files than a model's; or when nothing can be
+    /// written there.
     pub fn create(target: &Path, overwrite: bool) -> Result<DirWriter> {
         check_target(target, overwrite)?;
         let dir = parent(target);
         std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
-        let name = target.file_name().and_then(|name| name.to_str()).unwrap_or("model");
-        let prefix = format!(".{name}.part-");
+        let prefix = prefix(target);
         remove_abandoned(dir, &prefix);
         let temp = tempfile::Builder::new().prefix(&prefix).tempdir_in(dir).map_err(Error::io(dir))?;
         let lock = File::open(temp.path()).map_err(Error::io(temp.path()))?;
         // A file system without locks leaves what a killed process wrote; that is no reason to refuse it.
         let _ = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive);
         let metadata = BTreeMap::from([("format".to_owned(), "mlx".to_owned())]);
-        Ok(DirWriter { target: target.to_path_buf(), temp, shards: Vec::new(), metadata, single: None, lock })
+        let (target, shards) = (target.to_path_buf(), Vec::new());
+        Ok(DirWriter { target, overwrite, temp, written: 0, shards, metadata, single: None, lock })
     }
 
     /// Puts all tensors into one file of that name, without an index, as adapters have it.
@@ -178,9 +212,9 @@ impl DirWriter {
             let file = File::create_new(&path).map_err(Error::io(&path))?;
             self.shards.push(Shard { data: BufWriter::new(file), entries: Vec::new(), bytes: 0 });
         }
-        let path = self.data_path(self.shards.len() - 1);
         let Some(shard) = self.shards.last_mut() else { return Ok(()) };
-        shard.data.write_all(&tensor.data).map_err(Error::io(&path))?;
+        shard.data.write_all(&tensor.data).map_err(Error::writing(&self.target, self.written))?;
+        self.written += size;
         shard.entries.push((name.to_owned(), tensor.dtype, tensor.shape.clone(), size));
         shard.bytes += size;
         Ok(())
@@ -200,7 +234,7 @@ impl DirWriter {
     /// # Errors
     /// When writing fails.
     pub fn write_file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        write_synced(&self.temp.path().join(name), bytes)
+        write_synced(&self.temp.path().join(name), bytes, (&self.target, self.written))
     }
 
     /// Writes config.json as mlx-lm does: keys sorted, four spaces.
@@ -243,7 +277,7 @@ impl DirWriter {
             let bytes = pretty(&index)?;
             self.write_file("model.safetensors.index.json", &bytes)?;
         }
-        Ok(Made { target: self.target, temp: self.temp, _lock: self.lock })
+        Ok(Made { target: self.target, overwrite: self.overwrite, temp: self.temp, _lock: self.lock })
     }
 
     fn data_path(&self, index: usize) -> PathBuf {
@@ -253,23 +287,21 @@ impl DirWriter {
     /// Header, then data: copied file to file, which the kernel does without the bytes passing through us.
     fn assemble(&self, index: usize, shard: Shard, name: &str) -> Result<()> {
         let (from, to) = (self.data_path(index), self.temp.path().join(name));
-        let data = shard
-            .data
-            .into_inner()
-            .map_err(|error| Error::Io { path: from.clone(), source: error.into_error() })?;
+        let full = || Error::writing(&self.target, self.written);
+        let data = shard.data.into_inner().map_err(|error| full()(error.into_error()))?;
         drop(data);
         let head = header(&shard.entries, &self.metadata)?;
         let source = File::open(&from).map_err(Error::io(&from))?;
         let mut file = File::create_new(&to).map_err(Error::io(&to))?;
-        file.write_all(&head).map_err(Error::io(&to))?;
-        let copied = std::io::copy(&mut source.take(shard.bytes), &mut file).map_err(Error::io(&to))?;
+        file.write_all(&head).map_err(full())?;
+        let copied = std::io::copy(&mut source.take(shard.bytes), &mut file).map_err(full())?;
         if copied != shard.bytes {
             return Err(Error::Damaged {
                 file: from,
                 what: format!("{copied} of {} bytes were left", shard.bytes),
             });
         }
-        file.sync_all().map_err(Error::io(&to))?;
+        file.sync_all().map_err(full())?;
         std::fs::remove_file(&from).map_err(Error::io(&from))
     }
 }
@@ -285,46 +317,49 @@ impl Made {
     /// # Errors
     /// When writing fails.
     pub fn write_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        write_synced(&self.temp.path().join(name), bytes)
+        write_synced(&self.temp.path().join(name), bytes, (&self.target, 0))
     }
 
     /// Puts the directory in its place.
     ///
     /// # Errors
-    /// When renaming fails; what stood at the target is then untouched.
+    /// When the target has come to hold what must not be lost, or renaming fails; what stood at the target is then untouched.
     pub fn place(self) -> Result<()> {
         sync_dir(self.temp.path())?;
         readable_by_all(self.temp.path())?;
-        place(self.temp.path(), &self.target)?;
+        // Hours may have passed since the first look.
+        check_target(&self.target, self.overwrite)?;
+        place(self.temp.path(), &self.target, self.overwrite)?;
         // After an exchange the old directory stands where the new one was made, and goes with it.
         sync_dir(parent(&self.target))
     }
 }
 
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+/// Writes a file of a directory that will stand at `target`, of which so many bytes are written.
+fn write_synced(path: &Path, bytes: &[u8], (target, written): (&Path, u64)) -> Result<()> {
     let mut file = File::create(path).map_err(Error::io(path))?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(path))
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::writing(target, written))
 }
 
 /// What a killed process may leave is removed when nobody has held it for as long as it takes to make and lock a directory.
 const ABANDONED: std::time::Duration = std::time::Duration::from_secs(10);
 
-/// Removes the directories of that prefix whose processes are no more; what cannot be removed stays.
+/// Removes the directories and files of that prefix whose processes are no more; what cannot be removed stays.
 fn remove_abandoned(dir: &Path, prefix: &str) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
         let ours = entry.file_name().to_str().is_some_and(|name| name.starts_with(prefix));
-        let age = entry
-            .metadata()
-            .ok()
-            .filter(std::fs::Metadata::is_dir)
-            .and_then(|m| m.modified().ok()?.elapsed().ok());
-        if !ours || age.is_none_or(|age| age < ABANDONED) {
+        let Some(metadata) = entry.metadata().ok().filter(|m| ours && (m.is_dir() || m.is_file())) else {
+            continue;
+        };
+        let age = metadata.modified().ok().and_then(|time| time.elapsed().ok());
+        if age.is_none_or(|age| age < ABANDONED) {
             continue;
         }
         let held = |file: &File| rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).is_err();
         if File::open(&path).is_ok_and(|file| !held(&file)) {
-            let _ = std::fs::remove_dir_all(&path);
+            let _ =
+                if metadata.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
         }
     }
 }
@@ -342,37 +377,96 @@ pub fn pretty(value: &Value) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Refuses a target that would be lost: one that exists without leave, or that is no model directory.
+/// Files beside a model's weights that it may have had from its maker or from us, by name.
+const MODEL_FILES: [&str; 21] = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "fuse_report.json",
+    "adapter_config.json",
+    "README.md",
+    "USE_POLICY.md",
+    ".gitattributes",
+    ".DS_Store",
+];
+
+/// Whether a model directory of ours may hold a file of that name.
+fn is_model_file(name: &str) -> bool {
+    let code = ["modeling_", "configuration_", "tokenization_"].iter().any(|start| name.starts_with(start));
+    MODEL_FILES.contains(&name)
+        || (name.starts_with("model") && name.ends_with(".safetensors"))
+        || (code && name.ends_with(".py"))
+        || [".gguf", ".tiktoken"].iter().any(|end| name.to_ascii_lowercase().ends_with(end))
+        || ["LICENSE", "NOTICE"].iter().any(|start| name.starts_with(start))
+}
+
+/// Refuses a target that would be lost, because it exists without leave or holds more than a model, or that cannot be replaced.
 fn check_target(target: &Path, overwrite: bool) -> Result<()> {
     let no_directory = "it is no directory; choose another path";
     if let Some(file) = target.ancestors().skip(1).find(|dir| dir.is_file()) {
         return Err(Error::Exists { path: file.to_path_buf(), hint: no_directory.into() });
     }
-    let Ok(metadata) = std::fs::symlink_metadata(target) else { return Ok(()) };
-    let exists = |hint: &str| Err(Error::Exists { path: target.to_path_buf(), hint: hint.into() });
-    if !metadata.is_dir() {
-        return exists(no_directory);
+    let exists = |hint: String| Err(Error::Exists { path: target.to_path_buf(), hint });
+    let inside = || format!("choose a folder inside it, such as {}", target.join("model").display());
+    if target.file_name().is_none() {
+        // It would have to be renamed, and has no name.
+        return exists(format!("it cannot be replaced by a new directory; {}", inside()));
     }
-    let mut inside = std::fs::read_dir(target).map_err(Error::io(target))?.flatten().peekable();
-    if inside.peek().is_none() {
+    let Ok(metadata) = std::fs::symlink_metadata(target) else { return Ok(()) };
+    if metadata.is_symlink() {
+        let to = std::fs::read_link(target).unwrap_or_default();
+        return exists(format!("it is a symbolic link; give what it points to, {}", to.display()));
+    }
+    if !metadata.is_dir() {
+        return exists(no_directory.into());
+    }
+    if std::fs::metadata(parent(target)).is_ok_and(|dir| dir.dev() != metadata.dev()) {
+        return exists(format!(
+            "it is a mount point, which no directory can take the place of; {}",
+            inside()
+        ));
+    }
+    let entries = std::fs::read_dir(target).map_err(Error::io(target))?.flatten();
+    let mut entries: Vec<_> = entries.map(|entry| (entry.file_name(), entry.path())).collect();
+    if entries.is_empty() {
         return Ok(());
     }
     if !overwrite {
-        return exists("remove it or choose another path");
+        return exists("remove it or choose another path".into());
     }
-    // A model's files stand side by side; a folder among them is someone's data, adapters being trained perhaps.
-    if !target.join("config.json").is_file() || inside.any(|entry| entry.path().is_dir()) {
-        return exists(
-            "it holds other things than a model's files, which would be lost; choose another path",
-        );
+    // A model's files stand side by side; whatever else is there is someone's data, adapters being trained perhaps.
+    entries.sort();
+    let foreign =
+        |(name, path): &&(OsString, PathBuf)| !path.is_file() || !name.to_str().is_some_and(is_model_file);
+    if let Some((name, _)) = entries.iter().find(foreign) {
+        let name = name.to_string_lossy();
+        return exists(format!(
+            "it holds other things than a model's files, which would be lost ({name}); choose another path"
+        ));
+    }
+    if !target.join("config.json").is_file() {
+        return exists("it is no model directory, as config.json is missing; choose another path".into());
     }
     Ok(())
 }
 
-/// Puts `made` in the place of `target`.
-fn place(made: &Path, target: &Path) -> Result<()> {
+/// Puts `made` in the place of `target`; of a model that is there only if `overwrite`.
+fn place(made: &Path, target: &Path, overwrite: bool) -> Result<()> {
     use rustix::fs::{CWD, RenameFlags, renameat_with};
-    if !target.exists() {
+    // A plain rename of a directory replaces an empty directory and nothing else.
+    if !overwrite || !target.exists() {
         return std::fs::rename(made, target).map_err(Error::io(target));
     }
     if renameat_with(CWD, made, CWD, target, RenameFlags::EXCHANGE).is_ok() {

@@ -329,4 +329,11 @@ fn a_writer_takes_what_its_header_says() {
         assert_eq!(back.metadata[key], value, "{key}");
     }
     assert_eq!(back.tensors["a"].shape, [2, 3]);
+    // What came to be there meanwhile is not replaced.
+    let before = std::fs::read(&path).unwrap();
+    let mut writer = GgufWriter::create(&path, &[], &plan[..1]).unwrap();
+    writer.add(&[2; 24]).unwrap();
+    let error = writer.finish().unwrap_err().to_string();
+    assert!(error.contains("w.gguf") && error.contains("exists"), "{error}");
+    assert!(std::fs::read(&path).unwrap() == before);
 }

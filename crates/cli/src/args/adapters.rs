@@ -40,6 +40,9 @@ pub(crate) struct MergeArgs {
     /// Seed of what is drawn
     #[arg(long)]
     pub(crate) seed: Option<u64>,
+    /// Take adapters of other models of the same shapes, too
+    #[arg(long)]
+    pub(crate) force: bool,
     /// Where the adapter is written; must not exist
     #[arg(long, default_value = "merged_adapter")]
     pub(crate) save_path: String,

@@ -54,7 +54,8 @@ pub(crate) struct FuseArgs {
     /// Fuse nothing: measure a model that is fused already, by another tool perhaps, as --verify model does
     #[arg(long, value_name = "DIR", conflicts_with_all = ["policy", "dequantize", "base", "force", "html"], help_heading = "graft's own")]
     pub(crate) measure: Option<String>,
-    /// Keep the result even if less than 90 % of the update may have been kept
+    /// Keep the result even if less than 90 % of the update may have been kept, and take the adapter of another model of the
+    /// same shapes
     #[arg(long, help_heading = "graft's own")]
     pub(crate) force: bool,
     #[command(flatten, next_help_heading = "With --verify model: answers to its rows, scored")]

@@ -6,7 +6,7 @@ use crate::hub::{self, What};
 use crate::ui;
 use anyhow::{Context, Result, bail};
 use graft_adapters::{AdapterSet, AdapterWriter, FineTuneType, Fingerprint, Origin, Provenance};
-use graft_merge::{Event, ExtractOptions, MergeReport, Size};
+use graft_merge::{Allowed, Event, ExtractOptions, MergeReport, Size};
 use graft_quant::Checkpoint;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ pub(crate) fn import(args: &ImportArgs) -> Result<()> {
     let mut base = None;
     if let Some(model) = &args.model {
         let checkpoint = Checkpoint::open(&hub::resolve(model, What::Model)?)?;
-        graft_merge::check(&checkpoint, &set, &mut warn)
+        graft_merge::check(&checkpoint, &set, Allowed::default(), &mut warn)
             .with_context(|| format!("cannot import {} for {model}", args.adapter))?;
         let fingerprint = serde_json::to_value(Fingerprint::of(&checkpoint, model))?;
         set.metadata.insert(Fingerprint::KEY.into(), fingerprint.to_string());
@@ -199,8 +199,11 @@ pub(crate) fn resize(args: &ResizeArgs) -> Result<()> {
     }
     let size = size(args.size.rank, args.size.energy).unwrap_or(Size::Full);
     let out = PathBuf::from(&args.save_path);
-    let report = graft_merge::resize(&set, &Origin::of_adapter(&dir, &args.adapter)?, size, &out)
-        .with_context(|| format!("cannot resize {}", args.adapter))?;
+    let origin = Origin::of_adapter(&dir, &args.adapter)?;
+    let report = progress("modules", |stop, on_event| {
+        graft_merge::resize((&set, &origin), size, &out, stop, on_event)
+    })
+    .with_context(|| format!("cannot resize {}", args.adapter))?;
     finish(&report, &format!("Resized {}", args.adapter), &out, args.json)
 }
 

@@ -40,6 +40,7 @@ pub(crate) fn convert(args: &ConvertArgs, quantize: bool) -> Result<()> {
         }
         None => {
             let dir = hub::resolve(source, hub::What::Model)?;
+            load::refuse_beside(&dir, source)?;
             if quantize {
                 // Packing what graft cannot run would show only when the result is used.
                 load::config_of(&Checkpoint::open(&dir)?)?;

@@ -6,10 +6,10 @@ use crate::errors::{Interrupted, Usage};
 use crate::hub::{self, What};
 use crate::{host, ui};
 use anyhow::{Context, Result, bail};
-use graft_adapters::{AdapterSet, Fingerprint};
+use graft_adapters::{AdapterSet, Fingerprint, Origin, Provenance};
 use graft_model::{GgufAdapter, GgufExport};
 use graft_quant::convert::Event;
-use graft_quant::gguf::{ExportReport, Exported, Kind, export_gguf as write_gguf};
+use graft_quant::gguf::{ExportReport, Exported, Field, Kind, export_gguf as write_gguf};
 use graft_quant::{Checkpoint, Error, check_writable};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -36,6 +36,12 @@ impl Wanted {
         }
         // The fused directory replaces what stands there; another place is looked at before the work.
         let path = Path::new(&args.save_path).join(&args.gguf_path);
+        if path.extension().is_none_or(|end| !end.eq_ignore_ascii_case("gguf")) {
+            bail!(Usage(format!(
+                "--gguf-path {}: expected a name that ends in .gguf, so that it is none of the model's files",
+                args.gguf_path
+            )));
+        }
         if Path::new(&args.gguf_path).components().count() != 1 {
             check_target(&path, "--gguf-path")?;
         }
@@ -64,6 +70,7 @@ pub(crate) fn export_gguf(args: &ExportGgufArgs) -> Result<()> {
         return self::adapter(args, adapter, &path);
     }
     let dir = hub::resolve(&args.model, What::Model)?;
+    load::refuse_beside(&dir, &args.model)?;
     let stop = host::stop_flag(|| ui::note("stopping; once more stops at once"));
     let wanted = Wanted { path, kind: kind(&args.kind) };
     if !args.json {
@@ -92,8 +99,23 @@ fn name(argument: &str) -> String {
     name.unwrap_or(argument).to_owned()
 }
 
+/// What the file was made of, in its metadata; other tools pass over it.
+fn made_of(base: Option<Origin>, inputs: Vec<Origin>, kind: Option<Kind>) -> Result<(String, Field)> {
+    let made_of = Provenance {
+        graft: env!("CARGO_PKG_VERSION").into(),
+        operation: "export gguf".into(),
+        base,
+        inputs,
+        recipe: json!({"type": kind.map_or("auto".into(), |kind| kind.to_string())}),
+        summary: Value::Null,
+    };
+    Ok((format!("graft.{}", Provenance::KEY), Field::Str(serde_json::to_string(&made_of)?)))
+}
+
 fn write(dir: &Path, argument: &str, wanted: &Wanted, stop: &AtomicBool) -> Result<ExportReport> {
-    let (checkpoint, export) = described(dir, argument)?;
+    let (checkpoint, mut export) = described(dir, argument)?;
+    let origin = Origin::of_model(&checkpoint, argument)?;
+    export.parts.fields.push(made_of(None, vec![origin], wanted.kind)?);
     export.warnings.iter().for_each(|text| ui::note(&format!("warning: {text}")));
     let progress = ui::Progress::new(0, "tensors");
     let report =
@@ -140,7 +162,9 @@ fn adapter(args: &ExportGgufArgs, adapter: &str, path: &Path) -> Result<()> {
     let set = AdapterSet::load(&dir)?;
     let base = Fingerprint::of(&checkpoint, &args.model);
     load::check_base(Fingerprint::read(&set.config), &dir, &base)?;
-    let written = GgufAdapter::new(&checkpoint, &set, &dir, &name(adapter))?;
+    let mut written = GgufAdapter::new(&checkpoint, &set, &dir, &name(adapter))?;
+    let base = Origin::of_model(&checkpoint, &args.model)?;
+    written.fields.push(made_of(Some(base), vec![Origin::of_adapter(&dir, adapter)?], Some(Kind::F32))?);
     let bytes = written.write(path)?;
     if args.json {
         let all = json!({"schema": 1, "kind": "export", "file": args.out, "bytes": bytes, "modules": written.modules(),

@@ -32,6 +32,13 @@ pub(crate) fn fuse(args: &FuseArgs) -> Result<()> {
     }
     let metric = metric(args)?;
     let gguf = export::Wanted::of_fuse(args)?;
+    if gguf.is_some() && named == Some(Policy::Fold) {
+        bail!(Usage(
+            "--policy fold leaves the low-rank part to an adapter beside the model, and a GGUF file holds no adapter: with \
+             --export-gguf choose --policy raise, same or dense"
+                .into()
+        ));
+    }
     report::check(&args.html.iter().map(|file| ("--html", file)).collect::<Vec<_>>())?;
     let base = args.base.as_ref().unwrap_or(&args.model);
     let model = hub::resolve(base, What::Model)?;
@@ -40,16 +47,29 @@ pub(crate) fn fuse(args: &FuseArgs) -> Result<()> {
         export::described(&model, base)?;
     }
     let adapter_dir = hub::resolve(&args.adapter_path, What::Adapter)?;
+    if model.canonicalize().ok() != adapter_dir.canonicalize().ok() {
+        load::refuse_beside(&model, base)?;
+    }
     let adapter = AdapterSet::load(&adapter_dir)?;
     let named_both = || format!("cannot fuse {} into {base}", args.adapter_path);
     if args.base.is_some() {
-        check_bases(&hub::resolve(&args.model, What::Model)?, &model, args, base).with_context(named_both)?;
+        let trained = hub::resolve(&args.model, What::Model)?;
+        let target = Path::new(&args.save_path).canonicalize();
+        if target.is_ok_and(|target| trained.canonicalize().is_ok_and(|trained| trained == target)) {
+            bail!(
+                "--save-path {} is the model itself that the adapter was trained on (--model), which the fused one would \
+                 replace; choose another path",
+                args.save_path
+            );
+        }
+        check_bases(&trained, &model, args, base).with_context(named_both)?;
     }
     let options = FuseOptions {
         policy: named.unwrap_or(Policy::Raise),
         dequantize: args.dequantize,
         // As mlx_lm does; a directory that is no model's is refused all the same.
         overwrite: true,
+        force: args.force,
         other_precision: args.base.is_some(),
         base_name: base.clone(),
         adapter_name: args.adapter_path.clone(),
@@ -133,7 +153,8 @@ fn check_bases(trained: &Path, base: &Path, args: &FuseArgs, name: &str) -> Resu
         Ok(Fingerprint::of(&Checkpoint::open(dir)?, name))
     };
     let (trained, base) = (of(trained, &args.model)?, of(base, name)?);
-    if let Some(why) = trained.foreign_to(&base) {
+    let other = trained.other_model_than(&base).filter(|_| !args.force);
+    if let Some(why) = trained.foreign_to(&base).or(other) {
         bail!("--base {name} is another model than --model {}: {why}", args.model);
     }
     ui::note(&format!(

@@ -6,7 +6,7 @@ use super::load::Loaded;
 use super::score::Scorer;
 use crate::errors::Interrupted;
 use crate::ui;
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use graft_adapters::Route;
 use graft_merge::{Distance, Estimated, ModelReport, Scores, Three};
 use graft_model::{Gap, Run, Sampling, compare};
@@ -46,7 +46,7 @@ impl Verify<'_> {
             let route = loaded.route(Some(self.adapter))?;
             (self.measure(&loaded, &Route::Base, "base")?, self.measure(&loaded, &route.route(), "adapter")?)
         };
-        let to_base = self.gaps(&adapter.run, &base.run)?;
+        let to_base = self.gaps(("adapter", &adapter.run), ("base", &base.run))?;
         let base_right = base.right;
         drop(base.run);
         let trained = match self.trained {
@@ -63,10 +63,10 @@ impl Verify<'_> {
             let route = loaded.route(left)?;
             self.measure(&loaded, &route.route(), "fused")?
         };
-        let to_fused = self.gaps(&adapter.run, &fused.run)?;
+        let to_fused = self.gaps(("adapter", &adapter.run), ("fused", &fused.run))?;
         let to_trained = match &trained {
             None => None,
-            Some(trained) => Some(self.gaps(trained, &fused.run)?),
+            Some(trained) => Some(self.gaps(("adapter on its base", trained), ("fused", &fused.run))?),
         };
         let kl = |gaps: &[Gap]| -> Vec<(f64, f64)> {
             let mut at = 0;
@@ -117,9 +117,11 @@ impl Verify<'_> {
         Ok(Measured { run, right: self.answers(loaded, route, name)? })
     }
 
-    fn gaps(&self, first: &Run, second: &Run) -> Result<Vec<Gap>> {
+    fn gaps(&self, (one, first): (&str, &Run), (other, second): (&str, &Run)) -> Result<Vec<Gap>> {
         let go_on = &mut || !self.stop.load(Ordering::Relaxed);
-        let Some(gaps) = compare(first, second, &self.rows.texts, go_on)? else { bail!(stopped()) };
+        let gaps = compare(first, second, &self.rows.texts, go_on)
+            .with_context(|| format!("cannot compare the first model ({one}) with the second ({other})"))?;
+        let Some(gaps) = gaps else { bail!(stopped()) };
         Ok(gaps)
     }
 

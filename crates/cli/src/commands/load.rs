@@ -1,11 +1,11 @@
 //! What several commands need: a model with its tokenizer and template, an adapter on it, the data of a run.
 
 use crate::hub::{self, What};
+use crate::ui;
 use anyhow::{Context, Result, bail};
-use graft_adapters::{AdapterSet, Fingerprint};
+use graft_adapters::{ADAPTER_FILE, AdapterSet, Fingerprint};
 use graft_model::{ChatTemplate, DecoderConfig, Model, Tokenizer, config_from_map};
 use graft_ops::Dtype;
-use graft_quant::convert::{dtype_from_name, is_float};
 use graft_quant::{Checkpoint, StoredDtype};
 use graft_train::{ModelEncoder, OwnedRoute};
 use std::path::{Path, PathBuf};
@@ -75,20 +75,39 @@ pub(crate) fn compute_dtype(checkpoint: &Checkpoint) -> Dtype {
 }
 
 fn stored_dtype(checkpoint: &Checkpoint) -> Dtype {
-    let named = ["torch_dtype", "dtype"].iter().find_map(|key| checkpoint.config().get(*key)?.as_str());
-    let of = |name: &String| checkpoint.info(name).map(|info| info.dtype).filter(|dtype| is_float(*dtype));
-    let scales = || checkpoint.names().filter(|name| name.ends_with(".scales")).find_map(of);
-    let stored = named.and_then(dtype_from_name).or_else(scales).or_else(|| checkpoint.names().find_map(of));
-    match stored {
+    match checkpoint.stored_dtype() {
         Some(StoredDtype::F16) => Dtype::Float16,
         Some(StoredDtype::F32 | StoredDtype::F64) => Dtype::Float32,
         _ => Dtype::Bfloat16,
     }
 }
 
-/// Refuses an adapter that says it was trained on another base.
+/// Refuses a model beside which an adapter stands, where only the model would be taken: what `fuse --policy fold` makes is the
+/// model and that adapter together.
+pub(crate) fn refuse_beside(dir: &Path, argument: &str) -> Result<()> {
+    let file = dir.join(ADAPTER_FILE);
+    if file.is_file() {
+        bail!(
+            "{}: an adapter beside the model, which would be left out though the model may be half of what was fused: fuse \
+             it first (graft fuse --model {argument} --adapter-path {argument} --save-path NEW), or move it elsewhere if the \
+             model is meant without it",
+            file.display()
+        );
+    }
+    Ok(())
+}
+
+/// Refuses an adapter that says it was trained on another base; warns of one of another model of the same shapes.
 pub(crate) fn check_base(own: Option<Fingerprint>, dir: &Path, base: &Fingerprint) -> Result<()> {
-    if let Some(why) = own.and_then(|own| own.foreign_to(base)) {
+    let Some(own) = own else { return Ok(()) };
+    if let Some(why) = own.other_model_than(base).filter(|_| own.foreign_to(base).is_none()) {
+        ui::note(&format!(
+            "warning: the adapter {} is not for {}: {why}; answers may be poor",
+            dir.display(),
+            base.lineage
+        ));
+    }
+    if let Some(why) = own.foreign_to(base) {
         bail!(
             "the adapter {} is for another base than {}: {why}; give the model it was trained on",
             dir.display(),

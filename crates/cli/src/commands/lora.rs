@@ -7,7 +7,7 @@ use crate::errors::{Interrupted, Usage};
 use crate::settings::{self, Defaults, Settings};
 use crate::{host, ui};
 use anyhow::{Context, Result, bail};
-use graft_adapters::{FineTuneType, Fingerprint, LoraParameters};
+use graft_adapters::{AdapterSet, CONFIG_FILE, FineTuneType, Fingerprint, LoraParameters};
 use graft_model::{GenerateOptions, Sampling, Tokenizer};
 use graft_train::{Data, DataConfig, Event, Outcome, Question, Row, TrainConfig, TrainReport, read_rows};
 use serde_json::{Map, Value, json};
@@ -53,6 +53,7 @@ pub(crate) fn lora(args: &LoraArgs, defaults: Defaults) -> Result<()> {
 
 fn train(settings: &Settings, loaded: &Loaded, data: &Data, stop: &AtomicBool) -> Result<()> {
     let mut config = config(settings, loaded)?;
+    check_start(&config, loaded)?;
     record_rows(&mut config.adapter_config, settings, data)?;
     let asked = sample_prompts(settings, loaded)?;
     config.samples = asked.iter().map(|question| (question.prompt.clone(), sample_options(loaded))).collect();
@@ -73,6 +74,30 @@ fn train(settings: &Settings, loaded: &Loaded, data: &Data, stop: &AtomicBool) -
         )));
     }
     ui::out(&format!("Saved final weights to {}.", summary.adapter_file.display()));
+    Ok(())
+}
+
+/// A run goes on with the base it began with: what it starts from must not be an adapter of another one.
+fn check_start(config: &TrainConfig, loaded: &Loaded) -> Result<()> {
+    let dir = &config.adapter_path;
+    if config.resume && dir.join(CONFIG_FILE).is_file() {
+        let trained = AdapterSet::trained_on(dir)?;
+        let other = trained.as_ref().and_then(|own| own.other_model_than(&loaded.base));
+        if let Some(why) = other {
+            bail!(
+                "--resume: the run in {} cannot go on with {}: {why}; give the model it began with, or start from its weights \
+                 with --resume-adapter-file",
+                dir.display(),
+                loaded.base.lineage
+            );
+        }
+        return load::check_base(trained, dir, &loaded.base);
+    }
+    if let Some(file) = config.resume_adapter_file.as_ref().filter(|_| !config.resume) {
+        let metadata = graft_quant::read_safetensors(file)?.1;
+        let trained = metadata.get(Fingerprint::KEY).and_then(|text| serde_json::from_str(text).ok());
+        return load::check_base(trained, file, &loaded.base);
+    }
     Ok(())
 }
 

@@ -33,6 +33,7 @@ pub(crate) fn merge(args: &MergeArgs, exact: bool) -> Result<()> {
         lambda: parameters.lambda.unwrap_or(1.0),
         t: parameters.t,
         seed: parameters.seed.unwrap_or(0),
+        force: args.force,
     };
     let checkpoint = recipe
         .base_model

@@ -12,6 +12,11 @@ fn a_model_comes_back_and_answers_the_same() {
     let expected = "Saved m.gguf (";
     assert!(run.out.starts_with(expected) && run.err.is_empty(), "{run:?}");
     assert!(run.out.ends_with("  15 of 4 bits, groups of 64 -> Q4_1, exactly\n"), "{run:?}");
+    // The file says of what it was made.
+    let bytes = folder.read("m.gguf");
+    let hash = graft_adapters::file_hash(&folder.path("model/model.safetensors")).unwrap();
+    let found = |text: &str| bytes.windows(text.len()).any(|window| window == text.as_bytes());
+    assert!(found("graft.provenance") && found(&hash) && found("\"operation\":\"export gguf\""));
     folder.ok("convert --hf-path m.gguf --mlx-path back");
     let answer = |model: &str| {
         folder.ok(&format!("generate --model {model} --max-tokens 8 --prompt hello --verbose false")).out
@@ -76,6 +81,43 @@ fn a_fused_model_gets_its_file() {
         &format!("{fuse} --export-gguf --gguf-path ../there.gguf"),
         &["there.gguf exists already"],
     );
+}
+
+#[test]
+fn what_was_folded_is_not_taken_without_its_adapter() {
+    let folder = Folder::with_model();
+    let dora = tiny_adapter(&folder.path("model"), &llama(Some((4, 32))), true, 4, 9);
+    std::fs::rename(dora.keep(), folder.path("dora")).unwrap();
+    let fuse = "fuse --model model --adapter-path dora --save-path folded --policy fold --verify layers";
+    folder.fails(
+        2,
+        &format!("{fuse} --export-gguf"),
+        &["--policy fold leaves the low-rank part", "choose --policy raise, same or dense"],
+    );
+    assert!(!folder.path("folded").exists());
+    folder.ok(fuse);
+    let beside = ["folded/adapters.safetensors: an adapter beside the model", "graft fuse --model folded"];
+    folder.fails(1, "export gguf --model folded --out f.gguf", &beside);
+    folder.fails(1, "convert --hf-path folded --mlx-path plain --dequantize", &beside);
+    folder.fails(1, "fuse --model folded --adapter-path adapter --save-path other --verify off", &beside);
+    assert_eq!(folder.names("."), ["adapter", "data", "dora", "folded", "model"]);
+    // The adapter by itself, and both as one model, which is a model like any other.
+    folder.ok("export gguf --model folded --adapter-path folded --out a.gguf");
+    folder.ok("fuse --model folded --adapter-path folded --save-path whole --verify layers --export-gguf");
+    folder.ok("convert --hf-path whole --mlx-path plain --dequantize");
+}
+
+#[test]
+fn a_gguf_file_has_a_name_of_its_own() {
+    let folder = Folder::with_model();
+    let fuse = "fuse --model model --adapter-path adapter --save-path fused --verify layers --export-gguf";
+    for name in ["model.safetensors", "config.json", "gguf"] {
+        let parts = [name, "expected a name that ends in .gguf"];
+        folder.fails(2, &format!("{fuse} --gguf-path {name}"), &parts);
+    }
+    assert!(!folder.path("fused").exists());
+    folder.ok(&format!("{fuse} --gguf-path M.GGUF"));
+    folder.ok("generate --model fused --max-tokens 1");
 }
 
 #[test]

@@ -160,6 +160,43 @@ fn another_precision_of_the_base_is_measured_and_another_model_refused() {
     folder.model("qwen", &Tiny::new(Family::Qwen2));
     let parts = ["--base qwen is another model than --model model", "a llama model, this is a qwen2"];
     folder.fails(1, &format!("{fuse} --base qwen"), &parts);
+    // The base that it was trained on is not replaced.
+    let before = folder.read("model/model.safetensors");
+    let into =
+        "fuse --model model --base plain --adapter-path trained --save-path ./plain/../model --verify layers";
+    folder.fails(1, into, &["is the model itself that the adapter was trained on"]);
+    assert!(folder.read("model/model.safetensors") == before);
+}
+
+#[test]
+fn another_model_of_the_same_shapes_is_refused_warned_of_or_forced() {
+    let folder = Folder::with_model();
+    folder.model("other", &Tiny { seed: 2, ..llama(Some((4, 32))) });
+    let train = "lora --train --data data --num-layers 2 --val-batches 0 --adapter-path trained";
+    folder.ok(&format!("{train} --model model --iters 1"));
+    let fuse = "fuse --model other --adapter-path trained --save-path fused --verify layers";
+    let parts = ["trained on model, another model of the same shapes", "--force"];
+    folder.fails(1, fuse, &parts);
+    let run = folder.ok(&format!("{fuse} --force"));
+    assert!(run.err.contains("warning: the adapter does not belong to "), "{run:?}");
+    let base = "fuse --model model --base other --adapter-path trained --save-path fused --verify layers";
+    folder.fails(1, base, &["--base other is another model than --model model"]);
+    let merge = "merge --method linear --adapter trained --model other --save-path merged";
+    folder.fails(1, merge, &parts);
+    folder.ok(&format!("{merge} --force"));
+    let run = folder.ok("generate --model other --adapter-path trained --max-tokens 1");
+    assert!(run.err.contains("warning: the adapter trained is not for other"), "{run:?}");
+    folder.fails(1, &format!("{train} --model other --iters 2 --resume"), &["--resume", parts[0]]);
+    let weights = "--resume-adapter-file trained/adapters.safetensors";
+    let run = folder
+        .ok(&format!("{} --model other --iters 1 {weights}", train.replace("path trained", "path new")));
+    assert!(
+        run.err.contains("warning: the adapter trained/adapters.safetensors is not for other"),
+        "{run:?}"
+    );
+    // On its own base nothing is said.
+    let run = folder.ok(&format!("{train} --model model --iters 2 --resume"));
+    assert!(!run.err.contains("warning: the adapter"), "{run:?}");
 }
 
 #[test]
@@ -242,7 +279,7 @@ fn what_is_no_model_is_not_replaced() {
         &FUSE.replace("fused", "data"),
         &["data exists already", "other things than a model's files"],
     );
-    folder.fails(1, &FUSE.replace("fused", "adapter"), &["adapter exists already"]);
+    folder.fails(1, &FUSE.replace("fused", "adapter"), &["adapter is the adapter itself"]);
     folder.fails(1, &FUSE.replace("fused", "model/config.json"), &["it is no directory"]);
     folder.fails(1, &FUSE.replace("fused", "model"), &["model is the base itself"]);
     folder.fails(1, &FUSE.replace("fused", "./model/../model"), &["is the base itself"]);

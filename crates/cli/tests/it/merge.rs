@@ -151,6 +151,31 @@ fn an_interrupted_merge_leaves_nothing() {
 }
 
 #[test]
+fn a_full_disk_names_what_was_to_be_written() {
+    let folder = folder();
+    let graft = env!("CARGO_BIN_EXE_graft");
+    for (arguments, target) in [
+        ("merge --method linear --adapter adapter --save-path new", "new"),
+        ("adapter resize adapter --rank 2 --save-path new", "new"),
+        ("adapter export adapter --save-path new", "new"),
+        ("export gguf --model model --out new.gguf", "new.gguf"),
+    ] {
+        // A limit of the size of files is as good as a full disk: 8 blocks of 512 bytes.
+        let line = format!("trap '' XFSZ; ulimit -f 8; exec {graft} {arguments}");
+        let mut command = std::process::Command::new("sh");
+        let output = command.args(["-c", &line]).current_dir(folder.path(".")).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments}: {error}");
+        let wanted = format!("{target}: File too large");
+        for part in [wanted.as_str(), " bytes; nothing was left behind: make room"] {
+            assert!(error.contains(part), "{arguments}: {part:?} is not in {error}");
+        }
+        assert!(!error.contains(".part-") && !error.contains(".tmp"), "{error}");
+        assert_eq!(folder.names("."), ["adapter", "data", "dora", "model"]);
+    }
+}
+
+#[test]
 fn peft_and_back_is_the_same() {
     let folder = folder();
     for name in ["adapter", "dora"] {
@@ -209,6 +234,8 @@ fn inspect_extract_and_resize_say_what_there_is() {
     let run = folder.ok("adapter resize adapter --rank 2 --save-path small");
     assert!(run.out.starts_with("Resized adapter (svd, lora) in 14 modules\nRank: 2\n"), "{run:?}");
     folder.ok("generate --model model --adapter-path small --max-tokens 1");
+    let run = folder.ok("adapter resize dora --rank 2 --save-path small-dora");
+    assert!(run.out.starts_with("Resized dora (svd, dora) in 14 modules\nRank: 2\n"), "{run:?}");
     let run = folder.ok("adapter inspect small");
     assert!(run.out.contains("made by adapter resize of adapter"), "{run:?}");
     folder.ok("fuse --model model --adapter-path adapter --save-path tuned --policy dense");

@@ -37,7 +37,7 @@ fn source(dir: &Path, weight: f64, density: f64) -> MergeSource {
 
 fn options(method: &str, size: Size) -> MergeOptions {
     let method = Method::from_name(method).unwrap();
-    MergeOptions { method, size, normalize: None, lambda: 1.0, t: None, seed: 5 }
+    MergeOptions { method, size, normalize: None, lambda: 1.0, t: None, seed: 5, force: false }
 }
 
 /// What a module's path and the single updates make of it.
@@ -209,10 +209,10 @@ fn sums_equal_the_dense_sum() {
                 let kind = if dora.contains(&true) { "dora" } else { "lora" };
                 assert_eq!(found.report.fine_tune_type, kind);
             }
-            // Halved, and over the sum of the weights.
-            let half = MergeOptions { normalize: Some(true), lambda: 0.5, ..options("linear", Size::Full) };
-            let found = merged(&sources(), Some(path), &half).unwrap();
-            check(path, &dirs, &found.dir, 1e-5, |_, d| weighted(d, &[0.8, -0.3].map(|w| w * 0.5 / 0.5)));
+            // Over the sum of the weights, which is 0.5, and times lambda.
+            let less = MergeOptions { normalize: Some(true), lambda: 0.7, ..options("linear", Size::Full) };
+            let found = merged(&sources(), Some(path), &less).unwrap();
+            check(path, &dirs, &found.dir, 1e-5, |_, d| weighted(d, &weights.map(|w| w / 0.5 * 0.7)));
             // Without magnitudes no base is needed.
             let alone = merged(&sources(), None, &options("linear", Size::Full));
             match dora.contains(&true) {
@@ -266,20 +266,24 @@ fn dense_methods_equal_their_formulas() {
                 [adapter(path, &tiny, dora[0], (4, 1), 0.7), adapter(path, &tiny, dora[1], (6, 2), 2.0)];
             let dirs = [dirs[0].path(), dirs[1].path()];
             let (weights, densities) = ([0.8, 0.5], [0.6, 0.3]);
-            let run = |method: &str, normalize: Option<bool>, wanted: Formula| {
+            let run = |method: &str, normalize: Option<bool>, lambda: f64, wanted: Formula| {
                 let sources = [source(dirs[0], 0.8, 0.6), source(dirs[1], 0.5, 0.3)];
-                let options = MergeOptions { normalize, ..options(method, Size::Rank(128)) };
+                let options = MergeOptions { normalize, lambda, ..options(method, Size::Rank(128)) };
                 let found = merged(&sources, Some(path), &options).unwrap();
                 check(path, &dirs, &found.dir, 2e-5, wanted);
             };
             let trim = |d: &[Vec<f64>]| [0, 1].map(|i| largest(&d[i], densities[i]));
             let draw =
                 |path: &str, d: &[Vec<f64>]| [0, 1].map(|i| drawn(&d[i], densities[i], path, i as u64));
-            run("magnitude_prune", None, &|_, d| weighted(&trim(d), &weights));
-            run("ties", None, &|_, d| elected(&trim(d), &weights));
-            run("dare_linear", None, &|p, d| weighted(&draw(p, d), &weights));
-            run("dare_ties", None, &|p, d| elected(&draw(p, d), &weights));
-            run("dare_linear", Some(true), &|p, d| weighted(&draw(p, d), &weights.map(|w| w / 1.3)));
+            run("magnitude_prune", None, 1.0, &|_, d| weighted(&trim(d), &weights));
+            run("ties", None, 1.0, &|_, d| elected(&trim(d), &weights));
+            run("dare_linear", None, 1.0, &|p, d| weighted(&draw(p, d), &weights));
+            run("dare_ties", None, 1.0, &|p, d| elected(&draw(p, d), &weights));
+            run("dare_linear", Some(true), 1.0, &|p, d| weighted(&draw(p, d), &weights.map(|w| w / 1.3)));
+            let scaled = |d: Vec<f64>| -> Vec<f64> { d.into_iter().map(|x| 0.7 * x).collect() };
+            run("ties", None, 0.7, &|_, d| scaled(elected(&trim(d), &weights)));
+            let mean = weights.map(|w| 0.7 * w / 1.3);
+            run("magnitude_prune", Some(true), 0.7, &|_, d| weighted(&trim(d), &mean));
         }
     });
 }
@@ -304,6 +308,11 @@ fn slerp_walks_the_arc() {
                 let found = merged(&sources, Some(path), &options).unwrap();
                 check(path, &dirs, &found.dir, 1e-5, |_, d| arc(d, t.unwrap_or(0.75)));
             }
+            let sources = [source(dirs[0], 1.0, 1.0), source(dirs[1], 1.0, 1.0)];
+            let t = Some(Setting::Number(0.3));
+            let less = MergeOptions { t, lambda: 0.7, ..options("slerp", Size::Full) };
+            let found = merged(&sources, Some(path), &less).unwrap();
+            check(path, &dirs, &found.dir, 1e-5, |_, d| arc(d, 0.3).iter().map(|x| 0.7 * x).collect());
             // Twice the same has no angle.
             let twice = [source(dirs[0], 1.0, 1.0), source(dirs[0], 1.0, 1.0)];
             let found = merged(&twice, Some(path), &options("slerp", Size::Full)).unwrap();
@@ -453,6 +462,40 @@ fn what_has_no_meaning_is_refused_by_name() {
                 "lambda: expected a finite number, found NaN",
             ),
             (
+                two(),
+                MergeOptions { lambda: 1e39, ..linear() },
+                "lambda: expected a finite number, found 1000",
+            ),
+            (
+                with(&|s| s.weight = Setting::Number(1e300)),
+                linear(),
+                "weight of one: expected a finite number",
+            ),
+            (
+                two(),
+                MergeOptions { normalize: Some(true), ..options("slerp", Size::Full) },
+                "normalize with slerp: expected nothing, as an arc has no sum of weights",
+            ),
+            (
+                two(),
+                MergeOptions {
+                    t: serde_json::from_str(r#"[{"filter": "mlp", "value": 0.2}]"#).unwrap(),
+                    ..options("slerp", Size::Full)
+                },
+                "t: expected a value for model.layers.0.self_attn.k_proj (a filter `*` is for the rest), found none",
+            ),
+            (
+                // Each is finite, and their product is not.
+                with(&|s| {
+                    for adapter in s.set.adapters.values_mut() {
+                        adapter.b = adapter.b.multiply(Array::from_f32(1e20)).unwrap();
+                    }
+                    s.weight = Setting::Number(1e30);
+                }),
+                linear(),
+                "model.layers.0.mlp.down_proj: the new update holds values that are not finite; check the adapters",
+            ),
+            (
                 with(&|s| s.weight = Setting::Number(f64::INFINITY)),
                 linear(),
                 "weight of one: expected a finite number, found inf",
@@ -499,6 +542,18 @@ fn what_has_no_meaning_is_refused_by_name() {
         let parts =
             "an adapter of another base cannot be merged: it was trained on a qwen2 model, this is a llama";
         assert!(found.contains(parts) && found.contains("their/llama"), "{found}");
+        // Of the same shapes, by their norms.
+        let norms = |norms: &str| {
+            let mut one = says("llama");
+            let base = json!({"model_type": "llama", "shapes": "s", "precision": "", "lineage": "their/llama", "norms": norms});
+            one.set.config.set_extra("base", base);
+            one
+        };
+        let pair = [norms("a+b"), norms("c+d")];
+        let found = merged(&pair, None, &linear()).map(|_| ()).unwrap_err().to_string();
+        assert!(found.contains("another model of the same shapes") && found.contains("--force"), "{found}");
+        merged(&pair, None, &MergeOptions { force: true, ..linear() }).unwrap();
+        merged(&[norms("a+b"), norms("c+b")], None, &linear()).unwrap();
         // Whole weights.
         let sources = with(&|s| {
             let tensor = graft_quant::Tensor::from_array(&Array::from_slice(&[1.0f32], &[1])).unwrap();

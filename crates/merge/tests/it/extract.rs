@@ -1,10 +1,10 @@
 //! An adapter out of two models is the difference that was put in; a cut adapter says what the cut lost.
 
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use graft_adapters::{AdapterSet, Origin, Provenance, Route};
-use graft_merge::{Error, ExtractOptions, MergeReport, Policy, Result, Size, extract, resize};
+use graft_merge::{Error, Event, ExtractOptions, MergeReport, Policy, Result, Size, extract, resize};
 use graft_quant::Checkpoint;
 use graft_testkit::{Family, Tiny, tiny_adapter, tiny_model};
 
@@ -71,14 +71,15 @@ fn models_that_differ_otherwise_are_refused_by_name() {
             text
         };
         assert!(
-            text(tuned.path()).contains("the tuned model: a model without a changed matrix cannot be merged")
+            text(tuned.path())
+                .contains("the tuned model: a model without a changed matrix cannot be extracted")
         );
         let file = tuned.path().join("model.safetensors");
         let mut all = tensors(tuned.path());
         all.insert("model.norm.weight".into(), wave(&[64], 0.3));
         all.insert("model.layers.0.mlp.up_proj.weight".into(), wave(&[128, 64], 0.3));
         write_tensors(&file, &all);
-        assert!(text(tuned.path()).contains("1 tensors that are no matrix and changed cannot be merged"));
+        assert!(text(tuned.path()).contains("1 tensors that are no matrix and changed cannot be extracted"));
         let report = extracted(base.path(), tuned.path(), &to, Size::Rank(64), true).unwrap();
         assert_eq!((report.left_out, report.layers.len()), (vec!["model.norm.weight".to_owned()], 1));
         std::fs::remove_dir_all(&to).unwrap();
@@ -93,10 +94,9 @@ fn models_that_differ_otherwise_are_refused_by_name() {
         let infinite = graft_quant::Tensor::from_array(&infinite).unwrap();
         broken.insert("model.layers.0.mlp.up_proj.weight".into(), infinite);
         write_tensors(&file, &broken);
-        assert!(
-            text(tuned.path())
-                .contains("model.layers.0.mlp.up_proj: the fused weight holds values that are not finite")
-        );
+        assert!(text(tuned.path()).contains(
+            "model.layers.0.mlp.up_proj: the difference of the two models holds values that are not finite"
+        ));
     });
 }
 
@@ -110,22 +110,25 @@ fn a_cut_adapter_says_what_it_lost_and_keeps_its_magnitudes() {
             let set = AdapterSet::load(adapter.path()).unwrap();
             let origin = Origin::of_adapter(adapter.path(), "one").unwrap();
             let out = tempfile::tempdir().unwrap();
+            let stop = AtomicBool::new(false);
+            let cut = |size: Size, to: &Path| resize((&set, &origin), size, to, &stop, &mut |_| {});
             let [same, half] = ["same", "half"].map(|name| out.path().join(name));
-            let report = resize(&set, &origin, Size::Rank(12), &same).unwrap();
+            let report = cut(Size::Rank(12), &same).unwrap();
             assert!(report.totals.error == 0.0 && report.layers.iter().all(|l| l.rank == 8));
             let wanted = unfused_logits(base.path(), adapter.path());
             assert!(gap(&unfused_logits(base.path(), &same), &wanted) < 1e-4);
-            let report = resize(&set, &origin, Size::Rank(4), &half).unwrap();
-            let cut = AdapterSet::load(&half).unwrap();
+            let report = cut(Size::Rank(4), &half).unwrap();
+            assert_eq!(report.fine_tune_type, if dora { "dora" } else { "lora" });
+            let small = AdapterSet::load(&half).unwrap();
             for layer in &report.layers {
                 // The error is what the singular values say that were left away.
                 let spectrum = set.adapters[&layer.path].spectrum().unwrap();
                 let squares = |s: &[f32]| s.iter().map(|s| f64::from(*s).powi(2)).sum::<f64>();
                 let lost = (squares(&spectrum[4..]) / squares(&spectrum)).sqrt();
                 assert!((layer.error - lost).abs() < 1e-5 && lost > 0.1, "{layer:?}: {lost}");
-                let kept = cut.adapters[&layer.path].spectrum().unwrap();
+                let kept = small.adapters[&layer.path].spectrum().unwrap();
                 assert!(kept.iter().zip(&spectrum).all(|(a, b)| (a - b).abs() < 1e-4 * spectrum[0]));
-                let magnitudes = [&set, &cut].map(|set| {
+                let magnitudes = [&set, &small].map(|set| {
                     set.adapters[&layer.path]
                         .magnitude
                         .as_ref()
@@ -134,12 +137,28 @@ fn a_cut_adapter_says_what_it_lost_and_keeps_its_magnitudes() {
                 assert_eq!(magnitudes[0], magnitudes[1]);
             }
             let model = load(base.path());
-            let table = cut.table(&half, |path| model.target(path)).unwrap();
+            let table = small.table(&half, |path| model.target(path)).unwrap();
             assert_eq!(logits(&model, &Route::Table(&table)).shape(), [24, 288]);
-            let refused = resize(&set, &origin, Size::Rank(0), &out.path().join("none"));
+            let refused = cut(Size::Rank(0), &out.path().join("none"));
             assert!(matches!(refused, Err(Error::Recipe { .. })));
-            let exists = resize(&set, &origin, Size::Rank(2), &half).map(|_| ()).unwrap_err().to_string();
+            let exists = cut(Size::Rank(2), &half).map(|_| ()).unwrap_err().to_string();
             assert!(exists.contains("half exists already"), "{exists}");
+            // Stopped after the first module, of which it was told.
+            let (last, mut seen) = (out.path().join("stopped"), 0);
+            let stopped = resize((&set, &origin), Size::Rank(2), &last, &stop, &mut |event| {
+                assert_eq!(event, Event::Tensor { done: 1, total: 14 });
+                seen += 1;
+                stop.store(true, Ordering::Relaxed);
+            });
+            assert!(matches!(stopped, Err(Error::Stopped)) && seen == 1 && !last.exists());
+            stop.store(false, Ordering::Relaxed);
+            let mut whole = set.clone();
+            let weight =
+                graft_quant::Tensor::from_array(&graft_ops::Array::from_slice(&[1f32], &[1])).unwrap();
+            whole.weights.insert("model.norm.weight".into(), weight);
+            let refused = resize((&whole, &origin), Size::Rank(2), &last, &stop, &mut |_| {});
+            let text = refused.map(|_| ()).unwrap_err().to_string();
+            assert!(text.contains("an adapter with whole weights cannot be resized"), "{text}");
         }
     });
 }

@@ -1,7 +1,8 @@
 //! `fold` and the falls back to a finer form: what is lost is measured, and where it is too much another form is taken.
 
-use graft_adapters::{AdapterSet, Route};
+use graft_adapters::{AdapterSet, Fingerprint, Provenance, Route};
 use graft_merge::{Error, Policy};
+use graft_quant::Checkpoint;
 use graft_testkit::tolerance::F32_DEEP;
 use graft_testkit::{Dtype, Family, Tiny, assert_close, tiny_adapter, tiny_model};
 
@@ -64,6 +65,13 @@ fn a_low_rank_part_stays_an_adapter_on_the_folded_model() {
         let change = crate::support::gap(&logits(&load(&done.dir), &Route::Base), &wanted);
         assert!(change > 0.01, "{change}");
         let set = AdapterSet::load(&done.dir).unwrap();
+        // It is on the folded model, and says of what it was made.
+        let folded = Fingerprint::of(&Checkpoint::open(&done.dir).unwrap(), &done.dir.display().to_string());
+        assert_eq!(Fingerprint::read(&set.config).as_ref(), Some(&folded));
+        assert_eq!(serde_json::from_str::<Fingerprint>(&set.metadata["base"]).unwrap(), folded);
+        let made = Provenance::read(&set).unwrap();
+        assert_eq!((made.operation.as_str(), &made.recipe["policy"]), ("fuse", &"fold".into()));
+        assert!(set.metadata.contains_key("graft_provenance") && !set.metadata.contains_key("dtypes"));
         assert!(set.adapters.values().all(|adapter| adapter.magnitude.is_none()));
     });
 }

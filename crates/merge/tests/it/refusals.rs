@@ -116,7 +116,27 @@ fn the_adapter_of_another_base_is_foreign() {
         assert!(text(trained_on(&tokens)).contains("whose tokenizer differs"));
         // The same model in another precision is another sum, but it is the same model.
         let packed = trained_on(&tiny_model(&Tiny { packed: Some((4, 32)), ..tiny.clone() })).unwrap();
+        assert_eq!(packed.warnings.len(), 1);
         assert!(packed.warnings[0].contains("in another precision"), "{:?}", packed.warnings);
+    });
+}
+
+#[test]
+fn another_model_of_the_same_shapes_is_foreign_unless_forced() {
+    arrays(|| {
+        let tiny = Tiny::new(Family::Llama);
+        let (base, other) = (tiny_model(&tiny), tiny_model(&Tiny { seed: 2, ..tiny.clone() }));
+        let mut set = load(&tiny_adapter(base.path(), &tiny, false, 4, 9));
+        let fingerprint = Fingerprint::of(&Checkpoint::open(other.path()).unwrap(), "their/model");
+        set.config.set_extra(Fingerprint::KEY, serde_json::to_value(fingerprint).unwrap());
+        let text = message(base.path(), &set);
+        for part in ["their/model, another model of the same shapes", "norms hold other values", "--force"] {
+            assert!(text.contains(part), "{text}");
+        }
+        let forced = FuseOptions { force: true, ..options(Policy::Raise) };
+        let done = fused_with(base.path(), &set, &forced).unwrap();
+        assert!(done.warnings[0].contains("another model of the same shapes"), "{:?}", done.warnings);
+        assert!(fused_with(other.path(), &set, &options(Policy::Raise)).unwrap().warnings.is_empty());
     });
 }
 
@@ -161,7 +181,7 @@ fn a_target_is_a_model_directory_that_is_not_the_base_or_nothing_yet() {
         // Someone's files, a file, a model that holds someone's directory.
         std::fs::create_dir(&out).unwrap();
         std::fs::write(out.join("diary.txt"), "dear").unwrap();
-        assert!(refused(&out, true).contains("other things than a model's files"));
+        assert!(refused(&out, true).contains("would be lost (diary.txt)"));
         assert!(refused(&out.join("diary.txt"), true).contains("it is no directory"));
         std::fs::write(out.join("config.json"), "{}").unwrap();
         std::fs::create_dir(out.join("adapters")).unwrap();
@@ -182,9 +202,17 @@ fn a_target_is_a_model_directory_that_is_not_the_base_or_nothing_yet() {
         let before = tensors(base.path());
         let detour = base.path().join("..").join(base.path().file_name().unwrap());
         for same in [base.path(), &detour] {
-            assert!(matches!(go(same, true), Err(Error::IntoBase { .. })), "{}", same.display());
+            assert!(
+                matches!(go(same, true), Err(Error::IntoInput { what: "base", .. })),
+                "{}",
+                same.display()
+            );
         }
         assert!(tensors(base.path()) == before);
+        // The adapter, whose directory may hold a model, too.
+        let options = FuseOptions { overwrite: true, adapter_dir: out.clone(), ..options(Policy::Raise) };
+        let into = fuse_into(base.path(), &set, &out, &options, &AtomicBool::new(false), &mut |_| {});
+        assert!(matches!(into, Err(Error::IntoInput { what: "adapter", .. })));
     });
 }
 

@@ -42,6 +42,7 @@ pub(crate) fn options(policy: Policy) -> FuseOptions {
         policy,
         dequantize: false,
         overwrite: false,
+        force: false,
         other_precision: false,
         base_name: "the base".into(),
         adapter_name: "the adapter".into(),

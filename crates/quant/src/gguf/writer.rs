@@ -86,7 +86,7 @@ pub struct GgufWriter {
 }
 
 impl GgufWriter {
-    /// Begins a file that will stand at `path`, in the place of one that is there; writes its header, version 3.
+    /// Begins a file that will stand at `path`; writes its header, version 3.
     ///
     /// # Errors
     /// When nothing can be written there, or a tensor's type cannot be written or does not divide its rows.
@@ -113,7 +113,7 @@ impl GgufWriter {
             left.push_back((name.clone(), bytes));
         }
         head.resize(head.len().next_multiple_of(ALIGNMENT as usize), 0);
-        let mut file = AtomicFile::create(path)?;
+        let mut file = AtomicFile::create_new(path)?;
         file.write(&head)?;
         Ok(Self { file, left, written: head.len() as u64 })
     }
@@ -137,7 +137,7 @@ impl GgufWriter {
     /// The file takes its place. Its length in bytes.
     ///
     /// # Errors
-    /// When a tensor is missing, or syncing or renaming fails.
+    /// When a tensor is missing, when there has come to be a file, which is not replaced, or syncing or renaming fails.
     pub fn finish(self) -> Result<u64> {
         if let Some((name, _)) = self.left.front() {
             let what = format!("{}: tensor {name} was not written", self.file.path().display());
