@@ -116,16 +116,18 @@ fn mix(out: &mut [f32], parts: &[(&[f32], &Keep, f32)], first: u64, elements: El
         out.iter_mut().for_each(|x| *x *= factor);
         return;
     }
-    for (i, x) in out.iter_mut().enumerate() {
-        let elected = if *x >= 0.0 { 1.0f32 } else { -1.0 };
-        let (mut sum, mut weights) = (0.0, 0.0);
-        for (t, (_, _, weight)) in kept[i..].iter().step_by(kept.len() / parts.len()).zip(parts) {
-            let agrees = t * elected > 0.0;
-            sum += if agrees { *t } else { 0.0 };
-            weights += if agrees { *weight } else { 0.0 };
+    // Update by update, so that many elements are dealt with at once.
+    let (mut sums, mut weights) = (vec![0f32; out.len()], vec![0f32; out.len()]);
+    for (t, (_, _, weight)) in kept.chunks_exact(out.len()).zip(parts) {
+        for (((t, elected), sum), total) in t.iter().zip(&*out).zip(&mut sums).zip(&mut weights) {
+            let agrees = if *elected >= 0.0 { *t > 0.0 } else { *t < 0.0 };
+            *sum += if agrees { *t } else { 0.0 };
+            *total += if agrees { *weight } else { 0.0 };
         }
-        let divisor = if elements.normalize && weights.abs() >= NO_DIVISOR { weights } else { 1.0 };
-        *x = lambda * sum / divisor;
+    }
+    for ((x, sum), total) in out.iter_mut().zip(sums).zip(weights) {
+        let divide = elements.normalize && total.abs() >= NO_DIVISOR;
+        *x = lambda * sum / if divide { total } else { 1.0 };
     }
 }
 
