@@ -15,9 +15,9 @@ use serde_json::{Value, json};
 use crate::children::Process;
 use crate::peers::Peers;
 use crate::pipeline::{Graft, words};
-use crate::{data, figures, http, model, scaling, setup, sh};
+use crate::{data, figures, http, model, peers, scaling, setup, sh};
 
-const USAGE: &str = "usage: cargo xtask bench [--quick] [--peers] [--only NAME] [--data DIR] [--scaling] [--write]\n       \
+const USAGE: &str = "usage: cargo xtask bench [--quick] [--peers [--without KIT]] [--only NAME] [--data DIR] [--scaling] [--write]\n       \
     cargo xtask bench --criterion [FILTER]";
 
 /// The reference job of training: blocks that get an adapter, its rank, rows of a batch. peers.py says the same.
@@ -51,13 +51,14 @@ enum Job {
     Train(&'static str, &'static str, bool),
 }
 
-const JOBS: [(&str, Job); 13] = [
+const JOBS: [(&str, Job); 14] = [
     ("prefill 512", Job::Prefill),
     ("decode", Job::Decode(None)),
     ("decode, LoRA unfused", Job::Decode(Some("lora"))),
     ("decode, DoRA unfused", Job::Decode(Some("dora"))),
     ("server, 1 answer", Job::Serve(1)),
     ("server, 4 answers", Job::Serve(4)),
+    ("server, 8 answers", Job::Serve(8)),
     ("server, 16 answers", Job::Serve(16)),
     ("train LoRA, 4-bit base", Job::Train("lora", RANK, false)),
     ("train DoRA, 4-bit base", Job::Train("dora", RANK, false)),
@@ -106,6 +107,25 @@ struct Sample {
     tokens_per_second: f64,
     /// 0: unknown.
     peak_memory: u64,
+    /// From a request to the first of its tokens, the median of those asked at once; of servers.
+    first_token_seconds: Option<f64>,
+}
+
+impl Sample {
+    fn new(tokens_per_second: f64, peak_memory: u64) -> Self {
+        Self { tokens_per_second, peak_memory, first_token_seconds: None }
+    }
+
+    fn json(&self) -> Value {
+        let mut sample = json!({
+            "tokens_per_second": self.tokens_per_second,
+            "peak_memory_bytes": self.peak_memory,
+        });
+        if let Some(seconds) = self.first_token_seconds {
+            sample["first_token_seconds"] = seconds.into();
+        }
+        sample
+    }
 }
 
 #[derive(Default)]
@@ -114,6 +134,8 @@ struct Options {
     peers: bool,
     scaling: bool,
     write: bool,
+    /// A kit that is not run: one of them takes longer than all others.
+    without: Option<String>,
     only: Option<String>,
     data: Option<PathBuf>,
 }
@@ -129,10 +151,18 @@ impl Options {
                 "--peers" => options.peers = true,
                 "--scaling" => options.scaling = true,
                 "--write" => options.write = true,
+                "--without" => options.without = Some(value()?),
                 "--only" => options.only = Some(value()?),
                 "--data" => options.data = Some(value()?.into()),
                 _ => bail!("unknown argument {arg}\n{USAGE}"),
             }
+        }
+        if let Some(kit) = &options.without {
+            ensure!(
+                peers::KITS.contains(&kit.as_str()),
+                "--without {kit}: expected one of the kits {:?}",
+                peers::KITS
+            );
         }
         if let Some(only) = &options.only {
             let names = JOBS.map(|job| job.0);
@@ -218,7 +248,11 @@ impl<'a> Bench<'a> {
 
     /// Runs the jobs and puts them into the record, which is kept after each.
     fn run(&self, options: &Options, record: &mut Value, keep: impl Fn(&Value) -> Result<()>) -> Result<()> {
-        let peers = if options.peers { Peers::install(&self.folder)? } else { Peers::default() };
+        let peers = if options.peers {
+            Peers::install(&self.folder, options.without.as_deref())?
+        } else {
+            Peers::default()
+        };
         let mut missing = peers.missing.clone();
         record["jobs"] = json!([]);
         record["rounds"] = options.rounds().into();
@@ -245,10 +279,7 @@ impl<'a> Bench<'a> {
                     match self.measure(job, program, &peers) {
                         Ok(sample) => {
                             eprintln!("{name}: {} {:.1} tokens/s", program.name(), sample.tokens_per_second);
-                            samples.push(json!({
-                                "tokens_per_second": sample.tokens_per_second,
-                                "peak_memory_bytes": sample.peak_memory,
-                            }));
+                            samples.push(sample.json());
                         }
                         Err(error) if program == Program::Graft => return Err(error.context(name)),
                         Err(error) => missing.push(format!("{name}, {}: {error:#}", program.name())),
@@ -305,7 +336,7 @@ impl<'a> Bench<'a> {
                     [BLOCKS, rank, &self.steps.to_string()],
                 )?;
                 let (tokens_per_second, peak_memory) = metrics(&adapter)?;
-                Ok(Sample { tokens_per_second, peak_memory })
+                Ok(Sample::new(tokens_per_second, peak_memory))
             }
             (Job::Train(kind, _, dense), _) => {
                 let kit = if program == Program::Peft { "peft" } else { "mlx" };
@@ -335,7 +366,7 @@ impl<'a> Bench<'a> {
         let (text, peak_memory) = measured(&mut self.graft.command(&words))?;
         let tokens_per_second = speed(&text, line)
             .with_context(|| format!("graft generate printed no line that begins with {line}: {text}"))?;
-        Ok(Sample { tokens_per_second, peak_memory })
+        Ok(Sample::new(tokens_per_second, peak_memory))
     }
 
     fn train(&self, kind: &str, base: &Path, adapter: &Path, counts: [&str; 3]) -> Result<()> {
@@ -389,7 +420,7 @@ fn script(mut command: Command, key: &str) -> Result<Sample> {
     let result: Option<Value> = text.lines().last().and_then(|line| serde_json::from_str(line).ok());
     let speed = result.and_then(|result| result[key].as_f64());
     let tokens_per_second = speed.with_context(|| format!("peers.py printed no {key}: {text}"))?;
-    Ok(Sample { tokens_per_second, peak_memory })
+    Ok(Sample::new(tokens_per_second, peak_memory))
 }
 
 /// What llama-bench prints: one test as JSON.
@@ -398,23 +429,29 @@ fn llama(mut command: Command) -> Result<Sample> {
     let tests: Value = serde_json::from_str(&text).with_context(|| format!("llama-bench printed {text}"))?;
     let speed = tests[0]["avg_ts"].as_f64();
     let tokens_per_second = speed.with_context(|| format!("llama-bench printed no avg_ts: {text}"))?;
-    Ok(Sample { tokens_per_second, peak_memory })
+    Ok(Sample::new(tokens_per_second, peak_memory))
 }
 
 /// Lets a server give `count` answers at once, after a short one that warms it up.
 fn answers(address: &str, count: usize, process: &Process) -> Result<Sample> {
-    let ask = |word: &str, tokens: usize| -> Result<u64> {
+    // Tokens, and seconds to the first.
+    let ask = |word: &str, tokens: usize| -> Result<(u64, f64)> {
+        let begin = Instant::now();
         let prompt = [word; 10].join(" ");
         let body = json!({
             "model": "base", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": true,
             "stream_options": {"include_usage": true},
         });
-        let mut used = None;
+        let (mut used, mut first) = (None, None);
         http::events(address, "/v1/completions", &body, |event| {
+            first = first.or_else(|| {
+                event["choices"][0]["text"].as_str().filter(|text| !text.is_empty())?;
+                Some(begin.elapsed().as_secs_f64())
+            });
             used = event["usage"]["completion_tokens"].as_u64().or(used);
             true
         })?;
-        used.context("the server sent no usage")
+        used.zip(first).context("the server sent no text or no usage")
     };
     let patience = Instant::now() + Duration::from_secs(60);
     while let Err(error) = ask("hello", 8) {
@@ -422,15 +459,22 @@ fn answers(address: &str, count: usize, process: &Process) -> Result<Sample> {
         std::thread::sleep(Duration::from_millis(200));
     }
     let begin = Instant::now();
-    let tokens = std::thread::scope(|scope| {
+    let answers = std::thread::scope(|scope| {
         let threads: Vec<_> = WORDS[..count].iter().map(|word| scope.spawn(|| ask(word, SERVED))).collect();
-        threads.into_iter().try_fold(0, |sum, thread| match thread.join() {
-            Ok(tokens) => tokens.map(|tokens| sum + tokens),
+        let joined = threads.into_iter().map(|thread| match thread.join() {
+            Ok(answer) => answer,
             Err(panic) => std::panic::resume_unwind(panic),
-        })
+        });
+        joined.collect::<Result<Vec<_>>>()
     })?;
-    let tokens_per_second = tokens as f64 / begin.elapsed().as_secs_f64();
-    Ok(Sample { tokens_per_second, peak_memory: process.peak_memory() })
+    let seconds = begin.elapsed().as_secs_f64();
+    let tokens: u64 = answers.iter().map(|(tokens, _)| tokens).sum();
+    let firsts: Vec<f64> = answers.iter().map(|(_, first)| *first).collect();
+    Ok(Sample {
+        tokens_per_second: tokens as f64 / seconds,
+        peak_memory: process.peak_memory(),
+        first_token_seconds: Some(figures::median(&firsts)),
+    })
 }
 
 /// Runs a program quietly; what it wrote to stdout, and its peak memory in bytes. What it wrote to stderr is part of
@@ -540,9 +584,12 @@ mod tests {
     fn arguments_are_checked() {
         let options = |line: &str| Options::of(&words(&line.split(' ').collect::<Vec<_>>()));
         assert_eq!(options("--quick --only DoRA").unwrap().rounds(), 1);
-        for (line, part) in
-            [("--fast", "--fast"), ("--data", "--data needs a value"), ("--only x9", "prefill 512")]
-        {
+        for (line, part) in [
+            ("--fast", "--fast"),
+            ("--data", "--data needs a value"),
+            ("--only x9", "prefill 512"),
+            ("--without x9", "llama.cpp"),
+        ] {
             assert!(format!("{:#}", options(line).err().unwrap()).contains(part), "{line}");
         }
     }

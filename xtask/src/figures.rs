@@ -1,5 +1,5 @@
 //! What `cargo xtask bench` measured: the record in target/bench.json, the table that it makes, and docs/benchmarks.md,
-//! whose record is docs/benchmarks.json.
+//! whose record, docs/benchmarks.json, holds one such record for each set of instructions, since each has its own kernels.
 
 use std::fs;
 use std::path::Path;
@@ -53,20 +53,46 @@ pub(crate) fn machine(graft: &Graft) -> Result<Value> {
     }))
 }
 
-/// Puts what was measured into the document and its record.
+/// Puts what was measured into the document and its record, in the place of what was measured with the same instructions.
 pub(crate) fn write(file: &Path) -> Result<()> {
     let record = load(file)?;
-    if record["jobs"].is_null() {
+    if record["jobs"].is_null() && record["scaling"].is_null() {
         bail!("{} holds no figures: run `cargo xtask bench` first", file.display());
     }
     let document = sh::root().join(DOCUMENT);
+    let kept = document.with_extension("json");
+    let mut records = load(&kept)?;
+    // Part by part: a run of the jobs alone leaves the figures of longer rows where they are.
+    let own = &mut records["machines"][instructions(&record)];
+    for (part, value) in record.as_object().into_iter().flatten() {
+        own[part] = value.clone();
+    }
     let text = fs::read_to_string(&document).with_context(|| format!("cannot read {DOCUMENT}"))?;
-    let text = replaced(&text, MARKERS, &render(&record))
+    let text = replaced(&text, MARKERS, &render_all(&records))
         .with_context(|| format!("{DOCUMENT} needs the lines\n{}\n{}", MARKERS[0], MARKERS[1]))?;
     fs::write(&document, text).with_context(|| format!("cannot write {DOCUMENT}"))?;
-    fs::copy(file, document.with_extension("json"))?;
+    fs::write(&kept, serde_json::to_string_pretty(&records)? + "\n")?;
     eprintln!("written: {DOCUMENT}");
     Ok(())
+}
+
+/// The widest instructions of a record's machine that graft has kernels for.
+fn instructions(record: &Value) -> &'static str {
+    let has =
+        |name: &str| record["machine"]["features"].as_array().is_some_and(|all| all.contains(&name.into()));
+    if has("avx512f") {
+        "AVX-512"
+    } else if has("avx2") {
+        "AVX2"
+    } else {
+        "portable"
+    }
+}
+
+/// The records of all machines, each under the name of its instructions.
+fn render_all(records: &Value) -> String {
+    let machines = records["machines"].as_object().into_iter().flatten();
+    machines.map(|(name, record)| format!("### {name}\n\n{}", render(record))).collect::<Vec<_>>().join("\n")
 }
 
 /// All of a record as Markdown that is readable as it is.
@@ -95,6 +121,7 @@ pub(crate) fn render(record: &Value) -> String {
             record["rounds"],
             compared(jobs),
         );
+        text += &first_tokens(jobs);
         for line in record["missing"].as_array().into_iter().flatten().filter_map(Value::as_str) {
             text += &format!("\nNot measured: {}\n", line.lines().next().unwrap_or_default());
         }
@@ -125,6 +152,26 @@ fn compared(jobs: &[Value]) -> String {
         }
     }
     table(&rows)
+}
+
+/// How long clients wait for the first token, where that was measured.
+fn first_tokens(jobs: &[Value]) -> String {
+    let heads = ["job", "program", "to the first token, ms (least–most)"];
+    let mut rows = vec![heads.map(str::to_owned).to_vec()];
+    for job in jobs {
+        for program in job["programs"].as_array().into_iter().flatten() {
+            let times = samples(program, "first_token_seconds").iter().map(|s| 1e3 * s).collect::<Vec<_>>();
+            if !times.is_empty() {
+                let name = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+                rows.push(vec![
+                    name(&job["name"]),
+                    name(&program["name"]),
+                    spread(&times, median(&times), ""),
+                ]);
+            }
+        }
+    }
+    if rows.len() > 1 { format!("\n{}", table(&rows)) } else { String::new() }
 }
 
 fn samples(program: &Value, key: &str) -> Vec<f64> {
@@ -173,6 +220,7 @@ mod tests {
     #[test]
     fn a_record_is_a_table() {
         let sample = |speed: f64, peak: u64| json!({"tokens_per_second": speed, "peak_memory_bytes": peak});
+        let served = json!({"tokens_per_second": 9.0, "peak_memory_bytes": 1, "first_token_seconds": 0.025});
         let record = json!({
             "schema": 1, "rounds": 2, "rows": "48 rows of d", "versions": {"graft": "0.1.0", "PEFT": "0.2"},
             "machine": {"processor": "P", "cores": 2, "threads": 2, "features": ["avx2", "fma"],
@@ -180,15 +228,16 @@ mod tests {
             "jobs": [{"name": "train", "programs": [
                 {"name": "graft", "samples": [sample(400.0, 400_000_000), sample(380.0, 410_000_000)]},
                 {"name": "PEFT", "samples": [sample(200.0, 0), sample(190.0, 0)]},
-            ]}],
+            ]}, {"name": "server", "programs": [{"name": "graft", "samples": [served]}]}],
             "missing": ["mlx-lm: no network\nmore"],
         });
         let text = render(&record);
         for part in [
             "P, 2 cores, 2 threads (avx2, fma), 8.00 GB of memory, S.",
             "graft 0.1.0; PEFT 0.2. Training: 48 rows of d. Rounds: 2.",
-            "| train | graft   | 390 (380–400)         | 405.0 MB    |                   |",
-            "|       | PEFT    | 195 (190–200)         | unknown     | 2.00x (2.00–2.00) |",
+            "| train  | graft   | 390 (380–400)         | 405.0 MB    |                   |",
+            "|        | PEFT    | 195 (190–200)         | unknown     | 2.00x (2.00–2.00) |",
+            "| server | graft   | 25 ",
             "Not measured: mlx-lm: no network\n",
         ] {
             assert!(text.contains(part), "{part} in\n{text}");
@@ -196,14 +245,19 @@ mod tests {
     }
 
     #[test]
+    fn instructions_name_a_record() {
+        let record = |features: &[&str]| json!({"machine": {"features": features}});
+        let names =
+            [&["avx2", "avx512f"][..], &["avx2", "fma"], &["neon"]].map(|all| instructions(&record(all)));
+        assert_eq!(names, ["AVX-512", "AVX2", "portable"]);
+    }
+
+    #[test]
     fn the_document_holds_what_the_record_says() {
         let document = sh::root().join(DOCUMENT);
         let text = fs::read_to_string(&document).unwrap();
-        let record = load(&document.with_extension("json")).unwrap();
-        if record["jobs"].is_null() {
-            return;
-        }
-        let expected = replaced(&text, MARKERS, &render(&record)).expect("the markers");
+        let records = load(&document.with_extension("json")).unwrap();
+        let expected = replaced(&text, MARKERS, &render_all(&records)).expect("the markers");
         assert!(text == expected, "{DOCUMENT} differs from its record: run `cargo xtask bench --write`");
     }
 }

@@ -26,6 +26,9 @@ const TARGETS: [&str; 4] = ["llama-bench", "llama-quantize", "llama-server", "ll
 /// The 4-bit forms that are compared: the fastest, and the one that most people take.
 const KINDS: [&str; 2] = ["Q4_0", "Q4_K_M"];
 
+/// The kits by name.
+pub(crate) const KITS: [&str; 3] = ["PEFT", "mlx-lm", "llama.cpp"];
+
 /// A Python with PEFT, in a virtual environment of its own in the cache.
 pub(crate) fn peft() -> Result<Command> {
     let versions = [
@@ -51,24 +54,29 @@ pub(crate) struct Peers {
 }
 
 impl Peers {
-    /// Installs all of them; models in llama.cpp's formats go into `folder`.
-    pub(crate) fn install(folder: &Path) -> Result<Self> {
+    /// Installs all of them but `without`; models in llama.cpp's formats go into `folder`.
+    pub(crate) fn install(folder: &Path, without: Option<&str>) -> Result<Self> {
         let mut peers = Self::default();
         let python = |made: Result<Command>| made.map(|command| PathBuf::from(command.get_program()));
-        peers.peft = peers.noted("PEFT", python(peft()));
-        peers.mlx_lm = peers.noted("mlx-lm", python(reference::python()));
-        let llama = llama().and_then(|programs| {
+        let [peft_name, mlx_lm, llama_cpp] = KITS;
+        peers.peft = peers.noted(peft_name, without, || python(peft()));
+        peers.mlx_lm = peers.noted(mlx_lm, without, || python(reference::python()));
+        peers.llama = peers.noted(llama_cpp, without, || {
+            let programs = llama()?;
             for kind in KINDS {
                 quantize(&programs, folder, kind)?;
             }
             Ok([programs, folder.to_path_buf()])
         });
-        peers.llama = peers.noted("llama.cpp", llama);
         Ok(peers)
     }
 
-    fn noted<T>(&mut self, name: &str, made: Result<T>) -> Option<T> {
-        made.map_err(|error| self.missing.push(format!("{name}: {error:#}"))).ok()
+    fn noted<T>(&mut self, name: &str, without: Option<&str>, make: impl FnOnce() -> Result<T>) -> Option<T> {
+        if without == Some(name) {
+            self.missing.push(format!("{name}: left out by --without"));
+            return None;
+        }
+        make().map_err(|error| self.missing.push(format!("{name}: {error:#}"))).ok()
     }
 
     /// Whether the program of this name can be run; graft always can.

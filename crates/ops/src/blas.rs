@@ -61,7 +61,9 @@ pub(crate) unsafe extern "C" fn cblas_sgemm(
             row[..sizes.n].iter_mut().for_each(|c| *c *= beta);
         }
     }
-    let (with, left, right) = (Instructions::now(), (matrix(left), alpha), matrix(right));
+    // Of each column the same; most callers have none.
+    let alpha = (alpha != 1.0).then(|| vec![alpha; sizes.k]);
+    let (with, left, right) = (Instructions::now(), (matrix(left), alpha.as_deref()), matrix(right));
     // SAFETY: the caller's A and B, of the sizes that were said.
     unsafe { gemm::<_, false>(with, sizes, left, &right, &Shares::new(c), c_row, beta != 0.0) };
 }

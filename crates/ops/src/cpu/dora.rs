@@ -96,7 +96,7 @@ struct Norms<'a> {
     n: &'a mut [f32],
 }
 
-impl Kernel for Norms<'_> {
+impl<'a> Kernel for Norms<'a> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
@@ -104,22 +104,17 @@ impl Kernel for Norms<'_> {
         let out = n0.len();
         for (i, n) in n.chunks_mut(COLUMNS).enumerate() {
             let first = range.start + i * COLUMNS;
-            let of = |x: &'_ [f32], r: usize| -> [f32; COLUMNS] {
-                let mut row = [0.0; COLUMNS];
-                row[..n.len()].copy_from_slice(&x[r * out + first..][..n.len()]);
-                row
-            };
+            let count = n.len();
+            let of = |x: &'a [f32], r: usize| &x[r * out + first..][..count];
             let (mut cross, mut own) = ([0.0; COLUMNS], [0.0; COLUMNS]);
             for r in 0..rank {
                 let (b_row, p_row) = (of(b, r), of(p, r));
                 let mut gb = [0.0; COLUMNS];
                 for q in 0..rank {
-                    let (weight, row) = (g[r * rank + q], of(b, q));
-                    for (gb, b) in gb.iter_mut().zip(&row) {
-                        *gb += weight * b;
-                    }
+                    let weight = g[r * rank + q];
+                    gb.iter_mut().zip(of(b, q)).for_each(|(gb, b)| *gb += weight * b);
                 }
-                for c in 0..COLUMNS {
+                for c in 0..count {
                     cross[c] += b_row[c] * p_row[c];
                     own[c] += b_row[c] * gb[c];
                 }

@@ -51,9 +51,22 @@ pub(crate) struct Sizes {
     pub(crate) k: usize,
 }
 
+/// The left side of a product: rows of k numbers, of which the i-th is taken times `factor[i]` if there is a factor.
+#[derive(Clone, Copy)]
+pub(crate) struct LeftRows<'a> {
+    pub(crate) x: &'a [f32],
+    pub(crate) factor: Option<&'a [f32]>,
+}
+
+impl<'a> From<&'a [f32]> for LeftRows<'a> {
+    fn from(x: &'a [f32]) -> Self {
+        Self { x, factor: None }
+    }
+}
+
 /// y = x B for x (m, k) and y (m, n), both row by row; y += x B if `add`.
-pub(crate) fn product(
-    x: &[f32],
+pub(crate) fn product<'a>(
+    left: impl Into<LeftRows<'a>>,
     k: usize,
     b: &impl Right,
     n: usize,
@@ -61,31 +74,32 @@ pub(crate) fn product(
     precision: Precision,
     add: bool,
 ) {
+    let LeftRows { x, factor } = left.into();
     let sizes = Sizes { m: x.len() / k, n, k };
-    assert!(y.len() >= sizes.m * n);
+    assert!(y.len() >= sizes.m * n && factor.is_none_or(|factor| factor.len() == k));
     let a = Matrix { data: x.as_ptr(), row: k, column: 1 };
     let c = Shares::new(y);
     let with = Instructions::with_bf16();
     // SAFETY: x is (m, k), y is (m, n) and borrowed for us alone.
     unsafe {
         if precision == Precision::Bf16 && with.bf16() {
-            gemm::<_, true>(with, sizes, (a, 1.0), b, &c, n, add);
+            gemm::<_, true>(with, sizes, (a, factor), b, &c, n, add);
         } else {
-            gemm::<_, false>(with, sizes, (a, 1.0), b, &c, n, add);
+            gemm::<_, false>(with, sizes, (a, factor), b, &c, n, add);
         }
     }
 }
 
-/// C = alpha A B, or C += alpha A B if `add`; C's rows are `c_row` apart. With BF16, for which A's columns must be next to
-/// each other, both sides are rounded.
+/// C = A B, or C += A B if `add`, with A's columns times `factor` (k,) if there is one; C's rows are `c_row` apart. With BF16,
+/// for which A's columns must be next to each other, both sides are rounded.
 ///
 /// # Safety
-/// A must be readable for (m, k) by its strides, and C must hold (m - 1) * c_row + n floats that nobody else uses. BF16
+/// A must be readable for (m, k) by its strides, a factor must have k numbers, and C must hold (m - 1) * c_row + n floats that nobody else uses. BF16
 /// only with instructions for it.
 pub(crate) unsafe fn gemm<B: Right, const BF16: bool>(
     with: Instructions,
     sizes: Sizes,
-    (a, alpha): (Matrix, f32),
+    (a, factor): (Matrix, Option<&[f32]>),
     b: &B,
     c: &Shares<f32>,
     c_row: usize,
@@ -128,7 +142,8 @@ pub(crate) unsafe fn gemm<B: Right, const BF16: bool>(
                         steps::<BF16>(from) * panels * tile_rows + panel * tile_rows * steps::<BF16>(depth);
                     // SAFETY: each panel has a part of its own in every depth block.
                     let out = unsafe { shares.part(start, tile_rows * steps::<BF16>(depth)) };
-                    let left = Left { a, row: at, valid, k: begin + from, depth, tile_rows, alpha, out };
+                    let factor = factor.map(|all| &all[begin + from..begin + from + depth]);
+                    let left = Left { a, row: at, valid, k: begin + from, depth, tile_rows, factor, out };
                     if BF16 { with.run(PairLeft(left)) } else { left.pack() }
                 }
             });
@@ -212,22 +227,28 @@ struct Left<'a> {
     k: usize,
     depth: usize,
     tile_rows: usize,
-    alpha: f32,
+    /// Of these columns.
+    factor: Option<&'a [f32]>,
     out: &'a mut [f32],
 }
 
 impl Left<'_> {
     fn pack(self) {
-        let Left { a, row, valid, k, depth, tile_rows, alpha, out } = self;
+        let Left { a, row, valid, k, depth: _, tile_rows, factor, out } = self;
         if valid < tile_rows {
             out.fill(0.0);
         }
         for i in 0..valid {
             // SAFETY: within A by the caller's promise.
             let from = unsafe { a.data.add((row + i) * a.row + k * a.column) };
-            for at in 0..depth {
-                // SAFETY: as above.
-                out[at * tile_rows + i] = alpha * unsafe { *from.add(at * a.column) };
+            // SAFETY: as above.
+            let x = |at: usize| unsafe { *from.add(at * a.column) };
+            let columns = out.chunks_exact_mut(tile_rows).enumerate();
+            match factor {
+                Some(factor) => {
+                    columns.zip(factor).for_each(|((at, column), factor)| column[i] = factor * x(at))
+                }
+                None => columns.for_each(|(at, column)| column[i] = x(at)),
             }
         }
     }
@@ -241,16 +262,22 @@ impl Kernel for PairLeft<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Left { a, row, valid, k, depth, tile_rows, alpha: _, out } = self.0;
+        let Left { a, row, valid, k, depth, tile_rows, factor, out } = self.0;
         if valid < tile_rows {
             out.fill(0.0);
         }
         let mut words = [0_u32; BF16_DEPTH / 2];
+        let mut scaled = [0.0; BF16_DEPTH];
         let whole = depth / S::LANES * S::LANES;
         for i in 0..valid {
             // SAFETY: row + i is a row of A, which has `depth` columns next to each other from k on.
             unsafe {
-                let from = a.data.add((row + i) * a.row + k);
+                let mut from = a.data.add((row + i) * a.row + k);
+                if let Some(factor) = factor {
+                    let row = std::slice::from_raw_parts(from, depth);
+                    scaled.iter_mut().zip(row).zip(factor).for_each(|((y, x), c)| *y = x * c);
+                    from = scaled.as_ptr();
+                }
                 for at in vectors::<S>(depth) {
                     s.pair_neighbours(from.add(at), words.as_mut_ptr().add(at / 2));
                 }

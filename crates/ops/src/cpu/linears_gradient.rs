@@ -2,11 +2,11 @@
 
 use std::ffi::CStr;
 
-use super::gemm::share;
+use super::gemm::{LeftRows, share};
 use super::level::dispatch;
 use super::linears::{Part, Places, Side, places};
 use super::primitive::{Op, Tensor};
-use super::scratch::{LEFT, MADE, SIDE, scratch};
+use super::scratch::{LEFT, MADE, scratch};
 use super::simd::{Kernel, Simd};
 use super::slim::{SMALL, Slim, WIDTH, by_blocks, pad_turned};
 use super::source::Source;
@@ -22,7 +22,8 @@ pub(super) struct Wanted {
 }
 
 /// With g = c dy: dx = sum over parts of g W + s (g B^T) A^T, dA = s x^T (g B^T), dB = s z^T g, dc = sum over rows of
-/// dy (y - h - b) / c, dh = dy. The outputs are dx and, of each part, dA, dB, dc and the gradient of its own input; empty if not wanted.
+/// dy (y - h - b) / c, dh = dy. g itself is never in memory: c goes to where dy is read for g W, to B, and to the columns
+/// of s z^T dy. The outputs are dx and, of each part, dA, dB, dc and the gradient of its own input; empty if not wanted.
 pub(super) struct LinearsGradient {
     pub(super) source: Source,
     /// How many inputs x comes out of; they are empty where x is not read.
@@ -70,21 +71,13 @@ impl Op for LinearsGradient {
             let rows = dy.len() / out.max(1);
             let [da, db, dc, d_input] = &mut outputs[4 * i..4 * i + 4] else { return };
             let factor = at.factor.map(|i| inputs[i].f32());
-            let mut scaled = scratch(&SIDE, if factor.is_some() { dy.len() } else { 0 });
-            if let Some(factor) = factor.filter(|_| !wanted.factor) {
-                with_factor(
-                    FactorGradient { dy, y: &[], bias: None, residual: None, factor },
-                    &mut scaled,
-                    &mut [],
-                );
-            }
             if wanted.factor {
                 let (bias, residual) =
                     (at.bias.map(|i| inputs[i].f32()), at.residual.map(|i| inputs[i].f32()));
                 let (y, z) = (inputs[next_y].f32(), inputs[next_z].f32());
                 next_y += 1;
                 let (factor, dc) = (factor.unwrap_or_default(), dc.f32_mut());
-                with_factor(FactorGradient { dy, y, bias, residual, factor }, &mut scaled, dc);
+                factor_gradient(FactorGradient { dy, y, bias, residual, factor }, dc);
                 let Some(Side { rank, scale, .. }) = part.side else { return };
                 let b = inputs[at.b].f32();
                 let mut w = vec![0.0; width];
@@ -98,8 +91,8 @@ impl Op for LinearsGradient {
                     *dc = (0..rows).map(|row| dy[row * out + o] * before(row)).sum();
                 }
             }
-            let g = if factor.is_some() { &*scaled } else { dy };
             if self.x {
+                let g = LeftRows { x: dy, factor };
                 part.kind.weights(&inputs[at.weight..]).times(g, dx, self.precision, i > 0);
             }
             let Some(side) = part.side else { continue };
@@ -121,7 +114,7 @@ impl Op for LinearsGradient {
             };
             let low_rank = wanted.low_rank.then(|| (da.f32_mut(), db.f32_mut()));
             side_gradient(
-                SideGradient { rows, width, out, side, x: own, z, g },
+                SideGradient { rows, width, out, side, x: own, z, dy, factor },
                 [&inputs[at.a], &inputs[at.b]],
                 to,
                 low_rank,
@@ -133,7 +126,7 @@ impl Op for LinearsGradient {
 /// Below this a factor says too little of W x + s (x A) B in the output, at 0 nothing: it is computed anew.
 const SMALL_FACTOR: f32 = 1.0 / 64.0;
 
-/// What the slopes of a linear with a factor are made of.
+/// What a factor's gradient is made of.
 #[derive(Clone, Copy)]
 struct FactorGradient<'a> {
     /// (rows, out), as are y and h.
@@ -144,15 +137,15 @@ struct FactorGradient<'a> {
     factor: &'a [f32],
 }
 
-/// g = c dy, and unless `dc` is empty dc_o = sum over rows of dy (y - h - b) / c.
-fn with_factor(of: FactorGradient, g: &mut [f32], dc: &mut [f32]) {
+/// dc_o = sum over rows of dy (y - h - b) / c.
+fn factor_gradient(of: FactorGradient, dc: &mut [f32]) {
     let out = of.factor.len();
-    let (g, dc) = (Shares::new(g), Shares::new(dc));
+    let dc = Shares::new(dc);
     share(of.dy.len() >= SMALL, out.div_ceil(COLUMNS), |task| {
         let (first, count) = (task * COLUMNS, COLUMNS.min(out - task * COLUMNS));
         // SAFETY: each block of columns belongs to one task.
-        let dc = if dc.is_empty() { &mut [][..] } else { unsafe { dc.part(first, count) } };
-        dispatch(FactorColumns { of, first, count, g: &g, dc });
+        let dc = unsafe { dc.part(first, count) };
+        dispatch(FactorColumns { of, first, dc });
     });
 }
 
@@ -162,8 +155,6 @@ const COLUMNS: usize = 128;
 struct FactorColumns<'a> {
     of: FactorGradient<'a>,
     first: usize,
-    count: usize,
-    g: &'a Shares<'a, f32>,
     dc: &'a mut [f32],
 }
 
@@ -172,31 +163,24 @@ impl Kernel for FactorColumns<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
-        let FactorColumns { of: FactorGradient { dy, y, bias, residual, factor }, first, count, g, dc } =
-            self;
-        let out = factor.len();
+        let FactorColumns { of: FactorGradient { dy, y, bias, residual, factor }, first, dc } = self;
+        let (out, count) = (factor.len(), dc.len());
         let factor = &factor[first..first + count];
         let mut sums = [0.0; COLUMNS];
         let sums = &mut sums[..count];
-        let mut before = [0.0; COLUMNS];
-        let before = &mut before[..count];
         for row in 0..dy.len() / out.max(1) {
             let at = row * out + first;
             let dy = &dy[at..at + count];
-            // SAFETY: these columns are ours.
-            let g = unsafe { g.part(at, count) };
-            g.iter_mut().zip(dy).zip(factor).for_each(|((g, dy), c)| *g = dy * c);
-            if dc.is_empty() {
-                continue;
+            let slopes = sums.iter_mut().zip(dy).zip(&y[at..at + count]);
+            let h = residual.map(|h| &h[at..at + count]);
+            match (h, bias.map(|bias| &bias[first..first + count])) {
+                (None, None) => slopes.for_each(|((sum, dy), y)| *sum += dy * y),
+                (Some(h), None) => slopes.zip(h).for_each(|(((sum, dy), y), h)| *sum += dy * (y - h)),
+                (None, Some(b)) => slopes.zip(b).for_each(|(((sum, dy), y), b)| *sum += dy * (y - b)),
+                (Some(h), Some(b)) => {
+                    slopes.zip(h.iter().zip(b)).for_each(|(((sum, dy), y), (h, b))| *sum += dy * (y - h - b))
+                }
             }
-            before.copy_from_slice(&y[at..at + count]);
-            if let Some(h) = residual {
-                before.iter_mut().zip(&h[at..at + count]).for_each(|(y, h)| *y -= h);
-            }
-            if let Some(bias) = bias {
-                before.iter_mut().zip(&bias[first..first + count]).for_each(|(y, b)| *y -= b);
-            }
-            sums.iter_mut().zip(dy).zip(&*before).for_each(|((sum, dy), y)| *sum += dy * y);
         }
         dc.iter_mut().zip(&*sums).zip(factor).for_each(|((dc, sum), c)| *dc = sum / c);
     }
@@ -212,17 +196,18 @@ struct SideGradient<'a> {
     side: Side,
     x: &'a [f32],
     z: &'a [f32],
-    g: &'a [f32],
+    dy: &'a [f32],
+    factor: Option<&'a [f32]>,
 }
 
-/// dz = s g B^T; `to` += dz A^T unless it is empty; dA = x^T dz and dB = s z^T g.
+/// With g = c dy: dz = s g B^T; `to` += dz A^T unless it is empty; dA = x^T dz and dB = s z^T g.
 fn side_gradient(
     of: SideGradient,
     [a, b]: [&Tensor; 2],
     to: &mut [f32],
     low_rank: Option<(&mut [f32], &mut [f32])>,
 ) {
-    let SideGradient { rows, width, out, side, x, z, g } = of;
+    let SideGradient { rows, width, out, side, x, z, dy, factor } = of;
     let rank = side.rank;
     let wide = rank.next_multiple_of(WIDTH);
     let sizes = [out * wide, rank * width, rows * wide, rows * rank];
@@ -231,6 +216,11 @@ fn side_gradient(
     let (a_turned, rest) = rest.split_at_mut(sizes[1]);
     let (dz, scaled) = rest.split_at_mut(sizes[2]);
     pad_turned(b.f32(), out, wide, b_turned);
+    if let Some(factor) = factor {
+        for (column, c) in b_turned.chunks_exact_mut(wide).zip(factor) {
+            column.iter_mut().for_each(|b| *b *= c);
+        }
+    }
     pad_turned(a.f32(), rank, width, a_turned);
     let (b_turned, a_turned) = (&*b_turned, &*a_turned);
     {
@@ -243,8 +233,19 @@ fn side_gradient(
                 // SAFETY: as above.
                 false => unsafe { to.part(first * width, count * width) },
             };
-            let g = &g[first * out..(first + count) * out];
-            dispatch(SideRows { g, b_turned, a_turned, scale: side.scale, rank, wide, width, dz, to, count });
+            let dy = &dy[first * out..(first + count) * out];
+            dispatch(SideRows {
+                dy,
+                b_turned,
+                a_turned,
+                scale: side.scale,
+                rank,
+                wide,
+                width,
+                dz,
+                to,
+                count,
+            });
         });
     }
     let Some((da, db)) = low_rank else { return };
@@ -269,7 +270,7 @@ fn side_gradient(
     let db = Shares::new(db);
     share(rows * out * rank >= SMALL, out.div_ceil(columns), |task| {
         let (first, count) = (task * columns, columns.min(out - task * columns));
-        dispatch(OuterProduct { scaled, rank, g, out, rows, first, count, to: &db });
+        dispatch(OuterProduct { scaled, rank, dy, factor, out, rows, first, count, to: &db });
     });
 }
 
@@ -277,7 +278,8 @@ fn side_gradient(
 const BLOCK: usize = 64;
 
 struct SideRows<'a> {
-    g: &'a [f32],
+    dy: &'a [f32],
+    /// c B^T (out, wide).
     b_turned: &'a [f32],
     a_turned: &'a [f32],
     scale: f32,
@@ -294,13 +296,13 @@ impl Kernel for SideRows<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let SideRows { g, b_turned, a_turned, scale, rank, wide, width, dz, to, count } = self;
-        let out = g.len() / count.max(1);
+        let SideRows { dy, b_turned, a_turned, scale, rank, wide, width, dz, to, count } = self;
+        let out = dy.len() / count.max(1);
         let product = Slim {
             rows: count,
             columns: wide,
             k: out,
-            a: g,
+            a: dy,
             a_row: out,
             a_k: 1,
             b: b_turned,
@@ -371,11 +373,12 @@ impl Kernel for TurnedProduct<'_> {
     }
 }
 
-/// Columns `first`..`first + count` of (s z)^T g.
+/// Columns `first`..`first + count` of (s z)^T dy, times c.
 struct OuterProduct<'a> {
     scaled: &'a [f32],
     rank: usize,
-    g: &'a [f32],
+    dy: &'a [f32],
+    factor: Option<&'a [f32]>,
     out: usize,
     rows: usize,
     first: usize,
@@ -388,7 +391,7 @@ impl Kernel for OuterProduct<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let OuterProduct { scaled, rank, g, out, rows, first, count, to } = self;
+        let OuterProduct { scaled, rank, dy, factor, out, rows, first, count, to } = self;
         let product = Slim {
             rows: rank,
             columns: count,
@@ -396,12 +399,18 @@ impl Kernel for OuterProduct<'_> {
             a: scaled,
             a_row: 1,
             a_k: rank,
-            b: &g[first..],
+            b: &dy[first..],
             b_k: out,
             c_row: out,
             add: false,
         };
         // SAFETY: dB is (rank, out), and each block of its columns belongs to one task.
         unsafe { product.run_at(s, to.pointer().add(first)) };
+        let Some(factor) = factor else { return };
+        for r in 0..rank {
+            // SAFETY: as above.
+            let row = unsafe { to.part(r * out + first, count) };
+            row.iter_mut().zip(&factor[first..]).for_each(|(db, c)| *db *= c);
+        }
     }
 }

@@ -102,7 +102,7 @@ impl HeadLoss {
                 dispatch(Part { logits, target: target.filter(|&t| t < count), sums: &mut sums[0], slope });
             });
             if self.gradient {
-                words.times(logits, gradient, self.precision, true);
+                words.times(&*logits, gradient, self.precision, true);
             }
         }
         let (losses, to) = (Shares::new(losses), Shares::new(gradient));

@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::ops::Range;
 
-use super::gemm::{Matrix, product};
+use super::gemm::{LeftRows, Matrix, product};
 use super::level::dispatch;
 use super::packed::{self, Layout, Packed, Plain, UnpackRow};
 use super::panels::{self, ArrangedRow, Arrangement, Panels, by_parts};
@@ -100,7 +100,13 @@ impl<'a> Weights<'a> {
     }
 
     /// y = x W for x (m, out), or y += x W if `add`.
-    pub(crate) fn times(self, x: &[f32], y: &mut [f32], precision: Precision, add: bool) {
+    pub(crate) fn times<'x>(
+        self,
+        x: impl Into<LeftRows<'x>>,
+        y: &mut [f32],
+        precision: Precision,
+        add: bool,
+    ) {
         match self {
             Weights::Dense { w, inputs } => {
                 let right = Matrix { data: w.as_ptr(), row: inputs, column: 1 };
