@@ -49,7 +49,7 @@ fn fresh_levels_are_those_of_mlx_to_the_bit() {
         let rows = [
             weights(4),
             weights(5).abs().unwrap(),
-            weights(6).negative().unwrap().minimum(Array::from_f32(-0.1)).unwrap(),
+            mlx_rs::ops::minimum(weights(6), Array::from_f32(-0.1)).unwrap(),
         ];
         let still =
             Array::from_iter((0..16 * 256).map(|i| if i / 256 % 2 == 0 { 0.0 } else { 0.25f32 }), &[16, 256]);
