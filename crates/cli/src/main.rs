@@ -75,7 +75,7 @@ fn run(arguments: Vec<String>) -> Result<()> {
         Command::Adapter(AdapterCommand::Import(args)) => commands::adapter::import(&args),
         Command::Adapter(AdapterCommand::Export(args)) => commands::adapter::export(&args),
         Command::Adapter(AdapterCommand::Inspect(args)) => commands::adapter::inspect(&args),
-        Command::Adapter(AdapterCommand::Extract(args)) => commands::adapter::extract(&args),
+        Command::Adapter(AdapterCommand::Extract(args)) => commands::extract(&args),
         Command::Adapter(AdapterCommand::Resize(args)) => commands::adapter::resize(&args),
         Command::Generate(args) => commands::generate(&args),
         Command::Chat(args) => commands::chat(&args),

@@ -116,17 +116,28 @@ fn mix(out: &mut [f32], parts: &[(&[f32], &Keep, f32)], first: u64, elements: El
         out.iter_mut().for_each(|x| *x *= factor);
         return;
     }
-    for (i, x) in out.iter_mut().enumerate() {
-        let elected = if *x >= 0.0 { 1.0f32 } else { -1.0 };
-        let (mut sum, mut weights) = (0.0, 0.0);
-        for (t, (_, _, weight)) in kept[i..].iter().step_by(kept.len() / parts.len()).zip(parts) {
-            let agrees = t * elected > 0.0;
-            sum += if agrees { *t } else { 0.0 };
-            weights += if agrees { *weight } else { 0.0 };
+    // Update by update, so that many elements are dealt with at once.
+    let (mut sums, mut weights) = (vec![0f32; out.len()], vec![0f32; out.len()]);
+    for (t, (_, _, weight)) in kept.chunks_exact(out.len()).zip(parts) {
+        for (((t, elected), sum), total) in t.iter().zip(&*out).zip(&mut sums).zip(&mut weights) {
+            let up = *elected >= 0.0;
+            let agrees = (up & (*t > 0.0)) | (!up & (*t < 0.0));
+            *sum += pick(agrees, *t, 0.0);
+            *total += pick(agrees, *weight, 0.0);
         }
-        let divisor = if elements.normalize && weights.abs() >= NO_DIVISOR { weights } else { 1.0 };
-        *x = lambda * sum / divisor;
     }
+    for ((x, sum), total) in out.iter_mut().zip(sums).zip(weights) {
+        let divide = elements.normalize && total.abs() >= NO_DIVISOR;
+        *x = lambda * sum / pick(divide, total, 1.0);
+    }
+}
+
+/// `a` where `yes`, else `b`, without a branch: whether signs agree and elements stay is chance, and half of the guesses of a
+/// processor would be wrong.
+#[inline]
+fn pick(yes: bool, a: f32, b: f32) -> f32 {
+    let mask = u32::from(yes).wrapping_neg();
+    f32::from_bits((a.to_bits() & mask) | (b.to_bits() & !mask))
 }
 
 /// An update without what is dropped.
@@ -134,11 +145,11 @@ fn thin(out: &mut [f32], update: &[f32], keep: &Keep, first: u64) {
     match keep {
         Keep::All => out.copy_from_slice(update),
         Keep::AtLeast(limit) => {
-            out.iter_mut().zip(update).for_each(|(out, t)| *out = if t.abs() >= *limit { *t } else { 0.0 });
+            out.iter_mut().zip(update).for_each(|(out, t)| *out = pick(t.abs() >= *limit, *t, 0.0));
         }
         Keep::Drawn { key, limit, factor } => {
             for (i, (out, t)) in (first..).zip(out.iter_mut().zip(update)) {
-                *out = if scramble(key.wrapping_add(i)) < *limit { t * factor } else { 0.0 };
+                *out = pick(scramble(key.wrapping_add(i)) < *limit, t * factor, 0.0);
             }
         }
     }

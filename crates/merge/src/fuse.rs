@@ -99,7 +99,7 @@ pub fn fuse(
     let mut job = Job {
         checkpoint: &checkpoint,
         adapter,
-        writer: DirWriter::create(out, options.overwrite)?,
+        writer: DirWriter::create(out, options.overwrite)?.room(header_room(&checkpoint)),
         quantization: checkpoint.quantization().clone(),
         policy,
         dequantize: options.dequantize,
@@ -118,6 +118,13 @@ pub fn fuse(
     let base = base.map_err(|_| Error::Stopped)??;
     let sources = (base, Origin::of_adapter(&options.adapter_dir, &options.adapter_name)?);
     job.complete(out, options, plan, sources).map_err(|error| error.with_size(plan.bytes))
+}
+
+/// Bytes that will do for the header of a file with all tensors of a checkpoint, and for what is said of their making.
+fn header_room(checkpoint: &Checkpoint) -> usize {
+    /// Type, shape and place of a tensor, in JSON.
+    const ENTRY: usize = 112;
+    checkpoint.names().map(|name| name.len() + ENTRY).sum::<usize>() + (16 << 10)
 }
 
 /// What an adapter may have been trained on besides the base at hand.

@@ -245,14 +245,32 @@ pub(crate) fn fuse_weight(
     Ok(Fused { stored: changed.then_some(stored), rest, report })
 }
 
+/// Rows of a weight, and what an update makes of them: MLX's thread begins with them while ours still have those before.
+struct Block {
+    rows: Weight,
+    before: Array,
+    exact: Array,
+    factor: Option<Array>,
+}
+
+impl Block {
+    fn begin(weight: &Weight, update: &Update, ids: &Array) -> Result<Block> {
+        let (rows, before) = (weight.slice(ids)?, weight.rows(ids, Dtype::Float32)?);
+        let (exact, factor) = update.apply(&before, ids)?;
+        graft_ops::ffi::async_eval([&before, &exact])?;
+        Ok(Block { rows, before, exact, factor })
+    }
+}
+
 /// Stores a weight in one form and adds up what that costs.
 fn attempt(weight: &Weight, update: &Update, form: Form, hessian: Option<&Hessian>) -> Result<Attempt> {
     let (mut stored, mut sums) = (Stored::default(), Sums::default());
     let (mut to, mut compensated, mut factors) = (self::form(weight), None, Vec::new());
-    for ids in weight.row_blocks() {
-        let rows = weight.slice(&ids)?;
-        let before = rows.dequantize(Dtype::Float32)?;
-        let (exact, factor) = update.apply(&before, &ids)?;
+    let mut blocks = weight.row_blocks().map(|ids| Block::begin(weight, update, &ids));
+    let mut next = blocks.next();
+    while let Some(block) = next {
+        let Block { rows, before, exact, factor } = block?;
+        next = blocks.next();
         let new = match (form, &rows) {
             (Form::Dense(dtype), _) => Weight::Dense(exact.as_dtype(dtype)?),
             (Form::Packed(grid), Weight::Packed(packed)) => {
@@ -263,7 +281,8 @@ fn attempt(weight: &Weight, update: &Update, form: Form, hessian: Option<&Hessia
             (Form::Folded, Weight::Packed(packed)) => fold(packed, factor.as_ref())?,
             _ => return Err(not_stored()),
         };
-        let mut after = new.dequantize(Dtype::Float32)?;
+        let mut after =
+            new.rows(&Array::from_iter(0..new.out_features(), &[new.out_features()]), Dtype::Float32)?;
         if let (Form::Folded, Some(factor)) = (form, &factor) {
             // What the adapter that stays adds to it.
             let rest = exact.subtract(before.multiply(factor.expand_dims(1)?)?)?;

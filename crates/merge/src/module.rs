@@ -133,7 +133,7 @@ impl<'a> Module<'a> {
 
     /// W's rows `ids` in f32, where W is there.
     pub(crate) fn base_rows(&self, ids: &Array) -> Result<Option<Array>> {
-        let rows = |(base, _): &(Weight, Array)| base.slice(ids)?.dequantize(Dtype::Float32);
+        let rows = |(base, _): &(Weight, Array)| base.rows(ids, Dtype::Float32);
         Ok(self.base.as_ref().map(rows).transpose()?)
     }
 

@@ -8,35 +8,16 @@ use std::error::Error;
 use std::path::Path;
 
 use graft_adapters::Route;
-use graft_model::{Model, Tokenizer};
-use graft_ops::{Array, Dtype, Precision, Rows, set_precision};
+use graft_model::{Model, Run, Text, Tokenizer, compare};
+use graft_ops::{Dtype, Precision, set_precision};
 
 /// Tokens of a window, each of which but the first is predicted.
 const WINDOW: usize = 256;
 
-/// Log-probabilities (N, V) of each token's successor, by rows.
-fn log_probabilities(
-    model: &Model,
-    ids: &[u32],
-    precision: Precision,
-) -> Result<Vec<Vec<f64>>, Box<dyn Error>> {
+fn run(dir: &Path, texts: &[Text], precision: Precision) -> Result<Run, Box<dyn Error>> {
     set_precision(precision);
-    let tokens = Array::from_iter(ids.iter().map(|id| *id as i32), &[ids.len() as i32]);
-    let hidden = model.hidden(&tokens, &Rows::new(vec![ids.len() as i32]), None, &Route::Base)?;
-    let logits = model.logits(&hidden, &Route::Base)?;
-    logits.eval()?;
-    let rows = logits.as_slice::<f32>().chunks_exact(logits.dim(1) as usize);
-    Ok(rows
-        .map(|row| {
-            let most = row.iter().copied().fold(f32::MIN, f32::max);
-            let total: f64 = row.iter().map(|x| f64::from(x - most).exp()).sum();
-            row.iter().map(|x| f64::from(x - most) - total.ln()).collect()
-        })
-        .collect())
-}
-
-fn best(row: &[f64]) -> Option<usize> {
-    (0..row.len()).max_by(|a, b| row[*a].total_cmp(&row[*b]))
+    let model = Model::load(dir, Dtype::Float32)?;
+    Ok(Run::of(&model, &Route::Base, texts, &mut |_| true)?.ok_or("stopped")?)
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -45,30 +26,20 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err("usage: fidelity MODEL_DIR TEXT_FILE [WINDOWS]".into());
     };
     let windows: usize = rest.first().map_or(Ok(8), |n| n.parse())?;
-    let load = |precision| {
-        set_precision(precision);
-        Model::load(Path::new(dir), Dtype::Float32)
-    };
-    let (exact, default) = (load(Precision::F32)?, load(Precision::Int16)?);
-    let ids = Tokenizer::load(Path::new(dir))?.encode(&std::fs::read_to_string(text)?, false)?;
-    let (mut count, mut divergence, mut agreed, mut losses) = (0.0, 0.0, 0.0, [0.0; 2]);
-    for window in ids.chunks_exact(WINDOW).take(windows) {
-        let p = log_probabilities(&exact, window, Precision::F32)?;
-        let q = log_probabilities(&default, window, Precision::Int16)?;
-        for (i, (p, q)) in p.iter().zip(&q).enumerate().take(WINDOW - 1) {
-            let target = window[i + 1] as usize;
-            divergence += p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
-            agreed += f64::from(u8::from(best(p) == best(q)));
-            losses[0] -= p[target];
-            losses[1] -= q[target];
-            count += 1.0;
-        }
-    }
-    let [exact, default] = losses.map(|loss| (loss / count).exp());
+    let dir = Path::new(dir);
+    let ids = Tokenizer::load(dir)?.encode(&std::fs::read_to_string(text)?, false)?;
+    let windows = ids.chunks_exact(WINDOW).take(windows);
+    let texts: Vec<Text> = windows.map(|ids| Text { tokens: ids.to_vec(), targets: 1..WINDOW }).collect();
+    // The default comes last: a head that was laid out takes 16 bits where logits are made, the exact one's floats do not.
+    let (exact, default) = (run(dir, &texts, Precision::F32)?, run(dir, &texts, Precision::Int16)?);
+    let gaps = compare(&exact, &default, &texts, &mut || true)?.ok_or("stopped")?;
+    let count = gaps.len() as f64;
+    let mean = |of: fn(&graft_model::Gap) -> f64| gaps.iter().map(of).sum::<f64>() / count;
+    let (exact, default) = (mean(|gap| gap.losses[0]).exp(), mean(|gap| gap.losses[1]).exp());
     println!(
         "{count} tokens: KL {:.2e} nats, best token agrees {:.2} %, perplexity {exact:.4} exact, {default:.4} default ({:+.4} %)",
-        divergence / count,
-        100.0 * agreed / count,
+        mean(|gap| gap.kl),
+        100.0 * mean(|gap| f64::from(u8::from(gap.agree))),
         100.0 * (default / exact - 1.0)
     );
     Ok(())

@@ -3,7 +3,7 @@
 use graft_ops::ffi::{array_from_bytes, read};
 use graft_ops::{Array, Dtype};
 
-use crate::{Error, Grid, Packed, Result, round};
+use crate::{Error, Grid, Packed, Result};
 
 /// Scales and biases for the groups of a weight, (out, groups) each, in the type in which they are stored.
 #[derive(Debug, Clone)]
@@ -15,13 +15,36 @@ pub struct Levels {
 }
 
 impl Levels {
-    /// MLX's own for W (out, in), stored in `dtype`.
+    /// Those that MLX's rounding ([`crate::round()`]) would choose for W (out, in), to the bit, stored in `dtype`; found here,
+    /// on all threads, without its codes. Evaluates.
     ///
     /// # Errors
-    /// As [`round()`].
+    /// When the grid does not exist or does not divide W's rows.
     pub fn fresh(w: &Array, grid: Grid, dtype: Dtype) -> Result<Levels> {
-        let packed = round(&w.as_dtype(Dtype::Float32)?, grid, None)?;
-        Ok(Levels { scales: packed.scales.as_dtype(dtype)?, biases: packed.biases.as_dtype(dtype)? })
+        let (out, input) = shape_for(w, grid)?;
+        let w = w.as_dtype(Dtype::Float32)?.contiguous()?;
+        let values = read::<f32>(&w)?;
+        let (group, groups) = (grid.group_size as usize, grid.groups(input));
+        let mut chosen = vec![[0f32; 2]; out * groups];
+        let share = chosen.len().div_ceil(graft_ops::threads()).max(1);
+        std::thread::scope(|scope| {
+            for (chosen, values) in chosen.chunks_mut(share).zip(values.chunks(share * group)) {
+                scope.spawn(move || {
+                    for (own, w) in chosen.iter_mut().zip(values.chunks_exact(group)) {
+                        *own = anchored(w, grid.top());
+                    }
+                });
+            }
+        });
+        Levels::of_groups(&chosen, [out, groups], dtype)
+    }
+
+    /// Scale and bias of each group, (out, groups) row-major, rounded to the type in which they are stored.
+    fn of_groups(all: &[[f32; 2]], [out, groups]: [usize; 2], dtype: Dtype) -> Result<Levels> {
+        let part = |index: usize| {
+            Array::from_iter(all.iter().map(|own| own[index]), &[out as i32, groups as i32]).as_dtype(dtype)
+        };
+        Ok(Levels { scales: part(0)?, biases: part(1)? })
     }
 
     /// Those of a packed weight for `bits` codes, which hold each of its values exactly: a power of two finer.
@@ -96,16 +119,28 @@ pub fn round_nearest(w: &Array, grid: Grid, candidates: &[Levels]) -> Result<Pac
             });
         }
     });
-    let part = |index: usize, like: &Array| -> Result<Array> {
-        let all = Array::from_iter(chosen.iter().map(|own| own[index]), &[out as i32, groups as i32]);
-        Ok(all.as_dtype(like.dtype())?)
+    let Levels { scales, biases } = Levels::of_groups(&chosen, [out, groups], first.scales.dtype())?;
+    Ok(Packed { codes: pack(&codes, out, input, grid)?, scales, biases, grid })
+}
+
+/// Scale and bias of a group as MLX chooses them: zero and the end farther from it are levels.
+fn anchored(w: &[f32], top: f32) -> [f32; 2] {
+    /// The smallest step.
+    const LEAST: f32 = 1e-7;
+    // Groups are multiples of eight.
+    let ends = |pick: fn(f32, f32) -> f32, start: f32| {
+        let mut lanes = [start; 8];
+        for w in w.chunks_exact(8) {
+            lanes.iter_mut().zip(w).for_each(|(lane, w)| *lane = pick(*lane, *w));
+        }
+        lanes.into_iter().fold(start, pick)
     };
-    Ok(Packed {
-        codes: pack(&codes, out, input, grid)?,
-        scales: part(0, &first.scales)?,
-        biases: part(1, &first.biases)?,
-        grid,
-    })
+    let (low, high) = (ends(f32::min, f32::INFINITY), ends(f32::max, f32::NEG_INFINITY));
+    let downwards = low.abs() <= high.abs();
+    let step = ((high - low) / top).max(LEAST);
+    let (step, edge) = if downwards { (-step, high) } else { (step, low) };
+    let code = (edge / step).round_ties_even();
+    if code == 0.0 { [step, 0.0] } else { [edge / code, edge] }
 }
 
 /// The nearest codes of a group, and the sum of the squared errors.
@@ -116,17 +151,19 @@ fn nearest(w: &[f32], [scale, bias]: [f32; 2], top: f32, codes: &mut [u8]) -> f3
             let level = code_of(*w, scale, bias, top);
             let error = w - (scale * level + bias);
             *lane += error * error;
-            *code = level as u8;
+            // Its last eight bits are the code; a conversion would look at each number for what it cannot hold.
+            *code = (level + ROUND).to_bits() as u8;
         }
     }
     lanes.iter().sum()
 }
 
+/// 1.5 * 2^23: added to a number below 2^22 and taken away again, it leaves the nearest whole number.
+const ROUND: f32 = 12_582_912.0;
+
 /// The code nearest to `w`, half to even, as a number.
 #[inline]
 pub(crate) fn code_of(w: f32, scale: f32, bias: f32, top: f32) -> f32 {
-    /// 1.5 * 2^23: added to a number below 2^22 and taken away again, it leaves the nearest whole number.
-    const ROUND: f32 = 12_582_912.0;
     let step = if scale == 0.0 { 1.0 } else { scale };
     ((w - bias) / step).clamp(0.0, top) + ROUND - ROUND
 }

@@ -154,8 +154,9 @@ pub fn read_safetensors(path: &Path) -> Result<TensorFile> {
 /// What a header says of one tensor: name, type, shape and bytes.
 pub(crate) type Entry = (String, StoredDtype, Vec<usize>, u64);
 
-/// The beginning of a safetensors file whose tensors follow in the order of `entries`: length and padded JSON.
-pub(crate) fn header(entries: &[Entry], metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
+/// The beginning of a safetensors file whose tensors follow in the order of `entries`: length and JSON, with blanks up to
+/// `room` bytes in all if it takes fewer.
+pub(crate) fn header(entries: &[Entry], metadata: &BTreeMap<String, String>, room: usize) -> Result<Vec<u8>> {
     let mut map = serde_json::Map::new();
     if !metadata.is_empty() {
         map.insert("__metadata__".into(), serde_json::json!(metadata));
@@ -169,7 +170,7 @@ pub(crate) fn header(entries: &[Entry], metadata: &BTreeMap<String, String>) -> 
     let mut json = serde_json::to_vec(&map)
         .map_err(|error| Error::Request(format!("cannot describe the tensors: {error}")))?;
     // The data begins at a multiple of eight.
-    json.resize(json.len().next_multiple_of(8), b' ');
+    json.resize(json.len().max(room.saturating_sub(8)).next_multiple_of(8), b' ');
     let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
     bytes.extend(json);
     Ok(bytes)
@@ -192,7 +193,7 @@ pub fn safetensors_bytes(
             .map_err(|error| Error::Request(format!("tensor {name} cannot be stored: {error}")))?;
         entries.push(((*name).clone(), tensor.dtype, tensor.shape.clone(), tensor.data.len() as u64));
     }
-    let mut bytes = header(&entries, metadata)?;
+    let mut bytes = header(&entries, metadata, 0)?;
     for (_, tensor) in all {
         bytes.extend_from_slice(&tensor.data);
     }

@@ -61,8 +61,8 @@ pub enum Weight {
     Arranged(Arranged),
 }
 
-/// Weights looked at together where a dense copy is needed for a moment: 16 MB in f32.
-const BLOCK: i32 = 1 << 22;
+/// Weights looked at together where a dense copy is needed for a moment: 4 MB in f32, which the heap has again for the next.
+const BLOCK: i32 = 1 << 20;
 
 impl Weight {
     /// Rows of W.
@@ -140,7 +140,7 @@ impl Weight {
         }
     }
 
-    /// All rows in runs, ids (N,) each, of which a dense copy in f32 takes 16 MB at most.
+    /// All rows in runs, ids (N,) each, of which a dense copy in f32 takes 4 MB at most.
     pub fn row_blocks(&self) -> impl Iterator<Item = Array> + use<> {
         let (out, step) = (self.out_features(), (BLOCK / self.in_features().max(1)).max(1));
         (0..out).step_by(step as usize).map(move |from| {

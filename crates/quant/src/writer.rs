@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{BufWriter, ErrorKind, Read as _, Write as _};
+use std::io::{BufWriter, ErrorKind, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 
 use rustix::fs::FlockOperation;
 use serde_json::{Map, Value, json};
@@ -128,6 +129,8 @@ pub struct DirWriter {
     metadata: BTreeMap<String, String>,
     /// The one file of tensors, where there are to be no shards and no index.
     single: Option<String>,
+    /// Bytes left free for the header of each file.
+    room: usize,
     /// Locks the directory while this process lives.
     lock: File,
 }
@@ -147,7 +150,46 @@ struct Shard {
     data: BufWriter<File>,
     entries: Vec<Entry>,
     bytes: u64,
+    /// How many of them the disk was told to keep, and by whom: at the end there is then little left to wait for.
+    told: u64,
+    syncing: Option<JoinHandle<std::io::Result<()>>>,
 }
+
+impl Shard {
+    /// `room` bytes for the header, then the data.
+    fn create(path: &Path, room: usize) -> std::io::Result<Shard> {
+        let mut file = File::create_new(path)?;
+        file.seek(SeekFrom::Start(room as u64))?;
+        Ok(Shard { data: BufWriter::new(file), entries: Vec::new(), bytes: 0, told: 0, syncing: None })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.data.write_all(bytes)?;
+        self.bytes += bytes.len() as u64;
+        if self.bytes - self.told >= FLUSHED && self.syncing.as_ref().is_none_or(JoinHandle::is_finished) {
+            self.settle()?;
+            let file = self.data.get_ref().try_clone()?;
+            self.told = self.bytes;
+            self.syncing = Some(std::thread::spawn(move || file.sync_data()));
+        }
+        Ok(())
+    }
+
+    /// Waits for the disk; a failure is told to whoever asks first, so that no sync after it would say so.
+    fn settle(&mut self) -> std::io::Result<()> {
+        let outcome = self.syncing.take().map(JoinHandle::join);
+        outcome.unwrap_or(Ok(Ok(()))).unwrap_or_else(|_| Err(std::io::Error::other("a sync panicked")))
+    }
+
+    /// All data in the file.
+    fn close(mut self) -> std::io::Result<(File, Vec<Entry>, u64)> {
+        self.settle()?;
+        Ok((self.data.into_inner().map_err(std::io::IntoInnerError::into_error)?, self.entries, self.bytes))
+    }
+}
+
+/// Data after which the disk is told to keep it.
+const FLUSHED: u64 = 256 << 20;
 
 /// mlx-lm's limit of one file: 5 GiB; a single tensor may exceed it.
 const MAX_SHARD: u64 = 5 << 30;
@@ -170,7 +212,15 @@ impl DirWriter {
         let _ = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive);
         let metadata = BTreeMap::from([("format".to_owned(), "mlx".to_owned())]);
         let (target, shards) = (target.to_path_buf(), Vec::new());
-        Ok(DirWriter { target, overwrite, temp, written: 0, shards, metadata, single: None, lock })
+        Ok(DirWriter { target, overwrite, temp, written: 0, shards, metadata, single: None, room: 0, lock })
+    }
+
+    /// Leaves room for a header of `bytes` bytes at the beginning of each file of tensors. The header comes first and is known
+    /// last: where it finds room the data stay where they are, else they are copied once more. Room left over is blanks.
+    #[must_use]
+    pub fn room(mut self, bytes: usize) -> DirWriter {
+        self.room = bytes.next_multiple_of(8);
+        self
     }
 
     /// Puts all tensors into one file of that name, without an index, as adapters have it.
@@ -209,14 +259,12 @@ impl DirWriter {
         let limit = if self.single.is_some() { u64::MAX - size } else { MAX_SHARD };
         if self.shards.last().is_none_or(|shard| shard.bytes + size > limit && shard.bytes > 0) {
             let path = self.data_path(self.shards.len());
-            let file = File::create_new(&path).map_err(Error::io(&path))?;
-            self.shards.push(Shard { data: BufWriter::new(file), entries: Vec::new(), bytes: 0 });
+            self.shards.push(Shard::create(&path, self.room).map_err(Error::io(&path))?);
         }
         let Some(shard) = self.shards.last_mut() else { return Ok(()) };
-        shard.data.write_all(&tensor.data).map_err(Error::writing(&self.target, self.written))?;
+        shard.write(&tensor.data).map_err(Error::writing(&self.target, self.written))?;
         self.written += size;
         shard.entries.push((name.to_owned(), tensor.dtype, tensor.shape.clone(), size));
-        shard.bytes += size;
         Ok(())
     }
 
@@ -284,22 +332,24 @@ impl DirWriter {
         self.temp.path().join(format!(".data-{index}"))
     }
 
-    /// Header, then data: copied file to file, which the kernel does without the bytes passing through us.
+    /// Header, then data: those that cannot stay are copied file to file, which the kernel does without the bytes passing
+    /// through us.
     fn assemble(&self, index: usize, shard: Shard, name: &str) -> Result<()> {
         let (from, to) = (self.data_path(index), self.temp.path().join(name));
         let full = || Error::writing(&self.target, self.written);
-        let data = shard.data.into_inner().map_err(|error| full()(error.into_error()))?;
-        drop(data);
-        let head = header(&shard.entries, &self.metadata)?;
-        let source = File::open(&from).map_err(Error::io(&from))?;
+        let (mut file, entries, bytes) = shard.close().map_err(full())?;
+        let head = header(&entries, &self.metadata, self.room)?;
+        if head.len() == self.room {
+            let written = file.rewind().and_then(|()| file.write_all(&head)).and_then(|()| file.sync_all());
+            return written.map_err(full()).and_then(|()| std::fs::rename(&from, &to).map_err(Error::io(&from)));
+        }
+        let mut source = File::open(&from).map_err(Error::io(&from))?;
+        source.seek(SeekFrom::Start(self.room as u64)).map_err(Error::io(&from))?;
         let mut file = File::create_new(&to).map_err(Error::io(&to))?;
         file.write_all(&head).map_err(full())?;
-        let copied = std::io::copy(&mut source.take(shard.bytes), &mut file).map_err(full())?;
-        if copied != shard.bytes {
-            return Err(Error::Damaged {
-                file: from,
-                what: format!("{copied} of {} bytes were left", shard.bytes),
-            });
+        let copied = std::io::copy(&mut source.take(bytes), &mut file).map_err(full())?;
+        if copied != bytes {
+            return Err(Error::Damaged { file: from, what: format!("{copied} of {bytes} bytes were left") });
         }
         file.sync_all().map_err(full())?;
         std::fs::remove_file(&from).map_err(Error::io(&from))

@@ -43,6 +43,32 @@ fn values_on_a_grid_keep_their_codes_at_every_width() {
 }
 
 #[test]
+fn fresh_levels_are_those_of_mlx_to_the_bit() {
+    graft_testkit::mlx(|| {
+        // Groups of either sign, of one number, of zeros, and as MLX meets them in a model.
+        let rows = [
+            weights(4),
+            weights(5).abs().unwrap(),
+            mlx_rs::ops::minimum(weights(6), Array::from_f32(-0.1)).unwrap(),
+        ];
+        let still =
+            Array::from_iter((0..16 * 256).map(|i| if i / 256 % 2 == 0 { 0.0 } else { 0.25f32 }), &[16, 256]);
+        let rows = rows.iter().chain([&still]).cloned().collect::<Vec<_>>();
+        let w = mlx_rs::ops::concatenate(&rows, 0).unwrap();
+        for bits in Grid::BITS {
+            for (group_size, dtype) in [(32, Dtype::Float32), (64, Dtype::Float16), (128, Dtype::Bfloat16)] {
+                let grid = Grid { bits, group_size };
+                let plain = round(&w, grid, None).unwrap();
+                let fresh = Levels::fresh(&w, grid, dtype).unwrap();
+                for (ours, own) in [(&fresh.scales, &plain.scales), (&fresh.biases, &plain.biases)] {
+                    assert_eq!(bytes(ours), bytes(&own.as_dtype(dtype).unwrap()), "{grid}, {dtype:?}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
 fn never_worse_than_mlx() {
     graft_testkit::mlx(|| {
         for bits in Grid::BITS {

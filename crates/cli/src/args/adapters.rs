@@ -121,9 +121,19 @@ pub(crate) struct ExtractArgs {
     /// Do without tensors that changed and are no matrix (norms, biases), which are refused otherwise
     #[arg(long)]
     pub(crate) leave_out: bool,
-    /// Seed of the search for the leading directions
+    /// Seed of the search for the leading directions, and of the texts that are drawn
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+    /// model: also measure how far the base with the adapter is from the fine-tuned model; layers: the weights alone
+    #[arg(long, default_value = "model", value_parser = ["model", "layers"])]
+    pub(crate) verify: String,
+    /// Rows to measure on, as for training: a .jsonl file or a directory with valid.jsonl (default: texts drawn from the
+    /// fine-tuned model)
+    #[arg(long)]
+    pub(crate) data: Option<String>,
+    /// How many rows are measured
+    #[arg(long, default_value_t = 16)]
+    pub(crate) verify_rows: usize,
     /// Where the adapter is written; must not exist
     #[arg(long)]
     pub(crate) save_path: String,

@@ -1,12 +1,12 @@
-//! `graft adapter`: PEFT's form and back, what an adapter holds, one out of two models, one with fewer columns.
+//! `graft adapter`: PEFT's form and back, what an adapter holds, one with fewer columns.
 
 use super::merge::{progress, say, size};
-use crate::args::{AdapterInspectArgs, ExportArgs, ExtractArgs, ImportArgs, ResizeArgs};
+use crate::args::{AdapterInspectArgs, ExportArgs, ImportArgs, ResizeArgs};
 use crate::hub::{self, What};
 use crate::ui;
 use anyhow::{Context, Result, bail};
 use graft_adapters::{AdapterSet, AdapterWriter, FineTuneType, Fingerprint, Origin, Provenance};
-use graft_merge::{Allowed, Event, ExtractOptions, MergeReport, Size};
+use graft_merge::{Allowed, Event, Size};
 use graft_quant::Checkpoint;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -164,29 +164,6 @@ fn short(hash: &str) -> &str {
     hash.get(..12).unwrap_or("unknown")
 }
 
-/// A LoRA adapter of the difference of two models.
-pub(crate) fn extract(args: &ExtractArgs) -> Result<()> {
-    let open = |name: &String| -> Result<(Checkpoint, Origin)> {
-        let checkpoint = Checkpoint::open(&hub::resolve(name, What::Model)?)?;
-        let origin = Origin::of_model(&checkpoint, name)?;
-        Ok((checkpoint, origin))
-    };
-    let ((base, base_origin), (tuned, tuned_origin)) = (open(&args.model)?, open(&args.tuned)?);
-    let options = ExtractOptions {
-        size: size(args.size.rank, args.size.energy).unwrap_or(Size::Full),
-        leave_out: args.leave_out,
-        seed: args.seed,
-        base: base_origin,
-        tuned: tuned_origin,
-    };
-    let out = PathBuf::from(&args.save_path);
-    let report = progress("matrices", |stop, on_event| {
-        graft_merge::extract((&base, &tuned), &options, &out, stop, on_event)
-    })
-    .with_context(|| format!("cannot take an adapter out of {}", args.tuned))?;
-    finish(&report, &format!("Extracted {} from {}", args.tuned, args.model), &out, args.json)
-}
-
 /// The same adapter with fewer columns.
 pub(crate) fn resize(args: &ResizeArgs) -> Result<()> {
     let dir = hub::resolve(&args.adapter, What::Adapter)?;
@@ -204,14 +181,10 @@ pub(crate) fn resize(args: &ResizeArgs) -> Result<()> {
         graft_merge::resize((&set, &origin), size, &out, stop, on_event)
     })
     .with_context(|| format!("cannot resize {}", args.adapter))?;
-    finish(&report, &format!("Resized {}", args.adapter), &out, args.json)
-}
-
-fn finish(report: &MergeReport, done: &str, out: &Path, json: bool) -> Result<()> {
-    if json {
-        ui::out(&serde_json::to_string_pretty(report)?);
+    if args.json {
+        ui::out(&serde_json::to_string_pretty(&report)?);
     } else {
-        say(report, done, out);
+        say(&report, &format!("Resized {}", args.adapter), &out);
     }
     Ok(())
 }

@@ -5,12 +5,14 @@ use crate::commands::load;
 use anyhow::{Result, bail};
 use graft_adapters::{AdapterConfig, file_hash};
 use graft_model::Text;
-use graft_train::{DataConfig, Form, Row, Split, read_rows};
+use graft_train::{DataConfig, Form, ModelEncoder, Row, Split, read_rows};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Targets of `--verify model`, at most: rows beyond them are left out.
 const TARGETS: usize = 4096;
+/// Tokens of a row, at most, where no recipe says it.
+const LENGTH: usize = 2048;
 /// Tokens of which the inputs of linears are observed, at most.
 const OBSERVED: usize = 8192;
 
@@ -33,10 +35,10 @@ pub(crate) struct Found {
 /// Finds the rows. `model` is a directory with the tokenizer.
 pub(crate) fn find(args: &FuseArgs, config: &AdapterConfig, model: &Path) -> Result<Found> {
     let (valid, train) = match &args.data {
-        Some(given) => match given_files(given) {
-            Ok((valid, train)) => (Ok(valid), train),
-            Err(why) => bail!(crate::errors::Usage(format!("--data {given}: {why}"))),
-        },
+        Some(given) => {
+            let (valid, train) = named(given)?;
+            (Ok(valid), train)
+        }
         None => (recorded(config, "valid"), recorded(config, "train").ok()),
     };
     // Weights alone need no tokenizer, and a directory without one can be fused.
@@ -47,12 +49,6 @@ pub(crate) fn find(args: &FuseArgs, config: &AdapterConfig, model: &Path) -> Res
     let form = form(config);
     let (tokenizer, template) = load::text(model)?;
     let encoder = load::encoder(&tokenizer, template.as_ref());
-    let split = |file: &Path, rows: &[Row]| {
-        // Rows of plain text have no prompt to mask, whatever the recipe says of others.
-        let texts = rows.iter().all(|row| graft_train::form(row, &form) == Some(Form::Text));
-        let form = DataConfig { mask_prompt: form.mask_prompt && !texts, ..form.clone() };
-        Split::from_rows(file, rows, &encoder, &form)
-    };
     let mut observed = Vec::new();
     let mut others = Vec::new();
     let valid = match valid {
@@ -61,15 +57,7 @@ pub(crate) fn find(args: &FuseArgs, config: &AdapterConfig, model: &Path) -> Res
             let all = read_rows(&file)?;
             let (rows, rest) = spread(all, args.verify_rows);
             others = rest;
-            let mut texts = Vec::new();
-            let mut targets = 0;
-            for example in split(&file, &rows)?.examples {
-                targets += example.targets();
-                if targets > TARGETS && !texts.is_empty() {
-                    break;
-                }
-                texts.push(Text { targets: example.trained(), tokens: example.tokens });
-            }
+            let texts = texts(split(&file, &rows, &encoder, &form)?);
             if texts.is_empty() {
                 Err(format!("{} has no row with a target", file.display()))
             } else {
@@ -83,7 +71,7 @@ pub(crate) fn find(args: &FuseArgs, config: &AdapterConfig, model: &Path) -> Res
             None => (PathBuf::from("--data"), others),
         };
         let mut tokens = 0;
-        for example in split(&file, &rows)?.examples {
+        for example in split(&file, &rows, &encoder, &form)?.examples {
             tokens += example.tokens.len();
             if tokens > OBSERVED {
                 break;
@@ -94,15 +82,47 @@ pub(crate) fn find(args: &FuseArgs, config: &AdapterConfig, model: &Path) -> Res
     Ok(Found { valid, observed })
 }
 
-/// valid.jsonl and train.jsonl of a directory; a file, which has both.
-fn given_files(given: &str) -> std::result::Result<(PathBuf, Option<PathBuf>), String> {
+/// The rows of a file or of a directory's valid.jsonl, `count` of them spread over it, as training reads them by default.
+pub(crate) fn of_data(given: &str, count: usize, encoder: &ModelEncoder) -> Result<(PathBuf, Vec<Text>)> {
+    let file = named(given)?.0;
+    let rows = spread(read_rows(&file)?, count).0;
+    let texts = texts(split(&file, &rows, encoder, &DataConfig::new(false, LENGTH))?);
+    if texts.is_empty() {
+        bail!("{} has no row with a target", file.display());
+    }
+    Ok((file, texts))
+}
+
+fn split(file: &Path, rows: &[Row], encoder: &ModelEncoder, form: &DataConfig) -> Result<Split> {
+    // Rows of plain text have no prompt to mask, whatever the recipe says of others.
+    let texts = rows.iter().all(|row| graft_train::form(row, form) == Some(Form::Text));
+    let form = DataConfig { mask_prompt: form.mask_prompt && !texts, ..form.clone() };
+    Ok(Split::from_rows(file, rows, encoder, &form)?)
+}
+
+/// The rows that have targets, until there are enough of them.
+fn texts(split: Split) -> Vec<Text> {
+    let (mut texts, mut targets) = (Vec::new(), 0);
+    for example in split.examples {
+        targets += example.targets();
+        if targets > TARGETS && !texts.is_empty() {
+            break;
+        }
+        texts.push(Text { targets: example.trained(), tokens: example.tokens });
+    }
+    texts
+}
+
+/// What `--data` names: valid.jsonl and train.jsonl of a directory; a file, which has both.
+pub(crate) fn named(given: &str) -> Result<(PathBuf, Option<PathBuf>)> {
     let path = Path::new(given);
     if path.is_file() {
         return Ok((path.to_path_buf(), None));
     }
     let valid = path.join("valid.jsonl");
     if !valid.is_file() {
-        return Err("expected a .jsonl file, or a directory with valid.jsonl".into());
+        let expected = "expected a .jsonl file, or a directory with valid.jsonl";
+        bail!(crate::errors::Usage(format!("--data {given}: {expected}")));
     }
     let train = path.join("train.jsonl");
     Ok((valid, train.is_file().then_some(train)))
@@ -127,7 +147,7 @@ fn recorded(config: &AdapterConfig, split: &str) -> std::result::Result<PathBuf,
 /// How training read its rows.
 fn form(config: &AdapterConfig) -> DataConfig {
     let get = |key: &str| config.raw.get(key);
-    let limit = get("max_seq_length").and_then(Value::as_u64).unwrap_or(2048) as usize;
+    let limit = get("max_seq_length").and_then(Value::as_u64).map_or(LENGTH, |n| n as usize);
     let mut form = DataConfig::new(get("mask_prompt").and_then(Value::as_bool).unwrap_or(false), limit);
     for (name, key) in [
         ("prompt_feature", &mut form.prompt_feature),

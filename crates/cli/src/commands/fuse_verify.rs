@@ -9,7 +9,7 @@ use crate::ui;
 use anyhow::{Context, Result, bail};
 use graft_adapters::Route;
 use graft_merge::{Distance, Estimated, ModelReport, Scores, Three};
-use graft_model::{Gap, Run, Sampling, compare};
+use graft_model::{Gap, Run, Sampling, Text, compare};
 use graft_train::{DataConfig, Metric, Question, bootstrap, quantile};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -68,52 +68,26 @@ impl Verify<'_> {
             None => None,
             Some(trained) => Some(self.gaps(("adapter on its base", trained), ("fused", &fused.run))?),
         };
-        let kl = |gaps: &[Gap]| -> Vec<(f64, f64)> {
-            let mut at = 0;
-            let row = |text: &graft_model::Text| {
-                let own = &gaps[at..at + text.targets.len()];
-                at += own.len();
-                (own.iter().map(|gap| gap.kl).sum::<f64>(), own.len() as f64)
-            };
-            self.rows.texts.iter().map(row).collect()
-        };
-        let (lost, whole) = (kl(&to_fused), kl(&to_base));
-        // A ratio of sums is a mean of the rows' ratios, weighted by what they are divided by.
-        let ratios: Vec<_> =
-            lost.iter().zip(&whole).filter(|(_, w)| w.0 > 0.0).map(|(l, w)| (l.0 / w.0, w.0)).collect();
-        let ratio = bootstrap(&ratios, RESAMPLES, 0);
-        let loss = |gaps: &[Gap], side: usize| {
-            (gaps.iter().map(|gap| gap.losses[side]).sum::<f64>() / gaps.len() as f64).exp()
-        };
+        let texts = &self.rows.texts;
         Ok(ModelReport {
             data: self.rows.file.display().to_string(),
             rows: self.rows.texts.len(),
             tokens: to_fused.len(),
-            fused: distance(&to_fused, &lost),
-            base: distance(&to_base, &whole),
-            kept: Estimated {
-                value: 1.0 - ratio.value,
-                interval: [1.0 - ratio.interval[1], 1.0 - ratio.interval[0]],
-            },
+            fused: distance(texts, &to_fused),
+            base: distance(texts, &to_base),
+            kept: kept(texts, &to_fused, &to_base),
             perplexity: Three {
-                base: loss(&to_base, 1),
-                adapter: loss(&to_base, 0),
-                fused: loss(&to_fused, 1),
+                base: perplexity(&to_base, 1),
+                adapter: perplexity(&to_base, 0),
+                fused: perplexity(&to_fused, 1),
             },
-            trained: to_trained.map(|gaps| distance(&gaps, &kl(&gaps))),
+            trained: to_trained.map(|gaps| distance(texts, &gaps)),
             scores: self.scores([base_right, adapter.right, fused.right]),
         })
     }
 
     fn measure(&self, loaded: &Loaded, route: &Route, name: &str) -> Result<Measured> {
-        let texts = &self.rows.texts;
-        let progress = ui::Progress::new(texts.len() as u64, &format!("verifying: {name}"));
-        let run = Run::of(&loaded.model, route, texts, &mut |done| {
-            progress.at(done as u64, String::new());
-            !self.stop.load(Ordering::Relaxed)
-        })?;
-        progress.done();
-        let Some(run) = run else { bail!(stopped()) };
+        let Some(run) = over(&self.rows.texts, loaded, route, name, self.stop)? else { bail!(stopped()) };
         Ok(Measured { run, right: self.answers(loaded, route, name)? })
     }
 
@@ -155,8 +129,37 @@ impl Verify<'_> {
     }
 }
 
-/// Of all tokens, with an interval over rows, which are (sum, tokens) each.
-fn distance(gaps: &[Gap], rows: &[(f64, f64)]) -> Distance {
+/// A model over texts; none where `stop` was set.
+pub(super) fn over(
+    texts: &[Text],
+    loaded: &Loaded,
+    route: &Route,
+    name: &str,
+    stop: &AtomicBool,
+) -> Result<Option<Run>> {
+    let progress = ui::Progress::new(texts.len() as u64, &format!("verifying: {name}"));
+    let run = Run::of(&loaded.model, route, texts, &mut |done| {
+        progress.at(done as u64, String::new());
+        !stop.load(Ordering::Relaxed)
+    })?;
+    progress.done();
+    Ok(run)
+}
+
+/// The sum of the divergences of each text, and of how many targets.
+fn by_text(texts: &[Text], gaps: &[Gap]) -> Vec<(f64, f64)> {
+    let mut at = 0;
+    let row = |text: &Text| {
+        let own = &gaps[at..at + text.targets.len()];
+        at += own.len();
+        (own.iter().map(|gap| gap.kl).sum::<f64>(), own.len() as f64)
+    };
+    texts.iter().map(row).collect()
+}
+
+/// Of all tokens, with an interval over texts.
+pub(super) fn distance(texts: &[Text], gaps: &[Gap]) -> Distance {
+    let rows = by_text(texts, gaps);
     let means: Vec<_> = rows.iter().map(|(sum, tokens)| (sum / tokens, *tokens)).collect();
     let kl = bootstrap(&means, RESAMPLES, 0);
     let all: Vec<f64> = gaps.iter().map(|gap| gap.kl).collect();
@@ -165,6 +168,21 @@ fn distance(gaps: &[Gap], rows: &[(f64, f64)]) -> Distance {
         kl_p99: quantile(&all, 0.99).unwrap_or(0.0),
         agreement: gaps.iter().filter(|gap| gap.agree).count() as f64 / gaps.len().max(1) as f64,
     }
+}
+
+/// The share of a whole effect that is there: 1 less the divergence `lost` over the divergence `whole`.
+pub(super) fn kept(texts: &[Text], lost: &[Gap], whole: &[Gap]) -> Estimated {
+    let (lost, whole) = (by_text(texts, lost), by_text(texts, whole));
+    // A ratio of sums is a mean of the texts' ratios, weighted by what they are divided by.
+    let ratios: Vec<_> =
+        lost.iter().zip(&whole).filter(|(_, w)| w.0 > 0.0).map(|(l, w)| (l.0 / w.0, w.0)).collect();
+    let ratio = bootstrap(&ratios, RESAMPLES, 0);
+    Estimated { value: 1.0 - ratio.value, interval: [1.0 - ratio.interval[1], 1.0 - ratio.interval[0]] }
+}
+
+/// Of the first run (`side` 0) or of the second.
+pub(super) fn perplexity(gaps: &[Gap], side: usize) -> f64 {
+    (gaps.iter().map(|gap| gap.losses[side]).sum::<f64>() / gaps.len() as f64).exp()
 }
 
 fn stopped() -> Interrupted {

@@ -3,7 +3,7 @@
 use graft_testkit::tiny_adapter;
 use serde_json::json;
 
-use crate::setting::{Folder, llama};
+use crate::setting::{Folder, llama, row};
 
 /// A folder with a packed model, a LoRA adapter of rank 4 in `adapter` and a DoRA one of rank 6 in `dora`.
 fn folder() -> Folder {
@@ -255,4 +255,45 @@ fn inspect_extract_and_resize_say_what_there_is() {
     );
     let report: serde_json::Value = serde_json::from_slice(&folder.read("taken/merge_report.json")).unwrap();
     assert_eq!((&report["kind"], &report["base"]), (&json!("extract"), &json!("model")));
+}
+
+#[test]
+fn extract_says_how_far_the_answers_are() {
+    let folder = folder();
+    folder.ok("fuse --model model --adapter-path adapter --save-path tuned --policy dense --verify layers");
+    let rows: Vec<_> = (0..20).map(|i| row(&format!("what is {i}?"), &format!("{i} and more"))).collect();
+    folder.rows("rows.jsonl", &rows);
+    let of = |name: &str, rank: i32, more: &str| {
+        let run = folder.ok(&format!(
+            "adapter extract --model model --tuned tuned --rank {rank} --save-path {name} {more}"
+        ));
+        (run, folder.json(&format!("{name}/merge_report.json"))["model"].clone())
+    };
+    let number = |of: &serde_json::Value| of.as_f64().unwrap();
+    let kl = |model: &serde_json::Value, of: &str| number(&model[of]["kl"]["value"]);
+    for data in ["", "--data rows.jsonl"] {
+        let name = |rank: i32| format!("{rank}-{}", data.len());
+        let (run, whole) = of(&name(4), 4, data);
+        let (_, part) = of(&name(1), 1, data);
+        // The update has rank 4: with that the adapter does what the model does, with less it does a part of it.
+        let base = kl(&whole, "base");
+        assert!(base > 1e-6 && kl(&whole, "adapter") < 1e-3 * base, "{whole}");
+        assert!(kl(&part, "adapter") > 10.0 * kl(&whole, "adapter"), "{part}, {whole}");
+        assert!(number(&whole["kept"]["value"]) > number(&part["kept"]["value"]), "{part}, {whole}");
+        assert_eq!(number(&part["base"]["kl"]["value"]), base, "the same texts each time");
+        assert!(run.out.contains("KL(tuned || base with the adapter)"), "{run:?}");
+        assert_eq!(whole["rows"], 16);
+        let named = whole["data"].as_str().unwrap();
+        assert!(
+            if data.is_empty() { named == "drawn from tuned" } else { named.ends_with("rows.jsonl") },
+            "{named}"
+        );
+    }
+    let (_, model) = of("weights", 4, "--verify layers");
+    assert!(model.is_null());
+    folder.fails(
+        2,
+        "adapter extract --model model --tuned tuned --rank 2 --save-path x --data nowhere",
+        &["--data nowhere"],
+    );
 }

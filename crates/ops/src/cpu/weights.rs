@@ -6,8 +6,9 @@ use std::ops::Range;
 use super::gemm::{LeftRows, Matrix, product};
 use super::level::dispatch;
 use super::packed::{self, Layout, Packed, Plain, UnpackRow};
-use super::panels::{self, ArrangedRow, Arrangement, Panels};
+use super::panels::{self, ArrangedRow, Arrangement, Panels, by_parts};
 use super::primitive::{Backward, Op, Tensor, apply_one};
+use crate::pool::Shares;
 use crate::{Array, Dtype, Exception, Precision, Result, WeightRef, precision};
 
 /// W (out, in), without the weights.
@@ -194,6 +195,9 @@ impl Op for Product {
     }
 }
 
+/// Elements from which on rows are looked up on all threads.
+const MANY: usize = 1 << 16;
+
 /// Rows of a packed weight by id.
 pub(crate) struct Lookup(Kind);
 
@@ -211,13 +215,17 @@ impl Op for Lookup {
     }
 
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
-        let w = self.0.weights(&inputs[1..]);
-        let rows = outputs[0].f32_mut().chunks_exact_mut(self.0.inputs());
-        for (&id, to) in inputs[0].i32().iter().zip(rows) {
-            match usize::try_from(id).ok().filter(|&id| id < self.0.out()) {
-                Some(row) => w.row(row, to),
-                None => to.fill(0.0),
+        let (w, ids, width) = (self.0.weights(&inputs[1..]), inputs[0].i32(), self.0.inputs());
+        let to = Shares::new(outputs[0].f32_mut());
+        by_parts(ids.len(), ids.len() * width >= MANY, |rows| {
+            for row in rows {
+                // SAFETY: each row belongs to one task.
+                let to = unsafe { to.part(row * width, width) };
+                match usize::try_from(ids[row]).ok().filter(|&id| id < self.0.out()) {
+                    Some(id) => w.row(id, to),
+                    None => to.fill(0.0),
+                }
             }
-        }
+        });
     }
 }
