@@ -17,6 +17,9 @@ const MOST: usize = i32::MAX as usize;
 /// A turn gives a sequence no more events than this, and all are taken after each.
 const EVENTS: usize = 8;
 
+/// Where what happens goes.
+type Events = mpsc::Sender<(usize, Event)>;
+
 /// One question.
 #[derive(Debug, Clone)]
 pub struct Ask {
@@ -108,8 +111,21 @@ impl<'a> Local<'a> {
         go_on: &mut dyn FnMut(usize) -> bool,
     ) -> Result<Option<Vec<Answered>>> {
         asks.iter().try_for_each(|ask| self.check(ask))?;
-        // When this call ends, however it does, the scheduler lets go of what still runs.
         let (sender, mut events) = mpsc::channel(EVENTS * self.together);
+        let result = self.run(asks, said, go_on, (&sender, &mut events));
+        // However it ended, nothing of it goes on.
+        drop(events);
+        self.scheduler.sweep();
+        result
+    }
+
+    fn run(
+        &mut self,
+        asks: &[Ask],
+        said: &mut dyn FnMut(usize, &Event),
+        go_on: &mut dyn FnMut(usize) -> bool,
+        (sender, events): (&Events, &mut mpsc::Receiver<(usize, Event)>),
+    ) -> Result<Option<Vec<Answered>>> {
         let mut waiting = asks.iter().enumerate();
         let mut open: Vec<Option<Open>> = asks.iter().map(|_| None).collect();
         let mut answers: Vec<Option<Answered>> = vec![None; asks.len()];
@@ -174,7 +190,7 @@ impl<'a> Local<'a> {
         Ok(ask.params.sampling.check()?)
     }
 
-    fn queue(&mut self, index: usize, ask: &Ask, events: mpsc::Sender<(usize, Event)>) -> Result<()> {
+    fn queue(&mut self, index: usize, ask: &Ask, events: Events) -> Result<()> {
         let permit = self.places.clone().try_acquire_owned();
         let permit = permit.map_err(|_| Error::Engine("has no place for another sequence".into()))?;
         let mut params = ask.params.clone();

@@ -114,11 +114,7 @@ impl<'a> Scheduler<'a> {
     /// One step of everything. False if there was nothing to do but to wait.
     pub(crate) fn turn(&mut self) -> bool {
         let now = Instant::now();
-        let waited = self.queued();
-        self.waiting.retain(|job| !job.events.is_closed());
-        self.next = self.next.take().filter(|job| !job.events.is_closed());
-        self.stats.canceled += (waited - self.queued()) as u64;
-        self.deliver();
+        self.sweep();
         self.start();
         // Those that begin are told so at once: nothing is done for one that still has something to be told.
         self.deliver();
@@ -126,6 +122,15 @@ impl<'a> Scheduler<'a> {
         let decoded = !waits && self.decode();
         let read = self.read();
         decoded | read | self.adapt(now.elapsed() / ADAPTING)
+    }
+
+    /// Lets go of all whose reader has left, running or waiting, and of what is over.
+    pub(crate) fn sweep(&mut self) {
+        let waited = self.queued();
+        self.waiting.retain(|job| !job.events.is_closed());
+        self.next = self.next.take().filter(|job| !job.events.is_closed());
+        self.stats.canceled += (waited - self.queued()) as u64;
+        self.deliver();
     }
 
     /// Hands out what has been said, and lets go of sequences that are over.
@@ -370,7 +375,11 @@ mod tests {
         let (sender, mut events) = mpsc::channel(1024);
         for index in 0..3 {
             let prompt = vec![5 + index as u32; 3 + 40 * index];
-            let sampling = Sampling { seed: Some(1), temperature, logprobs, ..Sampling::greedy() };
+            let mut sampling = Sampling { seed: Some(1), temperature, logprobs, ..Sampling::greedy() };
+            if logprobs.is_some() {
+                let ends = info.tokenizer.eos_ids().iter();
+                sampling.logit_bias = ends.map(|id| (*id, f32::NEG_INFINITY)).collect();
+            }
             let params = Params { max_tokens: 60, sampling, stop: Vec::new(), stop_ids: [].into() };
             let (permit, events) = (places.clone().try_acquire_owned().unwrap(), sender.clone());
             let tally = Arc::default();
@@ -406,13 +415,15 @@ mod tests {
     fn sequences_that_shared_a_failed_pass_go_on_alone_where_they_were() {
         let dir = tiny_model(&Tiny { packed: Some((4, 32)), ..Tiny::new(Family::Qwen3) });
         // Drawn tokens need the logits; the most probable ones are computed ahead. By turn 45 more has been said than a pass
-        // of few rows takes.
-        for (temperature, logprobs) in [(1.0, None), (0.0, None), (1.0, Some(0))] {
+        // of few rows takes, and its last bits would tell.
+        for (temperature, logprobs, turns) in
+            [(1.0, None, &[8][..]), (0.0, None, &[8]), (1.0, Some(0), &[8, 45])]
+        {
             let undisturbed = mlx(|| said(dir.path(), temperature, logprobs, None));
             assert!(undisturbed.len() == 3 && undisturbed.values().all(|(.., done)| *done));
-            for turn in [8, 45] {
+            for turn in turns {
                 assert_eq!(
-                    mlx(|| said(dir.path(), temperature, logprobs, Some(turn))),
+                    mlx(|| said(dir.path(), temperature, logprobs, Some(*turn))),
                     undisturbed,
                     "{turn}"
                 );
