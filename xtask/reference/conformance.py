@@ -101,8 +101,9 @@ def check_convert(a):
     """The packed words are mlx_lm convert's, for every width and recipe."""
     cases = [["--q-bits", b, "--q-group-size", "64"] for b in ("2", "3", "4", "5", "6", "8")]
     cases += [["--quant-predicate", r] for r in ("mixed_2_6", "mixed_3_4")]
+    cases += [["--q-mode", m] for m in ("mxfp4", "nvfp4", "mxfp8")]
     for case in cases:
-        name = case[1] if case[0] != "--quant-predicate" else case[1]
+        name = case[1]
         ours, theirs = fresh(a.work / f"ours-{name}"), fresh(a.work / f"theirs-{name}")
         run(a.graft, "convert", "--hf-path", a.dense, "--mlx-path", ours, "-q", *case)
         run(sys.executable, "-m", "mlx_lm", "convert", "--hf-path", a.dense, "--mlx-path", theirs, "-q", *case)
@@ -147,6 +148,21 @@ def check_logits(a):
         ours = run(a.graft, "generate", "--model", a.packed, "-p", prompt, "--ignore-chat-template", "-m", "64", "--verbose", "false").stdout
         same += ours.strip() == theirs.strip()
     report("greedy continuation, 64 tokens", f"{same}/5 equal", "5", same == 5)
+
+
+def check_modes(a):
+    """A base in each mode of floats, written by us, computes the same in both."""
+    for mode in ("mxfp4", "nvfp4", "mxfp8"):
+        base = fresh(a.work / f"mode-{mode}")
+        run(a.graft, "convert", "--hf-path", a.dense, "--mlx-path", base, "-q", "--q-mode", mode, "--dtype", "float32")
+        model, tokenizer = load(str(base))
+        worst = 0.0
+        for prompt in PROMPTS:
+            ids = tokenizer.encode(prompt)
+            theirs = model(mx.array([ids]))[0].astype(mx.float32)
+            worst = max(worst, mx.abs(theirs - logits_of(a, base, ids)).max().item())
+        report(f"logits on 5 prompts, {mode}, float32", f"max difference {worst:.1e}", "2e-3", worst <= 2e-3)
+        shutil.rmtree(base)
 
 
 class Losses(TrainingCallback):
@@ -296,7 +312,7 @@ def check_gguf(a):
 
 
 # The last one switches mx.compile off for good.
-CHECKS = {"flags": check_flags, "convert": check_convert, "logits": check_logits, "training": check_training, "bits": check_bits, "gguf": check_gguf, "proxies": check_proxies}
+CHECKS = {"flags": check_flags, "convert": check_convert, "logits": check_logits, "modes": check_modes, "training": check_training, "bits": check_bits, "gguf": check_gguf, "proxies": check_proxies}
 
 
 def main():

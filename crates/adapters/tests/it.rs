@@ -41,7 +41,7 @@ fn weights() -> Vec<(String, Weight)> {
     let dense = wave(&[96, 64], 0.11);
     let mut all = vec![("dense".to_owned(), Weight::Dense(dense.clone()))];
     for bits in [2, 3, 4, 5, 6, 8] {
-        let packed = graft_quant::round(&dense, Grid { bits, group_size: 32 }, None).unwrap();
+        let packed = graft_quant::round(&dense, Grid::affine(bits, 32), None).unwrap();
         all.push((format!("{bits} bits"), Weight::Packed(packed)));
     }
     all

@@ -120,6 +120,17 @@ pub enum Error {
         /// What to do.
         advice: String,
     },
+    /// A policy that moves a factor into scales which cannot hold it.
+    #[error(
+        "--policy fold moves DoRA's row factor into the scales, and {path} is packed in {mode}, whose scales have eight bits \
+         and cannot hold it: choose raise, same or dense"
+    )]
+    FloatScales {
+        /// The module.
+        path: String,
+        /// Its mode.
+        mode: String,
+    },
     /// The inputs of a module could not be observed.
     #[error("{path}: its inputs could not be observed: {source}")]
     Inputs {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use graft_adapters::{
     ADAPTER_FILE, Adapter, AdapterSet, CONFIG_FILE, FineTuneType, Fingerprint, Kind, Origin, Provenance,
 };
-use graft_ops::Array;
+use graft_ops::{Array, Dtype};
 use graft_quant::convert::{companion_files, is_float};
 use graft_quant::recipe::layer_of;
 use graft_quant::{Checkpoint, DirWriter, Hessian, Made, Quantization, Tensor, Weight};
@@ -93,6 +93,13 @@ pub fn fuse(
         let kind = adapter.config.fine_tune_type.name().to_owned();
         return Err(Error::NothingToFold { kind, advice: "choose raise, same or dense".into() });
     }
+    if policy == Policy::Fold {
+        for path in adapter.adapters.keys() {
+            if let Some(grid) = checkpoint.grid(path)?.filter(|grid| grid.is_float()) {
+                return Err(Error::FloatScales { path: path.clone(), mode: grid.mode.name().into() });
+            }
+        }
+    }
     let allowed = Allowed { other_model: options.force, other_precision: options.other_precision };
     check(&checkpoint, adapter, allowed, watch.on_event)?;
     let plan = Plan::of_fused(&checkpoint, adapter, policy, options.dequantize)?;
@@ -102,6 +109,7 @@ pub fn fuse(
         writer: DirWriter::create(out, options.overwrite)?.room(header_room(&checkpoint)),
         quantization: checkpoint.quantization().clone(),
         policy,
+        floats: checkpoint.float_dtype(),
         dequantize: options.dequantize,
         layers: Vec::new(),
         rest: BTreeMap::new(),
@@ -210,6 +218,8 @@ struct Job<'a, 'w> {
     writer: DirWriter,
     quantization: Quantization,
     policy: Policy,
+    /// The type of floats that are not packed.
+    floats: Dtype,
     dequantize: bool,
     layers: Vec<LayerReport>,
     /// What `fold` leaves to an adapter.
@@ -263,14 +273,17 @@ impl<'a> Job<'a, '_> {
         let mut stored = None;
         if let Some(update) = update {
             let hessian = if grid.is_some() { self.hessian(path, &update)? } else { None };
-            let fused = fuse_weight(path, &weight, &update, self.policy, hessian.as_deref())?;
+            let how = (self.policy, self.floats);
+            let fused = fuse_weight(path, &weight, &update, how, hessian.as_deref())?;
             self.layers.push(fused.report);
             self.rest.extend(fused.rest.map(|rest| (path.to_owned(), rest)));
             stored = fused.stored;
         }
         match (stored, weight) {
             (Some(stored), _) => self.write(name, path, stored),
-            (None, Weight::Packed(packed)) if self.dequantize => self.write(name, path, dense(&packed)?),
+            (None, Weight::Packed(packed)) if self.dequantize => {
+                self.write(name, path, dense(&packed, self.floats)?)
+            }
             // Its scales and biases, if it has any, are copied when their turn comes.
             (None, _) => self.copy(name),
         }

@@ -11,16 +11,16 @@ use crate::{ENOUGH, Error, LayerReport, Result};
 /// What a packed weight with an adapter becomes. A dense one stays dense in its own type whatever the policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Policy {
-    /// 8 bits in the groups it had, so that a small update is not lost between two steps; dense in the type of its scales
-    /// where 8 bits keep too little of it.
+    /// Affine codes of 8 bits in the groups it had (32 where it had less), so that a small update is not lost between two
+    /// steps; dense in the type of its scales, or of the model's floats, where 8 bits keep too little of it.
     Raise,
-    /// Dense, in the type of its scales.
+    /// Dense, in the type of its scales, or of the model's floats.
     Dense,
-    /// The bits it had, with errors made good by later columns where the inputs are known. Each group keeps its scale and
-    /// bias unless new ones come nearer.
+    /// The bits and the mode it had, with errors made good by later columns where the inputs are known. Each group keeps its
+    /// scale and bias unless new ones come nearer.
     Same,
     /// The codes it had: DoRA's row factor goes into scales and biases, the low-rank part stays an adapter. As `Raise` where
-    /// the rounding of 16-bit scales costs too much.
+    /// the rounding of 16-bit scales costs too much. Refused where codes are floats, whose scales take no such factor.
     Fold,
 }
 
@@ -86,14 +86,15 @@ pub(crate) enum Form {
 
 impl Form {
     /// The forms that a policy tries, in this order, until one keeps enough.
-    pub(crate) fn of(policy: Policy, weight: &Weight, folds: bool) -> Result<Vec<Form>> {
+    /// `floats` is the type of those that are not packed.
+    pub(crate) fn of(policy: Policy, weight: &Weight, folds: bool, floats: Dtype) -> Result<Vec<Form>> {
         let packed = match weight {
             Weight::Dense(w) => return Ok(vec![Form::Dense(w.dtype())]),
             Weight::Packed(packed) => packed,
             Weight::Arranged(_) => return Err(not_stored()),
         };
-        let dense = Form::Dense(packed.scales.dtype());
-        let raised = Form::Packed(Grid { bits: packed.grid.bits.max(RAISED), ..packed.grid });
+        let dense = Form::Dense(level_type(packed, floats));
+        let raised = Form::Packed(packed.grid.raised(RAISED));
         Ok(match policy {
             Policy::Dense => vec![dense],
             Policy::Same => vec![Form::Packed(packed.grid)],
@@ -109,6 +110,7 @@ impl Form {
     fn name(self) -> String {
         match self {
             Form::Dense(dtype) => format!("{dtype:?}").to_lowercase(),
+            Form::Packed(grid) if grid.is_float() => grid.mode.name().into(),
             Form::Packed(grid) => format!("{} bits", grid.bits),
             Form::Folded => "scales with the row factor".into(),
         }
@@ -127,9 +129,9 @@ impl Stored {
     fn push(&mut self, rows: &Weight) -> Result<()> {
         let tensors = match rows {
             Weight::Dense(w) => vec![Tensor::from_array(w)?],
-            Weight::Packed(Packed { codes, scales, biases, grid }) => {
-                self.grid = Some(*grid);
-                vec![Tensor::from_array(codes)?, Tensor::from_array(scales)?, Tensor::from_array(biases)?]
+            Weight::Packed(packed) => {
+                self.grid = Some(packed.grid);
+                packed.parts().map(|(_, array)| Ok(Tensor::from_array(array)?)).collect::<Result<_>>()?
             }
             Weight::Arranged(_) => return Err(not_stored()),
         };
@@ -152,6 +154,11 @@ fn form(weight: &Weight) -> String {
         Weight::Dense(w) => format!("{:?}", w.dtype()).to_lowercase(),
         Weight::Arranged(_) => "packed".into(),
     }
+}
+
+/// The type of affine scales or of floats that a packed weight may get: of its scales, or of the model's `floats`.
+fn level_type(packed: &Packed, floats: Dtype) -> Dtype {
+    if packed.grid.is_float() { floats } else { packed.scales.dtype() }
 }
 
 /// Checkpoints are read as they are stored; a weight in a layout of inference has no place here.
@@ -179,12 +186,12 @@ struct Attempt {
     factor: Option<Array>,
 }
 
-/// Fuses one matrix. Beside the weight itself and its results, a block of rows is in memory.
+/// Fuses one matrix of a model whose floats are `floats`. Beside the weight itself and its results, a block of rows is in memory.
 pub(crate) fn fuse_weight(
     path: &str,
     weight: &Weight,
     update: &Update,
-    policy: Policy,
+    (policy, floats): (Policy, Dtype),
     hessian: Option<&Hessian>,
 ) -> Result<Fused> {
     let (kind, rank, scale) = match update {
@@ -194,8 +201,8 @@ pub(crate) fn fuse_weight(
     };
     let mut best: Option<Attempt> = None;
     let mut reasons = Vec::new();
-    for form in Form::of(policy, weight, update.folds())? {
-        let found = attempt(weight, update, form, hessian)?;
+    for form in Form::of(policy, weight, update.folds(), floats)? {
+        let found = attempt(weight, update, (form, floats), hessian)?;
         if !found.sums.is_finite() {
             return Err(Error::NotFinite { path: path.to_owned(), scale: scale.unwrap_or(1.0) });
         }
@@ -263,7 +270,12 @@ impl Block {
 }
 
 /// Stores a weight in one form and adds up what that costs.
-fn attempt(weight: &Weight, update: &Update, form: Form, hessian: Option<&Hessian>) -> Result<Attempt> {
+fn attempt(
+    weight: &Weight,
+    update: &Update,
+    (form, floats): (Form, Dtype),
+    hessian: Option<&Hessian>,
+) -> Result<Attempt> {
     let (mut stored, mut sums) = (Stored::default(), Sums::default());
     let (mut to, mut compensated, mut factors) = (self::form(weight), None, Vec::new());
     let mut blocks = weight.row_blocks().map(|ids| Block::begin(weight, update, &ids));
@@ -274,7 +286,8 @@ fn attempt(weight: &Weight, update: &Update, form: Form, hessian: Option<&Hessia
         let new = match (form, &rows) {
             (Form::Dense(dtype), _) => Weight::Dense(exact.as_dtype(dtype)?),
             (Form::Packed(grid), Weight::Packed(packed)) => {
-                let (new, own) = pack(&exact, factor.as_ref(), packed, grid, hessian)?;
+                let dtype = level_type(packed, floats);
+                let (new, own) = pack(&exact, factor.as_ref(), packed, (grid, dtype), hessian)?;
                 compensated = own.map(|own| own + compensated.unwrap_or(0)).or(compensated);
                 Weight::Packed(new)
             }
@@ -292,7 +305,7 @@ fn attempt(weight: &Weight, update: &Update, form: Form, hessian: Option<&Hessia
             factors.push(factor.clone());
         }
         let steps = match &rows {
-            Weight::Packed(packed) => Some((packed.scales.as_dtype(Dtype::Float32)?, packed.grid.group_size)),
+            Weight::Packed(packed) => Some((packed.steps()?, packed.grid.group_size)),
             _ => None,
         };
         graft_ops::ffi::eval([&before, &exact, &after])?;
@@ -307,27 +320,29 @@ fn attempt(weight: &Weight, update: &Update, form: Form, hessian: Option<&Hessia
     Ok(Attempt { form, to, stored, sums, compensated, factor })
 }
 
-/// Rows of the exact weight in a grid, and in how many of them errors were made good by later columns.
+/// Rows of the exact weight in a grid, with affine scales of `dtype`, and in how many of them errors were made good by later
+/// columns.
 fn pack(
     exact: &Array,
     factor: Option<&Array>,
     packed: &Packed,
-    grid: Grid,
+    (grid, dtype): (Grid, Dtype),
     hessian: Option<&Hessian>,
 ) -> Result<(Packed, Option<usize>)> {
-    let dtype = packed.scales.dtype();
-    let own = if grid.bits > packed.grid.bits {
-        Levels::finer(packed, grid.bits)?
+    let own = if grid == packed.grid {
+        Some(Levels::from(packed))
     } else {
-        Levels { scales: packed.scales.clone(), biases: packed.biases.clone() }
+        Levels::finer(packed, grid.bits, dtype)?
     };
     // DoRA's rows are those of W + s A B times a factor: so are the levels on which W lies. Codes are chosen for the levels as
     // stored, which rounds once where packing first and multiplying then would round twice.
-    let scaled = factor.map(|factor| own.scaled(factor)).transpose()?;
-    let start = scaled.clone().unwrap_or_else(|| own.clone());
-    let mut levels = vec![own];
-    levels.extend(scaled);
-    levels.push(Levels::fresh(exact, grid, dtype)?);
+    let scaled = match (&own, factor) {
+        (Some(own), Some(factor)) if !grid.is_float() => Some(own.scaled(factor)?),
+        _ => None,
+    };
+    let fresh = Levels::fresh(exact, grid, dtype)?;
+    let start = scaled.as_ref().or(own.as_ref()).unwrap_or(&fresh).clone();
+    let levels: Vec<Levels> = own.into_iter().chain(scaled).chain([fresh]).collect();
     let plain = round_nearest(exact, grid, &levels)?;
     let Some(hessian) = hessian else { return Ok((plain, None)) };
     let better = round_compensated(exact, grid, &start, hessian)?;
@@ -341,7 +356,10 @@ fn pack(
     let chosen = Packed {
         codes: pick(&better.codes, &plain.codes)?,
         scales: pick(&better.scales, &plain.scales)?,
-        biases: pick(&better.biases, &plain.biases)?,
+        biases: match (&better.biases, &plain.biases) {
+            (Some(better), Some(plain)) => Some(pick(better, plain)?),
+            _ => None,
+        },
         grid,
     };
     Ok((chosen, Some(rows)))
@@ -349,14 +367,14 @@ fn pack(
 
 /// Rows with the factor in their scales and biases.
 fn fold(packed: &Packed, factor: Option<&Array>) -> Result<Weight> {
-    let levels = Levels { scales: packed.scales.clone(), biases: packed.biases.clone() };
+    let levels = Levels::from(packed);
     let Levels { scales, biases } = factor.map_or(Ok(levels.clone()), |factor| levels.scaled(factor))?;
     Ok(Weight::Packed(Packed { codes: packed.codes.clone(), scales, biases, grid: packed.grid }))
 }
 
-/// A packed matrix made dense, in the type of its scales.
-pub(crate) fn dense(weight: &Packed) -> Result<Stored> {
-    let (dtype, weight) = (weight.scales.dtype(), Weight::Packed(weight.clone()));
+/// A packed matrix made dense, in the type of its scales, or in that of the model's floats.
+pub(crate) fn dense(weight: &Packed, floats: Dtype) -> Result<Stored> {
+    let (dtype, weight) = (level_type(weight, floats), Weight::Packed(weight.clone()));
     let mut stored = Stored::default();
     for ids in weight.row_blocks() {
         stored.push(&Weight::Dense(weight.slice(&ids)?.dequantize(dtype)?))?;

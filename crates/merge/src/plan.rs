@@ -1,7 +1,7 @@
 //! What a fuse will weigh, said before a byte is written.
 
 use graft_adapters::AdapterSet;
-use graft_quant::{Checkpoint, Grid};
+use graft_quant::Checkpoint;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -37,6 +37,7 @@ impl Plan {
         policy: Policy,
         dequantize: bool,
     ) -> Result<Plan> {
+        let floats = checkpoint.float_type();
         Plan::sum(checkpoint, |path, bytes| {
             let Some(grid) = checkpoint.grid(path)? else { return Ok(bytes) };
             let touched = adapter.adapters.contains_key(path)
@@ -46,9 +47,9 @@ impl Plan {
             else {
                 return Ok(bytes);
             };
-            let (rows, groups) = (scales.shape[0], scales.shape[1]);
+            let rows = scales.shape[0];
             let inputs = grid.inputs(codes.shape[1]).unwrap_or(0);
-            let float = scales.dtype.bitsize() as u64 / 8;
+            let float = if grid.is_float() { floats } else { scales.dtype }.bitsize() as u64 / 8;
             let folds = adapter.adapters.get(path).is_some_and(|adapter| adapter.magnitude.is_some());
             Ok(match policy {
                 _ if dequantize => (rows * inputs) as u64 * float,
@@ -57,8 +58,9 @@ impl Plan {
                 Policy::Same => bytes,
                 Policy::Fold if folds => bytes,
                 Policy::Raise | Policy::Fold => {
-                    let raised = Grid { bits: grid.bits.max(RAISED), ..grid };
-                    (rows * raised.words(inputs) * 4) as u64 + (2 * rows * groups) as u64 * float
+                    let raised = grid.raised(RAISED);
+                    (rows * raised.words(inputs) * 4) as u64
+                        + (2 * rows * raised.groups(inputs)) as u64 * float
                 }
             })
         })

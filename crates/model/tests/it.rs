@@ -44,20 +44,27 @@ fn logits(model: &Model, ids: &[i32], route: &Route) -> Array {
     model.logits(&h, route).unwrap()
 }
 
+/// The modes of floats.
+const FLOATS: [&str; 3] = ["mxfp4", "nvfp4", "mxfp8"];
+
 fn every_model() -> impl Iterator<Item = Tiny> {
-    Family::ALL.into_iter().flat_map(|family| {
+    let affine = Family::ALL.into_iter().flat_map(|family| {
         [(None, true), (None, false), (Some((4, 32)), true), (Some((3, 64)), false)]
             .map(|(packed, tied)| Tiny { packed, tied, ..Tiny::new(family) })
-    })
+    });
+    affine.chain(FLOATS.map(|mode| Tiny { tied: mode != "nvfp4", ..Tiny::new(Family::Llama) }.in_mode(mode)))
 }
 
 #[test]
 fn a_packed_model_equals_its_dequantized_one() {
     arrays(|| {
-        for bits in [2, 3, 4, 5, 6, 8] {
-            let packed = tiny_model(&Tiny { packed: Some((bits, 32)), ..Tiny::new(Family::Llama) });
+        let affine =
+            [2, 3, 4, 5, 6, 8].map(|bits| Tiny { packed: Some((bits, 32)), ..Tiny::new(Family::Llama) });
+        let floats = FLOATS.map(|mode| Tiny::new(Family::Llama).in_mode(mode));
+        for (tiny, seed) in affine.into_iter().chain(floats).zip(2..) {
+            let packed = tiny_model(&tiny);
             let dense = tiny_dense_of(packed.path());
-            let text = ids(19, bits as u32);
+            let text = ids(19, seed);
             let (a, b) = (load(packed.path()), load(dense.path()));
             assert_close(&logits(&a, &text, &Route::Base), &logits(&b, &text, &Route::Base), F32_DEEP);
         }
@@ -466,6 +473,8 @@ fn logits_are_mlx_lms() {
             let bits = case["bits"].as_i64().unwrap() as i32;
             let packed = (bits > 0).then_some((bits, 32));
             let tiny = Tiny { packed, tied: case["tied"].as_bool().unwrap(), ..Tiny::new(family) };
+            let mode = FLOATS.into_iter().find(|mode| case["mode"] == **mode);
+            let tiny = mode.map_or(tiny.clone(), |mode| tiny.in_mode(mode));
             let dir = tiny_model(&tiny);
             let model = load(dir.path());
             let text: Vec<i32> = serde_json::from_value(case["ids"].clone()).unwrap();

@@ -36,7 +36,7 @@ impl Packed {
 
     fn view(&self) -> PackedRef<'_> {
         let [codes, scales, biases] = &self.parts[..] else { unreachable!() };
-        PackedRef { codes, scales, biases, group_size: 32, bits: self.bits }
+        PackedRef { codes, scales, biases: Some(biases), group_size: 32, bits: self.bits, mode: Mode::Affine }
     }
 }
 

@@ -75,6 +75,8 @@ mx::Dtype dtype_of(uint32_t code) {
       return mx::bfloat16;
     case mx::Dtype::Val::int32:
       return mx::int32;
+    case mx::Dtype::Val::uint8:
+      return mx::uint8;
     case mx::Dtype::Val::uint32:
       return mx::uint32;
     default:

@@ -24,6 +24,7 @@ pub mod linalg;
 mod linears;
 mod loss;
 mod low_rank;
+pub mod minifloat;
 mod norm;
 mod pool;
 mod rope;
@@ -46,7 +47,7 @@ pub use pool::{set_threads, threads};
 pub use rope::{RopeTable, rope};
 
 pub use rows::Rows;
-pub use weight::{Arranged, PackedRef, WeightRef, arrange, matmul, matmul_t, rows};
+pub use weight::{Arranged, PackedRef, WeightRef, arrange, dequantize, matmul, matmul_t, rows};
 
 /// The result of an operation: an array, or what is wrong with the request.
 pub type Result<T> = std::result::Result<T, Exception>;

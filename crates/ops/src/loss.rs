@@ -4,12 +4,13 @@ use mlx_rs::ops;
 
 #[cfg(graft_cpu)]
 use crate::cpu::loss::HeadLoss;
+use crate::ffi::Mode;
 use crate::{Array, Dtype, Exception, PackedRef, Result, WeightRef, ffi, matmul, matmul_t};
 
 /// An owned head, for the functions that MLX keeps.
 enum Head {
     Dense(Array),
-    Packed { codes: Array, scales: Array, biases: Array, group_size: i32, bits: i32 },
+    Packed { codes: Array, scales: Array, biases: Option<Array>, group_size: i32, bits: i32, mode: Mode },
 }
 
 impl Head {
@@ -19,9 +20,10 @@ impl Head {
             WeightRef::Packed(w) => Head::Packed {
                 codes: w.codes.clone(),
                 scales: w.scales.clone(),
-                biases: w.biases.clone(),
+                biases: w.biases.cloned(),
                 group_size: w.group_size,
                 bits: w.bits,
+                mode: w.mode,
             },
             WeightRef::Arranged(_) => {
                 return Err(Exception::custom(
@@ -34,8 +36,16 @@ impl Head {
     fn view(&self) -> WeightRef<'_> {
         match self {
             Head::Dense(w) => WeightRef::Dense(w),
-            Head::Packed { codes, scales, biases, group_size, bits } => {
-                WeightRef::Packed(PackedRef { codes, scales, biases, group_size: *group_size, bits: *bits })
+            Head::Packed { codes, scales, biases, group_size, bits, mode } => {
+                let (group_size, bits, mode) = (*group_size, *bits, *mode);
+                WeightRef::Packed(PackedRef {
+                    codes,
+                    scales,
+                    biases: biases.as_ref(),
+                    group_size,
+                    bits,
+                    mode,
+                })
             }
         }
     }

@@ -13,66 +13,98 @@ use crate::ffi::{self, Mode};
 use crate::form::on_cpu;
 use crate::{Array, Dtype, Exception, Result, form, precision};
 
-/// Affine packed weights W (out, in), as MLX stores them: in group g of row o, W = scales[o, g] * code + biases[o, g].
+/// Packed weights W (out, in), as MLX stores them: in group g of row o, W = scales[o, g] * code + biases[o, g] for codes that are
+/// whole numbers ([`Mode::Affine`]), or W = scales[o, g] * code for codes that are floats of four or eight bits (the other modes).
 #[derive(Clone, Copy)]
 pub struct PackedRef<'a> {
     /// (out, in * bits / 32) u32: codes of `bits` bits, a little-endian bit stream by row.
     pub codes: &'a Array,
-    /// (out, in / group_size) f32, f16 or bf16.
+    /// (out, in / group_size) f32, f16 or bf16; of the modes of floats u8.
     pub scales: &'a Array,
-    /// The same shape and type as `scales`.
-    pub biases: &'a Array,
-    /// Inputs that share a scale and a bias: 32, 64 or 128.
+    /// The same shape and type as `scales`; only the affine mode has them.
+    pub biases: Option<&'a Array>,
+    /// Inputs that share a scale and a bias: 32, 64 or 128, or the mode's own.
     pub group_size: i32,
-    /// 2, 3, 4, 5, 6 or 8.
+    /// 2, 3, 4, 5, 6 or 8, or the mode's own.
     pub bits: i32,
+    /// What codes and scales are.
+    pub mode: Mode,
 }
 
-impl PackedRef<'_> {
+impl<'a> PackedRef<'a> {
     /// (out, in). Fails if the parts do not belong together.
     fn shape(&self) -> Result<(i32, i32)> {
         let wrong = |what: String| Err(Exception::custom(format!("packed weights: {what}")));
-        let (codes, scales, biases) = (self.codes.shape(), self.scales.shape(), self.biases.shape());
+        let (codes, scales) = (self.codes.shape(), self.scales.shape());
         let (&[out, words], &[scale_rows, groups]) = (codes, scales) else {
             return wrong(format!(
                 "codes and scales must have two dimensions, found {codes:?} and {scales:?}"
             ));
         };
-        if !matches!(self.bits, 2 | 3 | 4 | 5 | 6 | 8) || !matches!(self.group_size, 32 | 64 | 128) {
-            return wrong(format!(
-                "{} bits in groups of {} are not supported (2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128)",
-                self.bits, self.group_size
-            ));
+        let own = (self.bits, self.group_size);
+        match self.mode.fixed() {
+            Some(fixed) if own != fixed => {
+                let (found, mode) = (format!("{} bits in groups of {}", own.0, own.1), self.mode.name());
+                return wrong(format!("{mode} has {} bits in groups of {}, found {found}", fixed.0, fixed.1));
+            }
+            None if !matches!(self.bits, 2 | 3 | 4 | 5 | 6 | 8)
+                || !matches!(self.group_size, 32 | 64 | 128) =>
+            {
+                return wrong(format!(
+                    "{} bits in groups of {} are not supported (2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128)",
+                    self.bits, self.group_size
+                ));
+            }
+            _ => {}
         }
         if self.codes.dtype() != Dtype::Uint32 {
             return wrong(format!("codes must be uint32, found {:?}", self.codes.dtype()));
         }
-        let float = matches!(self.scales.dtype(), Dtype::Float32 | Dtype::Float16 | Dtype::Bfloat16);
-        if !float || self.biases.dtype() != self.scales.dtype() {
+        let (kind, biases) = (self.scales.dtype(), self.biases.map(Array::dtype));
+        let float = matches!(kind, Dtype::Float32 | Dtype::Float16 | Dtype::Bfloat16);
+        if self.mode == Mode::Affine && (!float || biases != Some(kind)) {
             return wrong(format!(
-                "scales and biases must share one float type, found {:?} and {:?}",
-                self.scales.dtype(),
-                self.biases.dtype()
+                "scales and biases must share one float type, found {kind:?} and {biases:?}"
             ));
+        }
+        if self.mode != Mode::Affine && (kind != Dtype::Uint8 || biases.is_some()) {
+            let mode = self.mode.name();
+            return wrong(format!("{mode} has scales of uint8 and no biases, found {kind:?} and {biases:?}"));
         }
         let inputs = groups * self.group_size;
         if scale_rows != out
-            || biases != scales
+            || self.biases.is_some_and(|biases| biases.shape() != scales)
             || i64::from(words) * 32 != i64::from(inputs) * i64::from(self.bits)
         {
             return wrong(format!(
-                "codes {codes:?}, scales {scales:?} and biases {biases:?} do not fit {} bits in groups of {}",
-                self.bits, self.group_size
+                "codes {codes:?}, scales {scales:?} and biases {:?} do not fit {} bits in groups of {}",
+                self.biases.map(Array::shape),
+                self.bits,
+                self.group_size
             ));
         }
         Ok((out, inputs))
     }
+
+    /// Codes, scales and, where there are any, biases.
+    pub fn arrays(&self) -> impl Iterator<Item = &'a Array> + use<'a> {
+        [self.codes, self.scales].into_iter().chain(self.biases)
+    }
+}
+
+/// W (out, in) of packed weights in `dtype`, computed in f32 and rounded once: MLX's own operation, whatever the form.
+pub fn dequantize(w: PackedRef, dtype: Dtype) -> Result<Array> {
+    w.shape()?;
+    let (scales, biases) =
+        (wide(w.scales, w.mode)?, w.biases.map(|biases| wide(biases, w.mode)).transpose()?);
+    ffi::dequantize(w.codes, &scales, biases.as_ref(), w.group_size, w.bits, w.mode, Dtype::Float32)?
+        .as_dtype(dtype)
 }
 
 /// Packed weights W (out, in) in the layout that our CPU products of [`crate::Precision::Int16`] read. Made by [`arrange`].
 #[derive(Debug, Clone)]
 pub struct Arranged {
-    /// Codes, scales and biases.
+    /// Codes, scales and, in the affine mode, biases.
     parts: Vec<Array>,
     shape: (i32, i32),
     #[cfg(graft_cpu)]
@@ -92,11 +124,17 @@ impl Arranged {
 }
 
 /// W laid out anew, if that pays here: our CPU form, the precision [`crate::Precision::Int16`], a processor that multiplies
-/// bytes. The result takes as much memory, or somewhat more where W has 2, 3, 5 or 6 bits; W is not needed any more.
+/// bytes. The result takes as much memory, or somewhat more where W has 2, 3, 5 or 6 bits; W is not needed any more. Floats of
+/// eight bits are no whole numbers of a byte and stay as they are; so do rows that are not whole blocks of 32.
 pub fn arrange(w: PackedRef) -> Result<Option<Arranged>> {
     let shape = w.shape()?;
     #[cfg(graft_cpu)]
-    if form() == crate::Form::Cpu && precision() == crate::Precision::Int16 && panels::pays() {
+    if w.mode != Mode::Mxfp8
+        && shape.1 % panels::BLOCK as i32 == 0
+        && form() == crate::Form::Cpu
+        && precision() == crate::Precision::Int16
+        && panels::pays()
+    {
         let layout = Layout::new(w, shape);
         let (parts, arrangement) = (panels::arrange(w, layout)?, Arrangement::of(layout));
         return Ok(Some(Arranged { parts, shape, arrangement }));
@@ -142,7 +180,7 @@ impl<'a> WeightRef<'a> {
     pub(crate) fn arrays(&self) -> Vec<&'a Array> {
         match *self {
             WeightRef::Dense(w) => vec![w],
-            WeightRef::Packed(w) => vec![w.codes, w.scales, w.biases],
+            WeightRef::Packed(w) => w.arrays().collect(),
             WeightRef::Arranged(w) => w.parts.iter().collect(),
         }
     }
@@ -206,7 +244,7 @@ pub fn matmul_t(x: &Array, w: WeightRef) -> Result<Array> {
 }
 
 fn mlx_matmul(x: &Array, w: PackedRef, transpose: bool) -> Result<Array> {
-    let y = ops::quantized_matmul(x, w.codes, w.scales, w.biases, transpose, w.group_size, w.bits)?;
+    let y = ffi::quantized_matmul(x, w.codes, w.scales, w.biases, transpose, (w.group_size, w.bits), w.mode)?;
     // MLX promotes over x and the scales, which need not have x's type.
     if y.dtype() == x.dtype() { Ok(y) } else { y.as_dtype(x.dtype()) }
 }
@@ -226,11 +264,15 @@ pub fn rows(ids: &Array, w: WeightRef, dtype: Dtype) -> Result<Array> {
         WeightRef::Dense(w) => w.take_axis(ids, 0)?.as_dtype(dtype),
         WeightRef::Packed(w) => {
             let codes = w.codes.take_axis(ids, 0)?;
-            // In the scales' own type MLX would round each product to it, also where more is wanted.
-            let scales = w.scales.take_axis(ids, 0)?.as_dtype(Dtype::Float32)?;
-            let biases = w.biases.take_axis(ids, 0)?.as_dtype(Dtype::Float32)?;
-            ffi::dequantize(&codes, &scales, Some(&biases), w.group_size, w.bits, Mode::Affine, dtype)
+            let scales = wide(&w.scales.take_axis(ids, 0)?, w.mode)?;
+            let biases = w.biases.map(|biases| wide(&biases.take_axis(ids, 0)?, w.mode)).transpose()?;
+            ffi::dequantize(&codes, &scales, biases.as_ref(), w.group_size, w.bits, w.mode, dtype)
         }
         WeightRef::Arranged(_) => Err(not_here()),
     }
+}
+
+/// Scales or biases of the affine mode in f32: in their own type MLX would round each product to it, also where more is wanted.
+fn wide(levels: &Array, mode: Mode) -> Result<Array> {
+    if mode == Mode::Affine { levels.as_dtype(Dtype::Float32) } else { Ok(levels.clone()) }
 }

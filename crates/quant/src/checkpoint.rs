@@ -6,12 +6,13 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
-use graft_ops::Array;
+use graft_ops::{Array, Dtype};
 use safetensors::Dtype as StoredDtype;
 use safetensors::tensor::Metadata;
 use serde_json::{Map, Value};
 
-use crate::convert::{dtype_from_name, is_float};
+use crate::convert::{config_dtype, dtype_from_name, dtype_name, is_float};
+use crate::tensor::mlx_dtype;
 use crate::{Error, Grid, Packed, Quantization, Result, Tensor, Weight};
 
 /// Where a tensor stands and what it is.
@@ -151,6 +152,18 @@ impl Checkpoint {
             .map_err(|error| self.tensor_error(name, "a type that MLX has", &error.to_string()))
     }
 
+    /// The type of floats that are not packed: config.json's, else that of the first; BF16 where there are none.
+    pub fn float_type(&self) -> StoredDtype {
+        let usual = |dtype: &StoredDtype| dtype_name(*dtype).is_some();
+        let stored = || self.tensors.values().map(|info| info.dtype).find(usual);
+        config_dtype(&self.config).or_else(stored).unwrap_or(StoredDtype::BF16)
+    }
+
+    /// [`Checkpoint::float_type`] as arrays have it.
+    pub fn float_dtype(&self) -> Dtype {
+        mlx_dtype(self.float_type()).unwrap_or(Dtype::Bfloat16)
+    }
+
     /// How the weight of module `path` is packed; none if it is dense.
     ///
     /// # Errors
@@ -175,6 +188,7 @@ impl Checkpoint {
             let found = format!("{:?} and {:?}", info.shape, scales.shape);
             return Err(self.tensor_error(&weight, "a matrix of codes and a matrix of scales", &found));
         };
+        let bytes = scales.dtype == StoredDtype::U8;
         let said = match self.quantization.paths.get(path) {
             Some(Some(own)) => Some(*own),
             _ => None,
@@ -189,23 +203,41 @@ impl Checkpoint {
                     found: "nothing".into(),
                 });
             }
-            None => Grid::infer(words, groups, self.quantization.default),
+            None => Grid::infer(words, groups, bytes, self.quantization.default),
         };
         let grid = grid.ok_or_else(|| {
             let wanted = said.or(self.quantization.default);
             let expected = wanted.map_or_else(|| "a grid that exists".into(), |grid| grid.to_string());
-            self.tensor_error(&weight, &expected, &format!("{words} words and {groups} scales in a row"))
+            let found = format!("{words} words and {groups} scales ({:?}) in a row", scales.dtype);
+            self.tensor_error(&weight, &expected, &found)
         })?;
-        let same =
-            |part: &str| self.tensors.get(&format!("{path}.{part}")).is_some_and(|t| t.shape == scales.shape);
-        if info.shape[0] != scales.shape[0] || !same("biases") {
+        let biases = self.tensors.get(&format!("{path}.biases"));
+        if bytes != grid.is_float() || !bytes && !is_float(scales.dtype) {
+            let expected = if grid.is_float() { "U8" } else { "F16, BF16 or F32" };
+            return Err(self.tensor_error(
+                &format!("{path}.scales"),
+                &format!("{expected} for {grid}"),
+                &format!("{:?}", scales.dtype),
+            ));
+        }
+        let fits = match biases {
+            None => grid.is_float(),
+            Some(biases) => !grid.is_float() && biases.shape == scales.shape && biases.dtype == scales.dtype,
+        };
+        if info.shape[0] != scales.shape[0] || !fits {
+            let rows = info.shape[0];
             return Err(self.tensor_error(
                 &format!("{path}.biases"),
-                &format!("codes, scales and biases of {} rows", info.shape[0]),
+                &if grid.is_float() {
+                    format!("codes and scales of {rows} rows and no biases for {grid}")
+                } else {
+                    format!("codes, scales and biases of {rows} rows, the last two of one type")
+                },
                 &format!(
-                    "scales {:?}, biases {:?}",
+                    "scales {:?} {:?}, biases {:?}",
+                    scales.dtype,
                     scales.shape,
-                    self.info(&format!("{path}.biases")).map(|b| &b.shape)
+                    biases.map(|biases| (biases.dtype, &biases.shape))
                 ),
             ));
         }
@@ -221,13 +253,8 @@ impl Checkpoint {
         match self.grid(path)? {
             None => Ok(Weight::Dense(array("weight")?)),
             Some(grid) => {
-                let parts = Packed {
-                    codes: array("weight")?,
-                    scales: array("scales")?,
-                    biases: array("biases")?,
-                    grid,
-                };
-                Ok(Weight::Packed(parts))
+                let biases = (!grid.is_float()).then(|| array("biases")).transpose()?;
+                Ok(Weight::Packed(Packed { codes: array("weight")?, scales: array("scales")?, biases, grid }))
             }
         }
     }

@@ -228,7 +228,7 @@ pub fn dtype_name(dtype: StoredDtype) -> Option<&'static str> {
 }
 
 /// Where mlx_lm looks for the type to convert to.
-fn config_dtype(config: &Map<String, Value>) -> Option<StoredDtype> {
+pub(crate) fn config_dtype(config: &Map<String, Value>) -> Option<StoredDtype> {
     let own = config.get("torch_dtype").filter(|value| !value.is_null());
     let text = || config.get("text_config").and_then(|text| text.get("dtype"));
     own.or_else(text).and_then(Value::as_str).and_then(dtype_from_name)
@@ -280,7 +280,8 @@ pub(crate) fn read_block(checkpoint: &Checkpoint, name: &str) -> Result<Option<B
                 return Ok(None);
             }
             let read = |part: &str| checkpoint.read(&format!("{path}.{part}"));
-            let (codes, scales, biases) = (read("weight")?, read("scales")?, read("biases")?);
+            let biases = (!grid.is_float()).then(|| read("biases")).transpose()?;
+            let (codes, scales) = (read("weight")?, read("scales")?);
             return Ok(Some(Block::Packed(HostPacked { codes, scales, biases, grid })));
         }
     }
@@ -396,11 +397,14 @@ impl<'a> Sink<'a> {
         self.report.parameters += inputs;
         if self.options.dequantize {
             self.report.dequantized += 1;
-            let dtype = self.dtype.unwrap_or(packed.scales.dtype);
+            let dtype = self.dtype.unwrap_or(if packed.grid.is_float() {
+                StoredDtype::BF16
+            } else {
+                packed.scales.dtype
+            });
             let dtype = mlx_dtype(dtype)
                 .ok_or_else(|| Error::Request(format!("{name}: scales of type {dtype:?}")))?;
-            let (codes, scales) = (packed.codes.to_array()?, packed.scales.to_array()?);
-            let packed = Packed { codes, scales, biases: packed.biases.to_array()?, grid: packed.grid };
+            let packed = packed.to_arrays()?;
             let dense = Tensor::from_array(&packed.dequantize(dtype)?)?;
             drop(packed);
             self.warn_if_overflown(name, &dense);
@@ -410,7 +414,8 @@ impl<'a> Sink<'a> {
             self.quantization.paths.insert(path.to_owned(), Some(packed.grid));
         }
         self.add(name, &packed.codes)?;
-        for (part, tensor) in [("scales", packed.scales), ("biases", packed.biases)] {
+        let biases = packed.biases.map(|biases| ("biases", biases));
+        for (part, tensor) in [("scales", packed.scales)].into_iter().chain(biases) {
             let name = format!("{path}.{part}");
             let tensor = self.cast(&name, tensor)?;
             self.add(&name, &tensor)?;
@@ -419,9 +424,7 @@ impl<'a> Sink<'a> {
     }
 
     fn add_packed(&mut self, path: &str, packed: &Packed) -> Result<()> {
-        for (part, array) in
-            [("weight", &packed.codes), ("scales", &packed.scales), ("biases", &packed.biases)]
-        {
+        for (part, array) in packed.parts() {
             self.add(&format!("{path}.{part}"), &Tensor::from_array(array)?)?;
         }
         Ok(())

@@ -21,7 +21,7 @@ use half::f16;
 pub use self::export::{ExportParts, ExportReport, Exported, Placed, export_gguf};
 use self::header::Header;
 pub use self::writer::{Field, GgufWriter, Planned};
-use crate::{Error, Grid, Result, StoredDtype, Tensor};
+use crate::{Error, Grid, Packed, Result, StoredDtype, Tensor};
 
 mod export;
 mod header;
@@ -199,8 +199,8 @@ impl Kind {
     /// The grid of the block types that are exactly affine.
     pub fn grid(self) -> Option<Grid> {
         match self {
-            Self::Q4_0 | Self::Q4_1 => Some(Grid { bits: 4, group_size: BLOCK as i32 }),
-            Self::Q8_0 => Some(Grid { bits: 8, group_size: BLOCK as i32 }),
+            Self::Q4_0 | Self::Q4_1 => Some(Grid::affine(4, BLOCK as i32)),
+            Self::Q8_0 => Some(Grid::affine(8, BLOCK as i32)),
             _ => None,
         }
     }
@@ -235,12 +235,23 @@ pub struct TensorInfo {
 pub struct HostPacked {
     /// u32 (out, words), MLX's order: code i of a row in bits `[i b, (i + 1) b)` of its bytes.
     pub codes: Tensor,
-    /// f16 (out, groups).
+    /// (out, groups): f16 of a GGUF file, else any float type, or u8 in the modes of floats.
     pub scales: Tensor,
-    /// f16 (out, groups).
-    pub biases: Tensor,
+    /// As `scales`; only the affine mode has them.
+    pub biases: Option<Tensor>,
     /// How it is packed.
     pub grid: Grid,
+}
+
+impl HostPacked {
+    /// The same as arrays.
+    ///
+    /// # Errors
+    /// When MLX has no such type.
+    pub fn to_arrays(&self) -> Result<Packed> {
+        let biases = self.biases.as_ref().map(Tensor::to_array).transpose()?;
+        Ok(Packed { codes: self.codes.to_array()?, scales: self.scales.to_array()?, biases, grid: self.grid })
+    }
 }
 
 /// What a tensor holds.
@@ -414,7 +425,7 @@ impl Gguf {
         Ok(HostPacked {
             codes: Tensor { dtype: StoredDtype::U32, shape: words, data: codes },
             scales: Tensor { dtype: StoredDtype::F16, shape: groups.clone(), data: scales },
-            biases: Tensor { dtype: StoredDtype::F16, shape: groups, data: biases },
+            biases: Some(Tensor { dtype: StoredDtype::F16, shape: groups, data: biases }),
             grid,
         })
     }

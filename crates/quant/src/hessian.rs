@@ -5,10 +5,10 @@
 //! row of the inverse factor that says how (Frantar et al., GPTQ, 2022). Scales and biases stay as they are given: a weight
 //! that lies on its grid already, with no update, keeps every code.
 
-use graft_ops::ffi::read;
+use graft_ops::ffi::{Mode, read};
 use graft_ops::{Array, Dtype, inverse_factor};
 
-use crate::nearest::{code_of, pack, shape_for};
+use crate::nearest::{Affine, E2m1, E4m3, Rule, pack, shape_for};
 use crate::{Error, Grid, Levels, Packed, Result};
 
 /// Columns rounded before their errors are passed on to all the others in one product.
@@ -73,6 +73,14 @@ impl Hessian {
 /// # Errors
 /// When grid, levels and Hessian do not fit W.
 pub fn round_compensated(w: &Array, grid: Grid, levels: &Levels, hessian: &Hessian) -> Result<Packed> {
+    match grid.mode {
+        Mode::Affine => compensated(w, grid, levels, hessian, Affine { top: grid.top() }),
+        Mode::Mxfp4 | Mode::Nvfp4 => compensated(w, grid, levels, hessian, E2m1),
+        Mode::Mxfp8 => compensated(w, grid, levels, hessian, E4m3),
+    }
+}
+
+fn compensated(w: &Array, grid: Grid, levels: &Levels, hessian: &Hessian, rule: impl Rule) -> Result<Packed> {
     let (out, input) = shape_for(w, grid)?;
     if hessian.order.len() != input {
         return Err(Error::Request(format!(
@@ -80,8 +88,8 @@ pub fn round_compensated(w: &Array, grid: Grid, levels: &Levels, hessian: &Hessi
             hessian.order.len()
         )));
     }
-    let (group, groups, top) = (grid.group_size as usize, grid.groups(input), grid.top());
-    let [scales, biases] = levels.host()?;
+    let (group, groups) = (grid.group_size as usize, grid.groups(input));
+    let [scales, biases] = levels.host(grid.mode)?;
     let ids = Array::from_iter(hessian.order.iter().map(|i| *i as i32), &[input as i32]);
     // Columns are taken one by one, so that they lie as rows.
     let columns = w.as_dtype(Dtype::Float32)?.transpose()?.take_axis(&ids, 0)?;
@@ -107,9 +115,9 @@ pub fn round_compensated(w: &Array, grid: Grid, levels: &Levels, hessian: &Hessi
             let error = &mut errors[column * out..(column + 1) * out];
             for (row, (w, error)) in own.iter().zip(error.iter_mut()).enumerate() {
                 let at = row * groups + place / group;
-                let code = code_of(*w, scales[at], biases[at], top);
-                codes[row * input + place] = code as u8;
-                *error = (w - (scales[at] * code + biases[at])) / share[column];
+                let (code, weight) = rule.nearest(*w, scales[at], biases[at]);
+                codes[row * input + place] = code;
+                *error = (w - weight) / share[column];
             }
             for (later, share) in later.chunks_exact_mut(out).zip(&share[column + 1..end]) {
                 for (w, error) in later.iter_mut().zip(error.iter()) {

@@ -1,7 +1,8 @@
 //! Checkpoints and packed weights: tensors and bytes, no layers.
 //!
 //! A packed weight W (out, in) keeps `bits` per element and one scale and one bias per `group_size` inputs of a row:
-//! `W[o, i] = scales[o, i / group] * code[o, i] + biases[o, i / group]`. Reading is by position in the file, so that a
+//! `W[o, i] = scales[o, i / group] * code[o, i] + biases[o, i / group]`; in the modes mxfp4, nvfp4 and mxfp8 codes are floats, scales
+//! have eight bits and there are no biases. Reading is by position in the file, so that a
 //! model of any size takes the memory of the tensors in use; writing is atomic, so that nothing ever holds half a model.
 
 mod checkpoint;
@@ -20,6 +21,7 @@ mod writer;
 
 pub use checkpoint::{Checkpoint, TensorInfo};
 pub use error::{Error, Result};
+pub use graft_ops::ffi::Mode;
 pub use grid::Grid;
 pub use hessian::{Hessian, round_compensated};
 pub use nearest::{Levels, round_nearest};

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use graft_ops::ffi::Mode;
 use serde_json::{Map, Value};
 
 use crate::{Error, Grid, Result};
@@ -29,8 +30,9 @@ impl Quantization {
                 return Err(Error::Unsupported {
                     file: file.to_path_buf(),
                     what: format!("quantization_config.quant_method {}", foreign.unwrap_or(&Value::Null)),
-                    hint: "affine weights as mlx-lm packs them are; convert the original model with `graft convert -q`"
-                        .into(),
+                    hint:
+                        "weights as mlx-lm packs them are; convert the original model with `graft convert -q`"
+                            .into(),
                 });
             }
             (_, Some(block)) if !block.is_null() => ("quantization_config", block),
@@ -88,18 +90,23 @@ fn entry(grid: Grid) -> Map<String, Value> {
     let mut map = Map::new();
     map.insert("group_size".into(), grid.group_size.into());
     map.insert("bits".into(), grid.bits.into());
-    map.insert("mode".into(), "affine".into());
+    map.insert("mode".into(), grid.mode.name().into());
     map
 }
 
 fn grid(file: &Path, name: &str, block: &Map<String, Value>) -> Result<Grid> {
-    if let Some(mode) = block.get("mode").filter(|mode| mode.as_str() != Some("affine")) {
+    let said = block.get("mode").filter(|mode| !mode.is_null());
+    let Some(mode) = said.map_or(Some(Mode::Affine), |mode| mode.as_str().and_then(Mode::from_name)) else {
         return Err(Error::Unsupported {
             file: file.to_path_buf(),
-            what: format!("{name}.mode {mode}"),
-            hint: "affine weights are; convert the original model with `graft convert -q`".into(),
+            what: format!("{name}.mode {}", said.unwrap_or(&Value::Null)),
+            hint: format!(
+                "{} are; convert the original model with `graft convert -q`",
+                Mode::ALL.map(Mode::name).join(", ")
+            ),
         });
-    }
+    };
+    let usual = Grid::of(mode);
     // What mlx_lm's recipes leave open is null, and means MLX's default.
     let number = |key: &str, default: i32| {
         if block.get(key).is_some_and(Value::is_null) {
@@ -114,7 +121,8 @@ fn grid(file: &Path, name: &str, block: &Map<String, Value>) -> Result<Grid> {
             }
         })
     };
-    let grid = Grid { bits: number("bits", 4)?, group_size: number("group_size", 64)? };
+    let grid =
+        Grid { bits: number("bits", usual.bits)?, group_size: number("group_size", usual.group_size)?, mode };
     grid.check().map_err(|error| Error::Config {
         file: file.to_path_buf(),
         field: name.into(),
@@ -138,8 +146,31 @@ mod tests {
             "group_size": 64, "bits": 2, "mode": "affine", "a": {"group_size": null, "bits": 6}, "b": false, "c": true,
         }}))
         .unwrap();
-        let grid = |bits| Some(Grid { bits, group_size: 64 });
+        let grid = |bits| Some(Grid::affine(bits, 64));
         assert_eq!(["a", "b", "c", "d"].map(|path| block.grid_of(path)), [grid(6), None, grid(2), grid(2)]);
+    }
+
+    #[test]
+    fn modes_of_floats_have_their_own_numbers_only() {
+        let block = serde_json::json!({"quantization": {
+            "group_size": 32, "bits": 4, "mode": "mxfp4", "a": {"group_size": 64, "bits": 8, "mode": "affine"},
+            "b": {"group_size": null, "bits": null, "mode": "nvfp4"}, "c": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+        }});
+        let own = read(&block).unwrap();
+        let of = |mode| Some(Grid::of(mode));
+        assert_eq!(
+            ["a", "b", "c", "d"].map(|path| own.grid_of(path)),
+            [Some(Grid::affine(8, 64)), of(Mode::Nvfp4), of(Mode::Mxfp8), of(Mode::Mxfp4)]
+        );
+        let mut config = Map::new();
+        own.to_config(&mut config);
+        assert_eq!(Quantization::from_config(Path::new("config.json"), &config).unwrap(), own);
+        for (mode, size, named) in [("mxfp4", 64, "groups of 64"), ("nvfp4", 32, "nvfp4"), ("fp5", 32, "fp5")]
+        {
+            let wrong = serde_json::json!({"quantization": {"group_size": size, "bits": 4, "mode": mode}});
+            let error = read(&wrong).unwrap_err().to_string();
+            assert!(error.contains("quantization") && error.contains(named), "{error}");
+        }
     }
 
     #[test]

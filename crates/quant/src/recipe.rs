@@ -54,7 +54,7 @@ impl Recipe {
         let chosen = index < eighth || index >= 7 * layers / 8 || (index - eighth) % 3 == 2;
         let wide = ["v_proj", "v_a_proj", "v_b_proj", "down_proj"].iter().any(|part| path.contains(part));
         let (low, high) = self.bits();
-        Grid { bits: if (wide && chosen) || path.contains("lm_head") { high } else { low }, group_size }
+        Grid::affine(if (wide && chosen) || path.contains("lm_head") { high } else { low }, group_size)
     }
 }
 

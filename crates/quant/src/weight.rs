@@ -1,6 +1,6 @@
 //! A weight, dense or packed: the one place where the difference is decided.
 
-use graft_ops::ffi::{self, Mode};
+use graft_ops::ffi;
 use graft_ops::{Arranged, Array, Dtype, Exception, PackedRef, Result, WeightRef};
 
 use crate::Grid;
@@ -10,11 +10,11 @@ use crate::Grid;
 pub struct Packed {
     /// (out, words) u32: codes, a little-endian bit stream by row.
     pub codes: Array,
-    /// (out, groups), as stored: f32, f16 or bf16.
+    /// (out, groups), as stored: f32, f16 or bf16; u8 in the modes of floats.
     pub scales: Array,
-    /// As `scales`.
-    pub biases: Array,
-    /// Bits and group size.
+    /// As `scales`; only the affine mode has them.
+    pub biases: Option<Array>,
+    /// Bits, group size and mode.
     pub grid: Grid,
 }
 
@@ -24,10 +24,36 @@ impl Packed {
         PackedRef {
             codes: &self.codes,
             scales: &self.scales,
-            biases: &self.biases,
+            biases: self.biases.as_ref(),
             group_size: self.grid.group_size,
             bits: self.grid.bits,
+            mode: self.grid.mode,
         }
+    }
+
+    /// Codes, scales and, where there are any, biases, with the names of their tensors after the module's path.
+    pub fn parts(&self) -> impl Iterator<Item = (&'static str, &Array)> {
+        let biases = self.biases.as_ref().map(|biases| ("biases", biases));
+        [("weight", &self.codes), ("scales", &self.scales)].into_iter().chain(biases)
+    }
+
+    /// As `parts` give them, each made anew.
+    ///
+    /// # Errors
+    /// As `f`.
+    pub fn map(&self, mut f: impl FnMut(&Array) -> Result<Array>) -> Result<Packed> {
+        let (codes, scales) = (f(&self.codes)?, f(&self.scales)?);
+        Ok(Packed { codes, scales, biases: self.biases.as_ref().map(f).transpose()?, grid: self.grid })
+    }
+
+    /// The distance of two neighbouring weights in each group, f32 (out, groups): see [`Grid::step`].
+    ///
+    /// # Errors
+    /// When the parts do not fit together.
+    pub fn steps(&self) -> crate::Result<Array> {
+        let [scales, _] = crate::Levels::from(self).host(self.grid.mode)?;
+        let step = self.grid.step();
+        Ok(Array::from_iter(scales.iter().map(|scale| scale * step), self.scales.shape()))
     }
 
     /// W (out, in) in `dtype`, computed in f32 and rounded once.
@@ -35,18 +61,7 @@ impl Packed {
     /// # Errors
     /// When the parts do not fit together.
     pub fn dequantize(&self, dtype: Dtype) -> Result<Array> {
-        let (scales, biases) = (self.scales.as_dtype(Dtype::Float32)?, self.biases.as_dtype(Dtype::Float32)?);
-        let grid = self.grid;
-        let dense = ffi::dequantize(
-            &self.codes,
-            &scales,
-            Some(&biases),
-            grid.group_size,
-            grid.bits,
-            Mode::Affine,
-            Dtype::Float32,
-        )?;
-        dense.as_dtype(dtype)
+        graft_ops::dequantize(self.as_ref(), dtype)
     }
 }
 
@@ -87,7 +102,7 @@ impl Weight {
     pub fn nbytes(&self) -> usize {
         match self {
             Self::Dense(w) => w.nbytes(),
-            Self::Packed(w) => w.codes.nbytes() + w.scales.nbytes() + w.biases.nbytes(),
+            Self::Packed(w) => w.parts().map(|(_, array)| array.nbytes()).sum(),
             Self::Arranged(w) => w.arrays().iter().map(Array::nbytes).sum(),
         }
     }
@@ -157,10 +172,7 @@ impl Weight {
         let take = |array: &Array| array.take_axis(ids, 0);
         Ok(match self {
             Self::Dense(w) => Self::Dense(take(w)?),
-            Self::Packed(Packed { codes, scales, biases, grid }) => {
-                let (codes, scales, biases) = (take(codes)?, take(scales)?, take(biases)?);
-                Self::Packed(Packed { codes, scales, biases, grid: *grid })
-            }
+            Self::Packed(w) => Self::Packed(w.map(take)?),
             Self::Arranged(_) => {
                 return Err(Exception::custom("weights laid out for inference have no slices"));
             }
@@ -199,7 +211,7 @@ impl Weight {
     pub fn evaluate(&self) -> Result<()> {
         match self {
             Self::Dense(w) => ffi::eval([w]),
-            Self::Packed(w) => ffi::eval([&w.codes, &w.scales, &w.biases]),
+            Self::Packed(w) => ffi::eval(w.parts().map(|(_, array)| array)),
             Self::Arranged(w) => ffi::eval(w.arrays()),
         }
     }

@@ -341,7 +341,9 @@ impl DirWriter {
         let head = header(&entries, &self.metadata, self.room)?;
         if head.len() == self.room {
             let written = file.rewind().and_then(|()| file.write_all(&head)).and_then(|()| file.sync_all());
-            return written.map_err(full()).and_then(|()| std::fs::rename(&from, &to).map_err(Error::io(&from)));
+            return written
+                .map_err(full())
+                .and_then(|()| std::fs::rename(&from, &to).map_err(Error::io(&from)));
         }
         let mut source = File::open(&from).map_err(Error::io(&from))?;
         source.seek(SeekFrom::Start(self.room as u64)).map_err(Error::io(&from))?;

@@ -13,7 +13,7 @@ static GO_ON: AtomicBool = AtomicBool::new(false);
 const AS_IS: ConvertOptions = ConvertOptions { pack: None, dequantize: false, dtype: None };
 
 fn packing(bits: i32, group_size: i32) -> ConvertOptions {
-    ConvertOptions { pack: Some(Packing { grid: Grid { bits, group_size }, recipe: None }), ..AS_IS }
+    ConvertOptions { pack: Some(Packing { grid: Grid::affine(bits, group_size), recipe: None }), ..AS_IS }
 }
 
 struct Done {
@@ -76,7 +76,7 @@ fn packed_weights_are_within_half_a_step() {
             let new = Checkpoint::open(&done.dir).unwrap();
             assert_eq!(done.report.packed, 15);
             for path in ["model.embed_tokens", "model.layers.1.mlp.down_proj"] {
-                assert_eq!(new.grid(path).unwrap(), Some(Grid { bits, group_size }));
+                assert_eq!(new.grid(path).unwrap(), Some(Grid::affine(bits, group_size)));
                 let (a, b) = (dense(&old, path), dense(&new, path));
                 for (a, b) in a.chunks(group_size as usize).zip(b.chunks(group_size as usize)) {
                     let (min, max) = a.iter().fold((f32::MAX, f32::MIN), |(l, h), x| (l.min(*x), h.max(*x)));
@@ -169,14 +169,14 @@ fn recipes_choose_as_mlx_lm() {
             assert_eq!((grid("self_attn.q_proj"), grid("mlp.up_proj")), (3, 3));
         }
     }
-    assert_eq!(Recipe::Mixed2_6.grid("lm_head", 16, 64), Grid { bits: 6, group_size: 64 });
-    assert_eq!(Recipe::Mixed2_6.grid("model.embed_tokens", 2, 64), Grid { bits: 2, group_size: 64 });
+    assert_eq!(Recipe::Mixed2_6.grid("lm_head", 16, 64), Grid::affine(6, 64));
+    assert_eq!(Recipe::Mixed2_6.grid("model.embed_tokens", 2, 64), Grid::affine(2, 64));
     for recipe in Recipe::ALL {
         assert_eq!(Recipe::from_name(recipe.name()), Some(recipe));
     }
 
     let src = tiny_model(&Tiny { tied: false, ..Tiny::new(Family::Llama) });
-    let grid = Grid { bits: 4, group_size: 32 };
+    let grid = Grid::affine(4, 32);
     let done = run(
         src.path(),
         &ConvertOptions { pack: Some(Packing { grid, recipe: Some(Recipe::Mixed2_6) }), ..AS_IS },
@@ -285,8 +285,8 @@ fn gguf_keeps_its_codes() {
     let made = Checkpoint::open(&out).unwrap();
     assert_eq!(std::fs::read(out.join("tokenizer.json")).unwrap(), b"{}");
     assert_eq!(made.config()["torch_dtype"], "float16");
-    assert_eq!(made.grid("model.a").unwrap(), Some(Grid { bits: 4, group_size: 32 }));
-    assert_eq!(made.grid("model.c").unwrap(), Some(Grid { bits: 8, group_size: 32 }));
+    assert_eq!(made.grid("model.a").unwrap(), Some(Grid::affine(4, 32)));
+    assert_eq!(made.grid("model.c").unwrap(), Some(Grid::affine(8, 32)));
     let halves = |low: f32, high: f32| [[low; 16], [high; 16]].concat();
     // (code - 8) / 2, the second row first.
     assert_eq!(dense(&made, "model.a"), [halves(-3.0, -2.5), halves(-4.0, -3.5)].concat());

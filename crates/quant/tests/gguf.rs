@@ -4,8 +4,8 @@
 use std::path::Path;
 
 use graft_ops::Dtype;
+use graft_quant::Error;
 use graft_quant::gguf::{Block, Gguf, HostPacked, Kind, Value};
-use graft_quant::{Error, Packed};
 use graft_testkit::{GgufMaker as Maker, gguf_text as text};
 use half::f16;
 
@@ -58,9 +58,7 @@ fn blocks(kind: Kind, count: usize) -> (Vec<u8>, Vec<f32>) {
 
 fn dequantized(packed: &HostPacked) -> Vec<f32> {
     graft_testkit::mlx(|| {
-        let part = |t: &graft_quant::Tensor| t.to_array().unwrap();
-        let (codes, scales, biases) = (part(&packed.codes), part(&packed.scales), part(&packed.biases));
-        let dense = Packed { codes, scales, biases, grid: packed.grid }.dequantize(Dtype::Float32).unwrap();
+        let dense = packed.to_arrays().unwrap().dequantize(Dtype::Float32).unwrap();
         dense.eval().unwrap();
         dense.as_slice::<f32>().to_vec()
     })
@@ -90,7 +88,7 @@ fn blocks_become_mlx_groups_without_loss() {
             for (new, old) in [
                 (&moved.codes, &packed.codes),
                 (&moved.scales, &packed.scales),
-                (&moved.biases, &packed.biases),
+                (moved.biases.as_ref().unwrap(), packed.biases.as_ref().unwrap()),
             ] {
                 let width = new.data.len() / 6;
                 assert_eq!(new.data[row * width..][..width], old.data[from * width..][..width]);

@@ -25,9 +25,9 @@ fn checkpoint(dir: &Path, weight: &Weight, others: &[(&str, Tensor)]) -> Checkpo
     let host = |array: &Array| Tensor::from_array(array).unwrap();
     match weight {
         Weight::Packed(packed) => {
-            writer.add(NAME, &host(&packed.codes)).unwrap();
-            writer.add("model.w.scales", &host(&packed.scales)).unwrap();
-            writer.add("model.w.biases", &host(&packed.biases)).unwrap();
+            for (part, array) in packed.parts() {
+                writer.add(&format!("model.w.{part}"), &host(array)).unwrap();
+            }
             Quantization { default: Some(packed.grid), ..Quantization::default() }.to_config(&mut config);
         }
         other => writer.add(NAME, &host(&other.dequantize(Dtype::Float32).unwrap())).unwrap(),
@@ -60,11 +60,7 @@ fn export(
 fn values(gguf: &Gguf, name: &str) -> Vec<f32> {
     match gguf.read(&gguf.tensors[name], None).unwrap() {
         Block::Dense(tensor) => tensor.to_f32().unwrap(),
-        Block::Packed(packed) => {
-            let part = |tensor: &Tensor| tensor.to_array().unwrap();
-            let (codes, scales, biases) = (part(&packed.codes), part(&packed.scales), part(&packed.biases));
-            floats(&Weight::Packed(Packed { codes, scales, biases, grid: packed.grid }))
-        }
+        Block::Packed(packed) => floats(&Weight::Packed(packed.to_arrays().unwrap())),
     }
 }
 
@@ -87,7 +83,7 @@ fn matrix(rows: i32, inputs: i32) -> Array {
 /// A weight whose scales and biases have `dtype`.
 fn packed(bits: i32, group_size: i32, dtype: Dtype) -> Weight {
     let w = matrix(6, 256).as_dtype(dtype).unwrap();
-    Weight::Packed(round(&w, Grid { bits, group_size }, None).unwrap())
+    Weight::Packed(round(&w, Grid::affine(bits, group_size), None).unwrap())
 }
 
 #[test]
@@ -198,13 +194,14 @@ fn what_is_rounded_is_measured() {
 #[test]
 fn groups_of_eight_bits_are_exact_one_by_one() {
     mlx(|| {
-        let grid = Grid { bits: 8, group_size: 64 };
+        let grid = Grid::affine(8, 64);
         let codes = Array::from_iter((0..4 * 64_u32).map(|i| i.wrapping_mul(2_654_435_761)), &[4, 64]);
         let scales: Vec<f32> = (0..16).map(|i| 2_f32.powi(-8) * (i + 1) as f32).collect();
         let biases: Vec<f32> =
             scales.iter().enumerate().map(|(i, s)| if i == 5 { -77.5 * s } else { -128.0 * s }).collect();
         let part = |all: &[f32]| Array::from_slice(all, &[4, 4]).as_dtype(Dtype::Float16).unwrap();
-        let weight = Weight::Packed(Packed { codes, scales: part(&scales), biases: part(&biases), grid });
+        let weight =
+            Weight::Packed(Packed { codes, scales: part(&scales), biases: Some(part(&biases)), grid });
         let dir = tempfile::tempdir().unwrap();
         let checkpoint = checkpoint(dir.path(), &weight, &[]);
         let (report, gguf, _) = export(dir.path(), &checkpoint, &parts(&[NAME]), None).unwrap();

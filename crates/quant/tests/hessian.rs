@@ -27,7 +27,7 @@ fn bytes(array: &Array) -> Vec<u8> {
 }
 
 fn levels(packed: &Packed) -> Levels {
-    Levels { scales: packed.scales.clone(), biases: packed.biases.clone() }
+    Levels::from(packed)
 }
 
 #[test]
@@ -35,7 +35,7 @@ fn a_weight_on_its_grid_keeps_every_code_and_a_small_update_survives() {
     graft_testkit::mlx(|| {
         let hessian = Hessian::new(moments(1)).unwrap();
         for bits in [2, 3, 4, 6] {
-            let grid = Grid { bits, group_size: 64 };
+            let grid = Grid::affine(bits, 64);
             let base = round(&normal(&[48, INPUTS], 7), grid, None).unwrap();
             let w = base.dequantize(Dtype::Float32).unwrap();
             let kept = round_compensated(&w, grid, &levels(&base), &hessian).unwrap();
@@ -80,7 +80,7 @@ fn moments_that_are_none_are_refused_and_weak_ones_are_damped() {
         // One direction alone: no factor without what is added to the diagonal.
         let x = normal(&[1, INPUTS], 3);
         let hessian = Hessian::new(x.transpose().unwrap().matmul(&x).unwrap()).unwrap();
-        let grid = Grid { bits: 4, group_size: 64 };
+        let grid = Grid::affine(4, 64);
         let base = round(&normal(&[8, INPUTS], 7), grid, None).unwrap();
         let w = base.dequantize(Dtype::Float32).unwrap();
         let kept = round_compensated(&w, grid, &levels(&base), &hessian).unwrap();

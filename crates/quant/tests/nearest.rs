@@ -23,17 +23,18 @@ fn values_on_a_grid_keep_their_codes_at_every_width() {
     graft_testkit::mlx(|| {
         for bits in Grid::BITS {
             for dtype in [Dtype::Float32, Dtype::Float16, Dtype::Bfloat16] {
-                let grid = Grid { bits, group_size: 64 };
+                let grid = Grid::affine(bits, 64);
                 let old = round(&weights(1).as_dtype(dtype).unwrap(), grid, None).unwrap();
                 let w = old.dequantize(Dtype::Float32).unwrap();
-                let levels = Levels { scales: old.scales.clone(), biases: old.biases.clone() };
+                let levels = Levels::from(&old);
                 let fresh = Levels::fresh(&w, grid, dtype).unwrap();
                 let new = round_nearest(&w, grid, &[levels, fresh]).unwrap();
                 assert_eq!(bytes(&new.codes), bytes(&old.codes), "{bits} bits");
                 assert_eq!(bytes(&new.scales), bytes(&old.scales), "{bits} bits");
                 // The finer grid holds each value too.
                 let eight = Grid { bits: 8, ..grid };
-                let finer = round_nearest(&w, eight, &[Levels::finer(&old, 8).unwrap()]).unwrap();
+                let finer =
+                    round_nearest(&w, eight, &[Levels::finer(&old, 8, dtype).unwrap().unwrap()]).unwrap();
                 assert!(
                     error(&w, &finer) <= 1e-9 * w.square().unwrap().sum(false).unwrap().item_cast::<f32>()
                 );
@@ -57,10 +58,11 @@ fn fresh_levels_are_those_of_mlx_to_the_bit() {
         let w = mlx_rs::ops::concatenate(&rows, 0).unwrap();
         for bits in Grid::BITS {
             for (group_size, dtype) in [(32, Dtype::Float32), (64, Dtype::Float16), (128, Dtype::Bfloat16)] {
-                let grid = Grid { bits, group_size };
+                let grid = Grid::affine(bits, group_size);
                 let plain = round(&w, grid, None).unwrap();
                 let fresh = Levels::fresh(&w, grid, dtype).unwrap();
-                for (ours, own) in [(&fresh.scales, &plain.scales), (&fresh.biases, &plain.biases)] {
+                let both = |of: Levels| [of.scales, of.biases.unwrap()];
+                for (ours, own) in both(fresh).iter().zip(both(Levels::from(&plain))) {
                     assert_eq!(bytes(ours), bytes(&own.as_dtype(dtype).unwrap()), "{grid}, {dtype:?}");
                 }
             }
@@ -73,11 +75,12 @@ fn never_worse_than_mlx() {
     graft_testkit::mlx(|| {
         for bits in Grid::BITS {
             for dtype in [Dtype::Float32, Dtype::Float16, Dtype::Bfloat16] {
-                let grid = Grid { bits, group_size: 32 };
+                let grid = Grid::affine(bits, 32);
                 let w = weights(2);
                 let stored = |a: Array| a.as_dtype(dtype).unwrap();
                 let plain = round(&w, grid, None).unwrap();
-                let plain = Packed { scales: stored(plain.scales), biases: stored(plain.biases), ..plain };
+                let plain =
+                    Packed { scales: stored(plain.scales), biases: plain.biases.map(stored), ..plain };
                 let ours = round_nearest(&w, grid, &[Levels::fresh(&w, grid, dtype).unwrap()]).unwrap();
                 assert_eq!(ours.scales.dtype(), dtype);
                 let (ours, plain) = (error(&w, &ours), error(&w, &plain));
@@ -91,7 +94,7 @@ fn never_worse_than_mlx() {
 fn what_does_not_fit_is_an_error() {
     graft_testkit::mlx(|| {
         let w = weights(3);
-        let grid = Grid { bits: 4, group_size: 64 };
+        let grid = Grid::affine(4, 64);
         assert!(round_nearest(&w, grid, &[]).is_err());
         assert!(round_nearest(&w, Grid { bits: 7, ..grid }, &[]).is_err());
         let narrow = w.reshape(&[128, 32]).unwrap();

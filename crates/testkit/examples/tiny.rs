@@ -10,10 +10,16 @@ fn main() {
     let out = Path::new(&out);
     for family in Family::ALL {
         // mlx-lm cannot run DoRA on 3, 5 and 6 bits.
-        for (bits, tied) in [(0, true), (0, false), (4, true), (8, false)] {
+        let affine = [(0, true), (0, false), (4, true), (8, false)].map(|(bits, tied)| {
             let tiny = Tiny { packed: (bits > 0).then_some((bits, 32)), tied, ..Tiny::new(family) };
+            (bits.to_string(), tiny)
+        });
+        let modes = ["mxfp4", "nvfp4", "mxfp8"].into_iter().filter(|_| family == Family::Llama);
+        let floats = modes.map(|mode| (mode.to_owned(), Tiny::new(family).in_mode(mode)));
+        for (name, tiny) in affine.into_iter().chain(floats) {
+            let (tied, bits) = (tiny.tied, tiny.packed.map_or(0, |(bits, _)| bits));
             for adapter in ["none", "lora", "dora"] {
-                let case = out.join(format!("{}-{bits}-{tied}-{adapter}", family.name()));
+                let case = out.join(format!("{}-{name}-{tied}-{adapter}", family.name()));
                 let model = tiny_model(&tiny);
                 copy(model.path(), &case.join("model"));
                 if adapter != "none" {
@@ -23,8 +29,9 @@ fn main() {
                     );
                 }
                 let facts = format!(
-                    "{{\"family\": \"{}\", \"bits\": {bits}, \"tied\": {tied}, \"adapter\": \"{adapter}\"}}",
-                    family.name()
+                    "{{\"family\": \"{}\", \"bits\": {bits}, \"mode\": \"{}\", \"tied\": {tied}, \"adapter\": \"{adapter}\"}}",
+                    family.name(),
+                    tiny.mode
                 );
                 std::fs::write(case.join("case.json"), facts).expect("a writable folder");
             }

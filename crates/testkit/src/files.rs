@@ -38,6 +38,16 @@ impl Tensor {
         Self { dtype: Stored::U32, shape: shape.to_vec(), data }
     }
 
+    /// Bytes, such as scales of eight bits.
+    pub(crate) fn bytes(data: Vec<u8>, shape: &[usize]) -> Self {
+        Self { dtype: Stored::U8, shape: shape.to_vec(), data }
+    }
+
+    /// Packed words, as [`Tensor::words`] takes them.
+    pub(crate) fn to_words(&self) -> Vec<u32> {
+        self.data.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+    }
+
     /// The values of a float tensor.
     pub(crate) fn to_f32(&self) -> Vec<f32> {
         let pairs = || self.data.chunks_exact(2).map(|b| [b[0], b[1]]);
@@ -55,8 +65,7 @@ impl Tensor {
     pub(crate) fn to_array(&self) -> Array {
         let shape: Vec<i32> = self.shape.iter().map(|n| *n as i32).collect();
         if self.dtype == Stored::U32 {
-            let words = self.data.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-            return Array::from_slice(&words.collect::<Vec<_>>(), &shape);
+            return Array::from_slice(&self.to_words(), &shape);
         }
         Array::from_slice(&self.to_f32(), &shape)
     }

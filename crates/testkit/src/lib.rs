@@ -14,6 +14,7 @@ mod adapter;
 mod chat;
 mod compare;
 mod files;
+mod floats;
 mod gguf;
 mod random;
 mod thread;

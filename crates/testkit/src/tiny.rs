@@ -8,6 +8,7 @@ use tempfile::TempDir;
 
 use crate::compare::host;
 use crate::files::{Tensor, Tensors, read_json, read_safetensors, write_json, write_safetensors};
+use crate::floats;
 use crate::mlx;
 use crate::random::Random;
 use crate::tokenizer::{SPECIAL, TOKENS, tokenizer_config, tokenizer_json};
@@ -85,6 +86,8 @@ pub struct Tiny {
     pub family: Family,
     /// Bits (2, 3, 4, 5, 6 or 8) and group size (32, 64 or 128) of linears and embedding; `None` leaves them dense.
     pub packed: Option<(i32, i32)>,
+    /// `affine`, or a mode of floats, see [`Tiny::in_mode`].
+    pub mode: &'static str,
     /// The head is the embedding.
     pub tied: bool,
     /// Stored type of everything that is not packed, and of scales and biases.
@@ -117,6 +120,7 @@ impl Tiny {
         Self {
             family,
             packed: None,
+            mode: "affine",
             tied: true,
             dtype: Dtype::F32,
             seed: 1,
@@ -130,6 +134,17 @@ impl Tiny {
             rope_theta: 10_000.0,
             extra: serde_json::Map::new(),
         }
+    }
+
+    /// The same model packed in `mxfp4`, `nvfp4` or `mxfp8`.
+    pub fn in_mode(self, mode: &'static str) -> Self {
+        let packed = match mode {
+            "mxfp4" => (4, 32),
+            "nvfp4" => (4, 16),
+            "mxfp8" => (8, 32),
+            other => panic!("{other} is no mode of floats"),
+        };
+        Self { packed: Some(packed), mode, ..self }
     }
 
     /// The linears of one layer: name, inputs, outputs.
@@ -169,7 +184,7 @@ impl Tiny {
             config["head_dim"] = self.head_dim.into();
         }
         if let Some((bits, group_size)) = self.packed {
-            let block = json!({"group_size": group_size, "bits": bits, "mode": "affine"});
+            let block = json!({"group_size": group_size, "bits": bits, "mode": self.mode});
             config["quantization"] = block.clone();
             config["quantization_config"] = block;
         }
@@ -221,6 +236,12 @@ impl Tiny {
             all.insert(name, Tensor::floats(&values, &[outputs, inputs], self.dtype));
             return;
         };
+        if self.mode != "affine" {
+            let (words, scales) = floats::pack(&values, self.mode);
+            all.insert(name, Tensor::words(&words, &[outputs, inputs * bits as usize / 32]));
+            all.insert(format!("{path}.scales"), Tensor::bytes(scales, &[outputs, inputs / group as usize]));
+            return;
+        }
         let dense = Array::from_slice(&values, &[outputs as i32, inputs as i32]);
         let dense = dense.as_dtype(self.dtype.mlx()).expect("a cast");
         let (codes, scales, biases) = ops::quantize(&dense, group, bits)
@@ -279,6 +300,13 @@ pub(crate) fn dense_tensors(dir: &Path) -> Tensors {
             Some(scales) => {
                 let block = &config["quantization"];
                 let number = |key: &str| block[key].as_i64().expect("a quantization block") as i32;
+                let mode = block["mode"].as_str().expect("a mode");
+                if mode != "affine" {
+                    let values = floats::unpack(&tensor.to_words(), &scales.data, mode);
+                    let shape = [tensor.shape[0], values.len() / tensor.shape[0]];
+                    all.insert(name.clone(), Tensor::floats(&values, &shape, Dtype::F32));
+                    continue;
+                }
                 let biases = stored[&format!("{path}.biases")].to_array();
                 let (group, bits) = (number("group_size"), number("bits"));
                 let dense = ops::dequantize(tensor.to_array(), scales.to_array(), Some(&biases), group, bits);

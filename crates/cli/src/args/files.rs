@@ -34,7 +34,7 @@ pub(crate) struct FuseArgs {
     #[arg(long, value_name = "FILE", help_heading = "graft's own")]
     pub(crate) html: Option<String>,
     /// What a packed weight with an adapter becomes: 8 bits, or floats where 8 bits lose the update (raise, the default);
-    /// floats (dense); its own width again, errors made good by later columns (same); its own codes with DoRA's row factor in
+    /// floats (dense); its own width and mode again, errors made good by later columns (same); its own codes with DoRA's row factor in
     /// the scales, and an adapter for the rest (fold)
     #[arg(long, value_parser = ["raise", "dense", "same", "fold"], help_heading = "graft's own")]
     pub(crate) policy: Option<String>,
@@ -74,16 +74,16 @@ pub(crate) struct ConvertArgs {
     /// Quantize
     #[arg(short, long)]
     pub(crate) quantize: bool,
-    /// Group size: 32, 64 (default) or 128
+    /// Group size: 32, 64 (default) or 128; modes of floats have their own
     #[arg(long)]
     pub(crate) q_group_size: Option<i32>,
-    /// Bits: 2, 3, 4 (default), 5, 6 or 8
+    /// Bits: 2, 3, 4 (default), 5, 6 or 8; modes of floats have their own
     #[arg(long)]
     pub(crate) q_bits: Option<i32>,
-    /// Quantization mode; graft writes affine
+    /// Quantization mode: whole numbers with a scale and a bias (affine), or floats with a scale of 8 bits
     #[arg(long, default_value = "affine", value_parser = ["affine", "mxfp4", "nvfp4", "mxfp8"])]
     pub(crate) q_mode: String,
-    /// Mixed-bit recipe
+    /// Mixed-bit recipe, for affine
     #[arg(long, value_parser = ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"])]
     pub(crate) quant_predicate: Option<String>,
     /// Dtype of what is not packed (default: config.json's; float16 for a .gguf file)

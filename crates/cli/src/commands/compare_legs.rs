@@ -8,8 +8,8 @@ use crate::hub::{self, What};
 use crate::settings::{Defaults, Settings, file_of, merge};
 use crate::ui;
 use anyhow::{Context, Result, bail};
-use graft_quant::Checkpoint;
 use graft_quant::convert::{ConvertOptions, Packing, convert};
+use graft_quant::{Checkpoint, Mode};
 use serde_json::{Map, Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -202,7 +202,7 @@ impl Bench<'_> {
                  leave them out, or compare what `graft convert --dequantize` makes of it"
             )));
         }
-        let packing = packing(args.q_bits, args.q_group_size, args.quant_predicate.as_deref())?;
+        let packing = packing(Mode::Affine, args.q_bits, args.q_group_size, args.quant_predicate.as_deref())?;
         let given = || Some(Made { path: model.clone(), from: "as given".into() });
         if packed {
             self.packed = given();

@@ -7,7 +7,7 @@ use crate::{host, hub, ui};
 use anyhow::{Context, Result, bail};
 use graft_model::GgufImport;
 use graft_quant::convert::{ConvertOptions, Event, GgufParts, Packing, Report, convert_gguf};
-use graft_quant::{Checkpoint, Error, Grid, Recipe, gguf::Gguf};
+use graft_quant::{Checkpoint, Error, Grid, Mode, Recipe, gguf::Gguf};
 use std::path::{Path, PathBuf};
 
 /// Converts, then says what the result holds. `quantize` is `-q` or the command's name.
@@ -75,13 +75,8 @@ fn options(args: &ConvertArgs, quantize: bool) -> Result<ConvertOptions> {
     if quantize && args.dequantize {
         bail!(Usage("--quantize and --dequantize exclude each other; choose one".into()));
     }
-    if args.q_mode != "affine" {
-        bail!(Usage(format!(
-            "--q-mode {} is not supported by graft convert: leave it out for affine groups",
-            args.q_mode
-        )));
-    }
     let flags = [
+        ("--q-mode", args.q_mode != Mode::Affine.name()),
         ("--q-bits", args.q_bits.is_some()),
         ("--q-group-size", args.q_group_size.is_some()),
         ("--quant-predicate", args.quant_predicate.is_some()),
@@ -89,7 +84,8 @@ fn options(args: &ConvertArgs, quantize: bool) -> Result<ConvertOptions> {
     if let Some((flag, _)) = flags.iter().find(|(_, given)| *given && !quantize) {
         ui::note(&format!("note: {flag} has no effect without -q"));
     }
-    let packed = || packing(args.q_bits, args.q_group_size, args.quant_predicate.as_deref());
+    let mode = Mode::from_name(&args.q_mode).unwrap_or(Mode::Affine);
+    let packed = || packing(mode, args.q_bits, args.q_group_size, args.quant_predicate.as_deref());
     Ok(ConvertOptions {
         pack: quantize.then(packed).transpose()?,
         dequantize: args.dequantize,
@@ -97,11 +93,24 @@ fn options(args: &ConvertArgs, quantize: bool) -> Result<ConvertOptions> {
     })
 }
 
-/// How `--q-bits`, `--q-group-size` and `--quant-predicate` pack.
-pub(super) fn packing(bits: Option<i32>, group_size: Option<i32>, recipe: Option<&str>) -> Result<Packing> {
-    let grid = Grid { bits: bits.unwrap_or(4), group_size: group_size.unwrap_or(64) };
+/// How `--q-mode`, `--q-bits`, `--q-group-size` and `--quant-predicate` pack; what is not given is the mode's own.
+pub(super) fn packing(
+    mode: Mode,
+    bits: Option<i32>,
+    group_size: Option<i32>,
+    recipe: Option<&str>,
+) -> Result<Packing> {
+    let usual = Grid::of(mode);
+    let grid =
+        Grid { bits: bits.unwrap_or(usual.bits), group_size: group_size.unwrap_or(usual.group_size), mode };
     if let Err(error) = grid.check() {
         bail!(Usage(format!("--q-bits {}, --q-group-size {}: {error}", grid.bits, grid.group_size)));
+    }
+    if let Some(recipe) = recipe.filter(|_| grid.is_float()) {
+        bail!(Usage(format!(
+            "--quant-predicate {recipe} mixes affine widths, and --q-mode {} has one: leave either out",
+            mode.name()
+        )));
     }
     Ok(Packing { grid, recipe: recipe.and_then(Recipe::from_name) })
 }

@@ -30,7 +30,8 @@ fn wrong_options_write_nothing() {
         (2, "--hf-path model --mlx-path data", "--mlx-path data exists already"),
         (2, "--hf-path model -q -d", "--quantize and --dequantize exclude each other"),
         (2, "--hf-path model -q --q-bits 7", "7 bits in groups of 64 do not exist"),
-        (2, "--hf-path model -q --q-mode mxfp4", "--q-mode mxfp4 is not supported"),
+        (2, "--hf-path model -q --q-mode mxfp4 --q-bits 8", "mxfp4 has 4 bits in groups of 32, not 8"),
+        (2, "--hf-path model -q --q-mode nvfp4 --quant-predicate mixed_3_6", "--q-mode nvfp4 has one"),
         (2, "--hf-path model --upload-repo a/b", "--upload-repo is not supported by graft convert"),
         (
             1,

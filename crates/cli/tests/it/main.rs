@@ -15,6 +15,7 @@ mod gguf;
 mod http;
 mod lora;
 mod merge;
+mod modes;
 mod perplexity;
 mod pipeline;
 mod server;

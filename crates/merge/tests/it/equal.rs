@@ -52,9 +52,13 @@ fn dense_computes_what_the_adapter_does_and_raise_and_same_within_what_they_repo
                     assert_eq!(layers.len(), 14, "{case}");
                     let to = match (tiny.packed, policy) {
                         (None, _) | (_, Policy::Dense) => "float32".to_owned(),
-                        (Some((_, group)), Policy::Raise) => format!("8 bits, groups of {group}"),
+                        (Some((_, group)), Policy::Raise) => format!("8 bits, groups of {}", group.max(32)),
                         (Some((bits, group)), Policy::Same | Policy::Fold) => {
-                            format!("{bits} bits, groups of {group}")
+                            let mode = if tiny.mode == "affine" { "" } else { tiny.mode };
+                            format!(
+                                "{mode}{}{bits} bits, groups of {group}",
+                                if mode.is_empty() { "" } else { ", " }
+                            )
                         }
                     };
                     assert!(layers.iter().all(|l| l.to == to), "{case}: {to}, {layers:?}");

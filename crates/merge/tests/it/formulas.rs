@@ -167,7 +167,7 @@ fn every_raised_value_is_within_half_a_step_or_at_the_end_of_its_scale() {
         let adapter = tiny_adapter(base.path(), &tiny, true, 4, 9);
         let done = fused(base.path(), adapter.path(), Policy::Raise);
         let new = tensors(&done.dir);
-        let grid = Grid { bits: 8, group_size: 32 };
+        let grid = Grid::affine(8, 32);
         let (mut outside, mut all) = (0, 0);
         each_layer(&tiny, true, Policy::Raise, |layer, _, exact, found| {
             let scales = matrix(&new[&format!("{}.scales", layer.path)]);

@@ -132,12 +132,13 @@ pub(crate) fn adapter_dir(kind: &str, tensors: &Tensors) -> TempDir {
 
 /// The families, dense and packed at several widths, tied and not.
 pub(crate) fn every_model() -> impl Iterator<Item = Tiny> {
-    Family::ALL.into_iter().flat_map(|family| {
+    let affine = Family::ALL.into_iter().flat_map(|family| {
         let forms = [(None, true), (None, false), (Some((4, 32)), true), (Some((3, 64)), false)];
         let wide = [(Some((2, 32)), true), (Some((6, 32)), false), (Some((8, 64)), true)];
         let wide = wide.into_iter().filter(move |_| family == Family::Llama);
         forms.into_iter().chain(wide).map(move |(packed, tied)| Tiny { packed, tied, ..Tiny::new(family) })
-    })
+    });
+    affine.chain(["mxfp4", "nvfp4", "mxfp8"].map(|mode| Tiny::new(Family::Llama).in_mode(mode)))
 }
 
 pub(crate) fn load(dir: &Path) -> Model {

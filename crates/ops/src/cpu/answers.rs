@@ -15,6 +15,7 @@ use super::primitive::{Floats, Op, Tensor, apply};
 use super::rounded::{self, After, Job, LowRankRow, SideRows};
 use super::scratch::{SIDE, scratch};
 use super::source::Source;
+use super::weights::mode_arrays;
 use crate::linears::{Input, LinearRef, RowsUpdates};
 use crate::pool::Shares;
 use crate::{Array, Dtype, Exception, Precision, Result, WeightRef, precision};
@@ -112,7 +113,7 @@ impl Op for Answers {
         let mut jobs = Vec::with_capacity(self.parts.len());
         for part in &self.parts {
             let w = Panels::new(part.weight, &inputs[next..]);
-            next += 3;
+            next += mode_arrays(part.weight.mode);
             let mut vector = |there: bool| {
                 next += usize::from(there);
                 there.then(|| inputs[next - 1].f32())
@@ -164,6 +165,6 @@ fn low_rank(x: &[f32], a: &[u16], side: Side, z: &mut [f32]) {
 fn halves(tensor: &Tensor) -> &[u16] {
     match tensor.floats() {
         Floats::Bf16(halves) => halves,
-        Floats::F32(_) | Floats::F16(_) => unreachable!("arranged updates are bf16"),
+        _ => unreachable!("arranged updates are bf16"),
     }
 }

@@ -15,19 +15,23 @@ use std::ops::Range;
 
 use super::panels::{BLOCK, Panels, ROWS};
 use super::primitive::Floats;
-use super::rounded::{AHEAD, FINE, Rounded};
+use super::rounded::{AHEAD, FINE, FLOATS, HALVES, Rounded, TABLE, WHOLE, decoded, reading};
 use crate::pool::Shares;
 
-/// Lanes of a vector, of which two make a panel.
+/// Lanes of a vector: half a panel.
 const HALF: usize = 8;
-const HALVES: usize = ROWS / HALF;
 
 /// Rounds one row.
 ///
 /// # Safety
 /// The processor must have the instructions.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(crate) unsafe fn round_row(x: &[f32], q: &mut [f32], factors: &mut [f32], sums: &mut [f32]) {
+pub(crate) unsafe fn round_row(
+    x: &[f32],
+    q: &mut [f32],
+    factors: &mut [f32],
+    (sums, halves): (&mut [f32], &mut [f32]),
+) {
     assert!(q.len() * 2 == x.len() && factors.len() * BLOCK == x.len() && sums.len() == factors.len());
     for (block, factor) in factors.iter_mut().enumerate() {
         unsafe {
@@ -49,7 +53,7 @@ pub(crate) unsafe fn round_row(x: &[f32], q: &mut [f32], factors: &mut [f32], su
             let to = q.as_mut_ptr().cast::<i16>().add(block * BLOCK);
             // Inputs 0, 2, 4, 6, 1, 3, 5, 7 of eight.
             let order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-            let mut total = _mm256_setzero_si256();
+            let mut totals = [_mm256_setzero_si256(); 2];
             for part in 0..BLOCK / HALF {
                 let steps = _mm256_mul_ps(_mm256_loadu_ps(from.add(part * HALF)), inverse);
                 let coarse = _mm256_cvtps_epi32(steps);
@@ -57,15 +61,21 @@ pub(crate) unsafe fn round_row(x: &[f32], q: &mut [f32], factors: &mut [f32], su
                 let fine = _mm256_cvtps_epi32(_mm256_mul_ps(rest, _mm256_set1_ps(FINE)));
                 let whole = _mm256_mullo_epi32(coarse, _mm256_set1_epi32(FINE as i32));
                 let whole = _mm256_add_epi32(whole, fine);
-                total = _mm256_add_epi32(total, whole);
+                totals[part / 2] = _mm256_add_epi32(totals[part / 2], whole);
                 let ordered = _mm256_permutevar8x32_epi32(whole, order);
                 let low = _mm256_castsi256_si128(ordered);
                 let high = _mm256_extracti128_si256::<1>(ordered);
                 _mm_storeu_si128(to.add(part * HALF).cast(), _mm_packs_epi32(low, high));
             }
-            let lanes: [i32; HALF] = std::mem::transmute(total);
+            let totals = totals.map(|total| {
+                let lanes: [i32; HALF] = std::mem::transmute(total);
+                lanes.into_iter().sum::<i32>()
+            });
             *factor = step / FINE + broken;
-            sums[block] = *factor * lanes.into_iter().sum::<i32>() as f32;
+            sums[block] = *factor * (totals[0] + totals[1]) as f32;
+            if let Some(halves) = halves.as_chunks_mut::<2>().0.get_mut(block) {
+                *halves = totals.map(|total| *factor * total as f32);
+            }
         }
     }
 }
@@ -79,18 +89,21 @@ pub(crate) unsafe fn multiply(w: &Panels, panel: usize, x: &Rounded, rows: Range
     let of = w.arrangement;
     assert!(x.inputs == of.inputs && x.q.len() * 2 == x.m * of.inputs && x.sums.len() == x.factors.len());
     assert!(x.factors.len() * BLOCK == x.m * of.inputs && rows.end <= x.m);
+    let read = reading(w);
+    assert!(read != HALVES || x.halves.len() == 2 * x.sums.len());
     unsafe {
-        if of.bits == 4 {
-            by_rows::<4>(w, panel, x, rows, y);
-        } else {
-            by_rows::<8>(w, panel, x, rows, y);
+        match (of.bits, read) {
+            (8, _) => by_rows::<8, WHOLE>(w, panel, x, rows, y),
+            (_, WHOLE) => by_rows::<4, WHOLE>(w, panel, x, rows, y),
+            (_, FLOATS) => by_rows::<4, FLOATS>(w, panel, x, rows, y),
+            _ => by_rows::<4, HALVES>(w, panel, x, rows, y),
         }
     }
 }
 
-/// Four rows or one with a whole panel: a pair of numbers is read once for both halves.
+/// Tiles of as many rows as the registers hold: four of them with half a panel, or one with the whole.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn by_rows<const BITS: usize>(
+unsafe fn by_rows<const BITS: usize, const READ: u8>(
     w: &Panels,
     panel: usize,
     x: &Rounded,
@@ -100,48 +113,52 @@ unsafe fn by_rows<const BITS: usize>(
     let mut at = rows.start;
     unsafe {
         while rows.end - at >= 4 {
-            tile::<BITS, 4>(w, panel, x, at, y);
+            tile::<BITS, READ, 1, 4>(w, (panel, 0), x, at, y);
+            tile::<BITS, READ, 1, 4>(w, (panel, 1), x, at, y);
             at += 4;
         }
         while at < rows.end {
-            tile::<BITS, 1>(w, panel, x, at, y);
+            tile::<BITS, READ, 2, 1>(w, (panel, 0), x, at, y);
             at += 1;
         }
     }
 }
 
-/// A panel times rows `at`..`at + C` of x. Each result is one chain of sums, whatever the tile.
+/// H halves of a panel, from `half` on, times rows `at`..`at + C` of x. Each result is one chain of sums, whatever the tile.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn tile<const BITS: usize, const C: usize>(
+unsafe fn tile<const BITS: usize, const READ: u8, const H: usize, const C: usize>(
     w: &Panels,
-    panel: usize,
+    (panel, half): (usize, usize),
     x: &Rounded,
     at: usize,
     y: &Shares<f32>,
 ) {
     let of = w.arrangement;
     let (blocks, groups) = (of.inputs / BLOCK, of.inputs / of.group);
-    let mut sums = [[_mm256_setzero_ps(); C]; HALVES];
+    let mut sums = [[_mm256_setzero_ps(); C]; H];
     unsafe {
-        let mut codes = w.panel(panel).as_ptr();
+        let mut codes = w.panel(panel).as_ptr().add(half * 32);
         // Pairs of numbers.
         let mut q = x.q.as_ptr().cast::<i32>().add(at * of.inputs / 2);
         let (mut factors, mut totals) =
             (x.factors.as_ptr().add(at * blocks), x.sums.as_ptr().add(at * blocks));
+        // The sums that biases meet: of groups, or of halves of blocks.
+        let each = if READ == HALVES { 2 } else { 1 };
+        let mut halves = x.halves.as_ptr().wrapping_add(2 * at * blocks);
         for g in 0..groups {
-            let level = (panel * groups + g) * ROWS;
-            let mut levels = [(_mm256_setzero_ps(), _mm256_setzero_ps()); HALVES];
+            let level = (panel * groups + g) * ROWS + half * HALF;
+            let mut levels = [(_mm256_setzero_ps(), _mm256_setzero_ps()); H];
             for (h, levels) in levels.iter_mut().enumerate() {
-                *levels = (eight(w.scales, level + h * HALF), eight(w.biases, level + h * HALF));
+                *levels = self::levels::<READ>(w, level + h * HALF);
             }
-            for _ in 0..of.group / BLOCK {
-                let mut products = [[_mm256_setzero_si256(); C]; HALVES];
-                for t in 0..BLOCK * BITS / 32 {
+            for _ in 0..(of.group / BLOCK).max(1) {
+                let mut products = [[_mm256_setzero_si256(); C]; H];
+                for t in 0..BLOCK * BITS / 32 / each {
                     // With few rows reading W is all there is to do, and it lies in one piece up to the task's last panel.
                     _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(64 * t + AHEAD).cast());
                     for (h, products) in products.iter_mut().enumerate() {
                         let line = _mm256_loadu_si256(codes.add(64 * t + 32 * h).cast());
-                        let (words, first, step) = words::<BITS>(line, t);
+                        let (words, first, step) = words::<BITS, READ>(line, t);
                         for (i, &words) in words.iter().enumerate().take(16 / BITS) {
                             for (c, product) in products.iter_mut().enumerate() {
                                 let pair = _mm256_set1_epi32(*q.add(c * of.inputs / 2 + first + i * step));
@@ -150,23 +167,32 @@ unsafe fn tile<const BITS: usize, const C: usize>(
                         }
                     }
                 }
-                codes = codes.add(ROWS * BLOCK * BITS / 8);
+                codes = codes.add(ROWS * BLOCK * BITS / 8 / each);
                 for (h, sums) in sums.iter_mut().enumerate() {
                     let (scale, bias) = levels[h];
                     for (c, sum) in sums.iter_mut().enumerate() {
                         let whole = _mm256_cvtepi32_ps(products[h][c]);
                         let factor = _mm256_set1_ps(*factors.add(c * blocks));
+                        let total = if READ == HALVES {
+                            *halves.add(2 * c * blocks)
+                        } else {
+                            *totals.add(c * blocks)
+                        };
                         *sum = _mm256_fmadd_ps(_mm256_mul_ps(whole, factor), scale, *sum);
-                        *sum = _mm256_fmadd_ps(bias, _mm256_set1_ps(*totals.add(c * blocks)), *sum);
+                        *sum = _mm256_fmadd_ps(bias, _mm256_set1_ps(total), *sum);
                     }
                 }
-                q = q.add(BLOCK / 2);
-                factors = factors.add(1);
-                totals = totals.add(1);
+                q = q.add(BLOCK / 2 / each);
+                // The second half of a block has the block's step.
+                if READ != HALVES || g % 2 == 1 {
+                    factors = factors.add(1);
+                    totals = totals.add(1);
+                }
+                halves = halves.wrapping_add(1);
             }
         }
         for (h, sums) in sums.into_iter().enumerate() {
-            let column = panel * ROWS + h * HALF;
+            let column = panel * ROWS + (half + h) * HALF;
             let columns = HALF.min(of.out.saturating_sub(column));
             for (c, sum) in sums.into_iter().enumerate() {
                 if columns == HALF {
@@ -184,8 +210,20 @@ unsafe fn tile<const BITS: usize, const C: usize>(
 /// the pair of numbers for the first of them is, and how far apart the next.
 #[target_feature(enable = "avx2")]
 #[inline]
-unsafe fn words<const BITS: usize>(line: __m256i, t: usize) -> ([__m256i; 4], usize, usize) {
-    if BITS == 4 {
+unsafe fn words<const BITS: usize, const READ: u8>(line: __m256i, t: usize) -> ([__m256i; 4], usize, usize) {
+    if BITS == 4 && READ != WHOLE {
+        let table = _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(TABLE.as_ptr().cast()) });
+        let (low, byte) = (_mm256_set1_epi8(15), _mm256_set1_epi16(255));
+        let first = _mm256_shuffle_epi8(table, _mm256_and_si256(line, low));
+        let second = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16::<4>(line), low));
+        let words = [
+            _mm256_and_si256(first, byte),
+            _mm256_and_si256(second, byte),
+            _mm256_srli_epi16::<8>(first),
+            _mm256_srli_epi16::<8>(second),
+        ];
+        (words, 4 * t, 1)
+    } else if BITS == 4 {
         let low = _mm256_set1_epi16(15);
         let words = [
             _mm256_and_si256(line, low),
@@ -197,6 +235,19 @@ unsafe fn words<const BITS: usize>(line: __m256i, t: usize) -> ([__m256i; 4], us
     } else {
         let words = [_mm256_and_si256(line, _mm256_set1_epi16(255)), _mm256_srli_epi16::<8>(line)];
         ([words[0], words[1], words[0], words[1]], t / 2 * 4 + t % 2, 2)
+    }
+}
+
+/// Scales and biases of a group.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+unsafe fn levels<const READ: u8>(w: &Panels, at: usize) -> (__m256, __m256) {
+    unsafe {
+        let scale = eight(w.scales, at);
+        match w.biases {
+            Some(biases) if READ == WHOLE => (scale, eight(biases, at)),
+            _ => (_mm256_mul_ps(scale, _mm256_set1_ps(0.5)), _mm256_mul_ps(scale, _mm256_set1_ps(-6.0))),
+        }
     }
 }
 
@@ -212,6 +263,12 @@ unsafe fn eight(from: Floats, at: usize) -> __m256 {
                 let halves = _mm_loadu_si128(from[at..][..HALF].as_ptr().cast());
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
             }
+            Floats::E8m0(from) => {
+                // 2^-127, which has no exponent of its own in f32, is 0 here.
+                let bytes = _mm_loadl_epi64(from[at..][..HALF].as_ptr().cast());
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(bytes)))
+            }
+            Floats::E4m3(from) => _mm256_loadu_ps(decoded::<HALF>(&from[at..]).as_ptr()),
         }
     }
 }

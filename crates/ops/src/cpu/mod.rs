@@ -7,6 +7,7 @@ pub(crate) mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 pub(crate) mod cached;
+mod codes;
 pub(crate) mod dora;
 pub(crate) mod gemm;
 pub(crate) mod level;

@@ -6,11 +6,14 @@
 
 use std::ops::Range;
 
+use super::codes::{Code, E2m1, E4m3, Whole};
 use super::gemm::{Matrix, Right, product, share};
 use super::level::dispatch;
 use super::primitive::{Floats, Tensor};
 use super::scratch::{LEFT, PANEL, scratch};
 use super::simd::{Kernel, Simd, vectors};
+use crate::ffi::Mode;
+use crate::minifloat;
 use crate::pool::{self, Shares};
 use crate::{PackedRef, Precision};
 
@@ -30,13 +33,14 @@ pub(crate) struct Layout {
     pub(crate) inputs: usize,
     pub(crate) group: usize,
     pub(crate) bits: usize,
+    pub(crate) mode: Mode,
 }
 
 impl Layout {
     /// The layout of weights of that (out, in), whose parts were checked.
     pub(crate) fn new(w: PackedRef, (out, inputs): (i32, i32)) -> Layout {
         let (out, inputs) = (out as usize, inputs as usize);
-        Layout { out, inputs, group: w.group_size as usize, bits: w.bits as usize }
+        Layout { out, inputs, group: w.group_size as usize, bits: w.bits as usize, mode: w.mode }
     }
 
     /// Bytes of a row's codes.
@@ -56,17 +60,28 @@ pub(crate) struct Packed<'a> {
     pub(crate) layout: Layout,
     codes: &'a [u8],
     scales: Floats<'a>,
-    biases: Floats<'a>,
+    /// Of the affine mode.
+    biases: Option<Floats<'a>>,
+}
+
+/// Scales and, in the affine mode, biases in the memory of the parts after the codes.
+pub(super) fn levels_of(mode: Mode, parts: &[Tensor]) -> (Floats<'_>, Option<Floats<'_>>) {
+    match mode {
+        Mode::Affine => (parts[0].floats(), Some(parts[1].floats())),
+        Mode::Mxfp4 | Mode::Mxfp8 => (Floats::E8m0(parts[0].bytes()), None),
+        Mode::Nvfp4 => (Floats::E4m3(parts[0].bytes()), None),
+    }
 }
 
 impl<'a> Packed<'a> {
-    /// From the memory of codes, scales and biases.
+    /// From the memory of codes, scales and, in the affine mode, biases.
     pub(crate) fn new(layout: Layout, parts: &'a [Tensor]) -> Packed<'a> {
         let words = parts[0].u32();
         assert_eq!(words.len() * 4, layout.out * layout.row_bytes(), "packed weights of another size");
         // SAFETY: the same memory as bytes, which is the order the codes are defined in on a little-endian machine.
         let codes = unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), words.len() * 4) };
-        Packed { layout, codes, scales: parts[1].floats(), biases: parts[2].floats() }
+        let (scales, biases) = levels_of(layout.mode, &parts[1..]);
+        Packed { layout, codes, scales, biases }
     }
 
     /// Some rows of W.
@@ -76,7 +91,7 @@ impl<'a> Packed<'a> {
             layout: Layout { out: rows.len(), ..self.layout },
             codes: &self.codes[rows.start * bytes..rows.end * bytes],
             scales: self.scales.part(rows.start * groups..rows.end * groups),
-            biases: self.biases.part(rows.start * groups..rows.end * groups),
+            biases: self.biases.map(|biases| biases.part(rows.start * groups..rows.end * groups)),
         }
     }
 
@@ -99,17 +114,28 @@ impl<'a> Packed<'a> {
         ((u16::from(row[byte]) | u16::from(next) << 8) >> shift) as u8 & (((1_u16 << bits) - 1) as u8)
     }
 
-    /// Scales and biases of row `row`, groups `from` and following.
+    /// Scales and, where there are any, biases of row `row`, groups `from` and following.
     #[inline(always)]
     fn levels<S: Simd>(&self, s: S, row: usize, from: usize, scales: &mut [f32], biases: &mut [f32]) {
         let at = row * self.layout.groups() + from;
         widen(s, self.scales, at, scales);
-        widen(s, self.biases, at, biases);
+        if let Some(own) = self.biases {
+            widen(s, own, at, biases);
+        }
     }
 
     /// Weights `k`..`k + to.len()` of a row, in order; `k` and the length are multiples of 16.
     #[inline(always)]
     fn unpack<S: Simd>(&self, s: S, row: usize, k: usize, to: &mut [f32]) {
+        match self.layout.mode {
+            Mode::Affine => self.unpack_as(s, Whole, (row, k), to),
+            Mode::Mxfp4 | Mode::Nvfp4 => self.unpack_as(s, E2m1, (row, k), to),
+            Mode::Mxfp8 => self.unpack_as(s, E4m3, (row, k), to),
+        }
+    }
+
+    #[inline(always)]
+    fn unpack_as<S: Simd>(&self, s: S, code: impl Code, (row, k): (usize, usize), to: &mut [f32]) {
         let Layout { group, bits, .. } = self.layout;
         // A power of two, which the compiler does not know.
         let shift = group.trailing_zeros();
@@ -119,8 +145,8 @@ impl<'a> Packed<'a> {
             let run = (group - inside).min(to.len() - at);
             let (mut scale, mut bias) = ([0.0], [0.0]);
             self.levels(s, row, g, &mut scale, &mut bias);
-            let codes = self.codes(row, k + at);
-            unpack_run(s, (codes, self.end()), bits, (scale[0], bias[0]), &mut to[at..at + run]);
+            let codes = (self.codes(row, k + at), self.end(), bits);
+            unpack_run(s, code, codes, (scale[0], bias[0]), &mut to[at..at + run]);
             at += run;
         }
     }
@@ -130,8 +156,8 @@ impl<'a> Packed<'a> {
 #[inline(always)]
 fn unpack_run<S: Simd>(
     s: S,
-    (codes, end): (*const u8, *const u8),
-    bits: usize,
+    code: impl Code,
+    (codes, end, bits): (*const u8, *const u8, usize),
     (scale, bias): (f32, f32),
     to: &mut [f32],
 ) {
@@ -142,7 +168,7 @@ fn unpack_run<S: Simd>(
         // SAFETY: codes `at` and following are in the row, by the caller's lengths, and `to` has room for them.
         unsafe {
             let codes = s.codes(codes.add(at * bits / 8), bits, end);
-            s.store(to.as_mut_ptr().add(at), s.fma(s.to_float(codes), scales, biases));
+            s.store(to.as_mut_ptr().add(at), code.weights(s, codes, scales, biases));
         }
     }
 }
@@ -159,13 +185,24 @@ pub(super) fn widen<S: Simd>(s: S, from: Floats, at: usize, to: &mut [f32]) {
                 *to = f32::from_bits(u32::from(bits) << 16);
             }
         }
+        Floats::E8m0(from) => {
+            for (to, &code) in to.iter_mut().zip(&from[range]) {
+                *to = minifloat::e8m0(code);
+            }
+        }
+        Floats::E4m3(from) => {
+            for (to, &code) in to.iter_mut().zip(&from[range]) {
+                *to = minifloat::e4m3(code);
+            }
+        }
     }
 }
 
 /// y = x W^T for x (m, inputs); by panels if `many` or if m is.
 pub(crate) fn times_transpose(x: &[f32], w: &Packed, y: &mut [f32], precision: Precision, many: bool) {
     let Layout { out, inputs, .. } = w.layout;
-    if many || x.len() / inputs > FEW {
+    // Rows of groups of 16 need not be whole blocks.
+    if many || x.len() / inputs > FEW || !inputs.is_multiple_of(BLOCK) {
         product(x, inputs, &Transposed(w), out, y, precision, false);
     } else {
         few_rows(x, w, y);
@@ -190,13 +227,18 @@ impl Right for Transposed<'_> {
         panel: &mut [f32],
     ) {
         let w = self.0;
-        let Layout { inputs, group, bits, .. } = w.layout;
+        let Layout { inputs, group, bits, mode, .. } = w.layout;
         if columns < width {
             panel.fill(0.0);
         }
         let vectors = if 32 % bits == 0 { columns / S::LANES } else { 0 };
         for v in 0..vectors {
-            self.vectors(s, (k, depth), n + v * S::LANES, &mut panel[v * S::LANES..], width);
+            let (at, to) = ((k, depth, n + v * S::LANES), &mut panel[v * S::LANES..]);
+            match mode {
+                Mode::Affine => self.vectors(s, Whole, at, to, width),
+                Mode::Mxfp4 | Mode::Nvfp4 => self.vectors(s, E2m1, at, to, width),
+                Mode::Mxfp8 => self.vectors(s, E4m3, at, to, width),
+            }
         }
         // What is left is widened row by row and turned.
         let mut weights = [0.0; 128];
@@ -215,7 +257,14 @@ impl Right for Transposed<'_> {
 impl Transposed<'_> {
     /// Columns `n`..`n + LANES`, whose codes lie so in words that one word of each row gives 32 / bits rows of the panel.
     #[inline(always)]
-    fn vectors<S: Simd>(&self, s: S, (k, depth): (usize, usize), n: usize, panel: &mut [f32], width: usize) {
+    fn vectors<S: Simd>(
+        &self,
+        s: S,
+        code: impl Code,
+        (k, depth, n): (usize, usize, usize),
+        panel: &mut [f32],
+        width: usize,
+    ) {
         let w = self.0;
         let Layout { group, bits, .. } = w.layout;
         let (mut scales, mut biases) = ([[0.0; 16]; GROUPS], [[0.0; 16]; GROUPS]);
@@ -238,7 +287,7 @@ impl Transposed<'_> {
                 // SAFETY: rows n..n + LANES are rows of W, `stride` words apart, and have this word.
                 let mut codes = unsafe { s.gather(codes.add(word), stride) };
                 for i in 0..in_word {
-                    let weights = s.fma(s.to_float(s.and(codes, mask)), scale, bias);
+                    let weights = code.weights(s, s.and(codes, mask), scale, bias);
                     let row = &mut panel[(g * group + word * in_word + i) * width..][..S::LANES];
                     // SAFETY: the slice has LANES elements.
                     unsafe { s.store(row.as_mut_ptr(), weights) };
@@ -250,7 +299,7 @@ impl Transposed<'_> {
 }
 
 /// Groups in the depth of a panel at most.
-const GROUPS: usize = super::gemm::DEEPEST.div_ceil(BLOCK) + 1;
+const GROUPS: usize = super::gemm::DEEPEST.div_ceil(16) + 1;
 
 /// W as the right side: k are the outputs, n the inputs.
 pub(crate) struct Plain<'a>(pub(crate) &'a Packed<'a>);
@@ -280,12 +329,13 @@ impl Right for Plain<'_> {
 
 /// x W^T row by row of W.
 fn few_rows(x: &[f32], w: &Packed, y: &mut [f32]) {
-    let Layout { out, inputs, bits, .. } = w.layout;
+    let Layout { out, inputs, bits, mode, .. } = w.layout;
     let m = x.len() / inputs;
     let direct = matches!(bits, 4 | 8) && m <= 4;
-    let mut arranged = scratch(&LEFT, if bits == 4 { x.len() } else { 0 });
-    // Of 4-bit codes the even ones of a block come first when they are widened, so x is laid out the same way.
-    let x = if bits == 4 {
+    // Of whole numbers of 4 bits the even ones of a block come first when they are widened, so x is laid out the same way.
+    let evens = bits == 4 && mode == Mode::Affine;
+    let mut arranged = scratch(&LEFT, if evens { x.len() } else { 0 });
+    let x = if evens {
         evens_first(x, &mut arranged);
         &*arranged
     } else {
@@ -329,7 +379,7 @@ impl Kernel for FewRows<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let FewRows { tiles, w, rows, direct } = self;
-        let Layout { inputs, group, bits, .. } = w.layout;
+        let Layout { inputs, group, bits, mode, .. } = w.layout;
         let groups = w.layout.groups();
         let mut scratch = scratch(&PANEL, TOGETHER * (2 * groups + inputs));
         let (levels, widened) = scratch.split_at_mut(TOGETHER * 2 * groups);
@@ -349,14 +399,31 @@ impl Kernel for FewRows<'_> {
             }
             let four = Codes::<4> { codes, levels, groups, shift };
             let eight = Codes::<8> { codes, levels, groups, shift };
-            match (direct, bits) {
-                (true, 4) => tiles.run(s, row, count, &four),
-                (true, _) => tiles.run(s, row, count, &eight),
-                (false, _) => {
+            let end = w.end();
+            match (direct, mode, bits) {
+                (true, Mode::Affine, 4) => tiles.run(s, row, count, &four),
+                (true, Mode::Affine, _) => tiles.run(s, row, count, &eight),
+                (true, Mode::Mxfp4 | Mode::Nvfp4, _) => {
+                    tiles.run(
+                        s,
+                        row,
+                        count,
+                        &Small { code: E2m1, bits: 4, codes, end, levels, groups, shift },
+                    );
+                }
+                (true, Mode::Mxfp8, _) => {
+                    tiles.run(
+                        s,
+                        row,
+                        count,
+                        &Small { code: E4m3, bits: 8, codes, end, levels, groups, shift },
+                    );
+                }
+                (false, ..) => {
                     for (r, to) in widened.chunks_exact_mut(inputs).enumerate() {
-                        match bits {
-                            4 => four.widen(s, r, to),
-                            8 => eight.widen(s, r, to),
+                        match (mode, bits) {
+                            (Mode::Affine, 4) => four.widen(s, r, to),
+                            (Mode::Affine, 8) => eight.widen(s, r, to),
                             _ => w.unpack(s, row + r.min(count - 1), 0, to),
                         }
                     }
@@ -411,6 +478,36 @@ impl<const BITS: usize> Codes<'_, BITS> {
                 unsafe { s.store(to.as_mut_ptr().add(part * S::LANES), weights[part]) };
             }
         }
+    }
+}
+
+/// Small floats; of each row the scales, then room for as many.
+struct Small<'a, C> {
+    code: C,
+    bits: usize,
+    codes: [*const u8; TOGETHER],
+    end: *const u8,
+    levels: &'a [f32],
+    groups: usize,
+    shift: u32,
+}
+
+impl<C: Code> Blocks for Small<'_, C> {
+    #[inline(always)]
+    unsafe fn block<S: Simd>(&self, s: S, r: usize, k: usize) -> S::Block {
+        const NOTHING: [f32; BLOCK] = [0.0; BLOCK];
+        // SAFETY: the array has a block.
+        let mut block = unsafe { s.block32(NOTHING.as_ptr()) };
+        for part in 0..BLOCK / S::LANES {
+            let k = k + part * S::LANES;
+            // SAFETY: the caller's promise; there is a scale for each group of each row, and no group is shorter than a vector.
+            let (codes, scale) = unsafe {
+                let scale = *self.levels.get_unchecked(2 * r * self.groups + (k >> self.shift));
+                (s.codes(self.codes[r].add(k * self.bits / 8), self.bits, self.end), s.splat(scale))
+            };
+            block[part] = self.code.weights(s, codes, scale, scale);
+        }
+        block
     }
 }
 

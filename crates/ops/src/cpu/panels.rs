@@ -6,6 +6,9 @@
 //! half; of 8-bit codes, eight lines, with code 4 t + j at byte 4 r + j of line t. Codes of 2 and 3 bits are stored as 4,
 //! of 5 and 6 as 8. Scales and biases are (panels, groups, 16).
 //!
+//! A float of 4 bits is v = (c - 12) / 2 for a whole number c of at most 24: with the scale s / 2 and the bias -6 s it is
+//! multiplied as the others are, once a table has made c of its code.
+//!
 //! x is rounded by blocks of 32 to two bytes, x = d (254 q + r) with d = max|x| / (127 * 254) and whole q and r of at most
 //! 127: a single byte would move SmolLM2-135M by 3e-3 nats, two by less than f32's own order of sums. With codes c, scale s
 //! and bias b of a group `y = sum over blocks of s d (254 sum(c q) + sum(c r)) + sum over groups of b sum(d (254 q + r))`;
@@ -15,11 +18,13 @@ use std::ffi::CStr;
 use std::ops::Range;
 
 use super::gemm::{Right, product, share};
-use super::packed::{Layout, Packed};
+use super::packed::{Layout, Packed, levels_of};
 use super::primitive::{Floats, Op, Tensor, apply};
 #[cfg(target_arch = "x86_64")]
 use super::rounded::{self, Job};
 use super::simd::{Kernel, Simd};
+use crate::ffi::Mode;
+use crate::minifloat::E2M1;
 use crate::pool::{self, Shares};
 use crate::{Array, Dtype, PackedRef, Precision, Result};
 
@@ -36,13 +41,23 @@ pub(crate) struct Arrangement {
     pub(crate) group: usize,
     /// Of the stored codes: 4 or 8.
     pub(crate) bits: usize,
+    pub(crate) mode: Mode,
 }
 
 impl Arrangement {
     /// How weights of this layout are arranged.
     pub(crate) fn of(layout: Layout) -> Arrangement {
-        let Layout { out, inputs, group, bits } = layout;
-        Arrangement { out, inputs, group, bits: if bits <= 4 { 4 } else { 8 } }
+        let Layout { out, inputs, group, bits, mode } = layout;
+        Arrangement { out, inputs, group, bits: if bits <= 4 { 4 } else { 8 }, mode }
+    }
+
+    /// What a stored code with its scale and bias stands for.
+    #[inline(always)]
+    fn weight(self, code: u8, scale: f32, bias: f32) -> f32 {
+        match self.mode {
+            Mode::Affine => f32::from(code) * scale + bias,
+            Mode::Mxfp4 | Mode::Nvfp4 | Mode::Mxfp8 => E2M1[usize::from(code & 15)] * scale,
+        }
     }
 
     pub(crate) fn panels(self) -> usize {
@@ -69,15 +84,17 @@ impl Arrangement {
     }
 }
 
-/// The parts of W arranged anew: codes (panels x bytes / 4 and room for [`aligned`],) u32, scales and biases (panels, groups,
-/// 16). MLX's buffers begin anywhere, and a line that crosses the border of two cache lines costs two reads.
+/// The parts of W arranged anew: codes (panels x bytes / 4 and room for [`aligned`],) u32, scales and, in the affine mode,
+/// biases (panels, groups, 16). MLX's buffers begin anywhere, and a line that crosses the border of two cache lines costs two reads.
 pub(crate) fn arrange(w: PackedRef, layout: Layout) -> Result<Vec<Array>> {
     let to = Arrangement::of(layout);
     let codes = [((to.panels() * to.panel_bytes() + LINE) / 4) as i32];
     let levels = [to.panels() as i32, to.groups() as i32, ROWS as i32];
     let dtype = w.scales.dtype();
-    let outputs = [(&codes[..], Dtype::Uint32), (&levels[..], dtype), (&levels[..], dtype)];
-    apply(Arrange { from: layout, to }, &[w.codes, w.scales, w.biases], &outputs)
+    let inputs: Vec<&Array> = w.arrays().collect();
+    let mut outputs = vec![(&levels[..], dtype); inputs.len()];
+    outputs[0] = (&codes[..], Dtype::Uint32);
+    apply(Arrange { from: layout, to }, &inputs, &outputs)
 }
 
 /// Bytes of a line.
@@ -102,7 +119,7 @@ impl Op for Arrange {
 
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
         let (from, to) = (Packed::new(self.from, inputs), self.to);
-        let [codes, scales, biases] = outputs else { return };
+        let Some((codes, levels)) = outputs.split_first_mut() else { return };
         let codes = codes.bytes_mut();
         let place = aligned(codes, to.panels() * to.panel_bytes());
         let codes = Shares::new(&mut codes[place]);
@@ -117,7 +134,7 @@ impl Op for Arrange {
                 }
             }
         });
-        for (source, target) in [(&inputs[1], scales), (&inputs[2], biases)] {
+        for (source, target) in inputs[1..].iter().zip(levels) {
             let size = target.bytes().len() / (to.panels() * to.groups() * ROWS);
             let (source, target) = (source.bytes(), target.bytes_mut());
             target.fill(0);
@@ -138,17 +155,19 @@ pub(crate) struct Panels<'a> {
     pub(crate) arrangement: Arrangement,
     pub(crate) codes: &'a [u8],
     pub(crate) scales: Floats<'a>,
-    pub(crate) biases: Floats<'a>,
+    /// Of the affine mode.
+    pub(crate) biases: Option<Floats<'a>>,
 }
 
 impl<'a> Panels<'a> {
-    /// From the memory of codes, scales and biases.
+    /// From the memory of codes, scales and, in the affine mode, biases.
     pub(crate) fn new(arrangement: Arrangement, parts: &'a [Tensor]) -> Panels<'a> {
         let codes = parts[0].bytes();
         let len = arrangement.panels() * arrangement.panel_bytes();
         assert_eq!(codes.len(), len + LINE, "arranged weights of another size");
         let codes = &codes[aligned(codes, len)];
-        Panels { arrangement, codes, scales: parts[1].floats(), biases: parts[2].floats() }
+        let (scales, biases) = levels_of(arrangement.mode, &parts[1..]);
+        Panels { arrangement, codes, scales, biases }
     }
 
     /// Some rows of W, of which the first is the first of a panel.
@@ -161,7 +180,7 @@ impl<'a> Panels<'a> {
             arrangement,
             codes: &self.codes[panels.start * bytes..panels.end * bytes],
             scales: self.scales.part(panels.start * levels..panels.end * levels),
-            biases: self.biases.part(panels.start * levels..panels.end * levels),
+            biases: self.biases.map(|biases| biases.part(panels.start * levels..panels.end * levels)),
         }
     }
 
@@ -171,13 +190,15 @@ impl<'a> Panels<'a> {
         &self.codes[panel * bytes..(panel + 1) * bytes]
     }
 
-    /// Scale and bias of each row of a panel in a group.
+    /// Scale and bias, 0 where there is none, of each row of a panel in a group.
     #[inline(always)]
     pub(crate) fn levels<S: Simd>(&self, s: S, panel: usize, group: usize) -> ([f32; ROWS], [f32; ROWS]) {
         let at = (panel * self.arrangement.groups() + group) * ROWS;
         let (mut scales, mut biases) = ([0.0; ROWS], [0.0; ROWS]);
         super::packed::widen(s, self.scales, at, &mut scales);
-        super::packed::widen(s, self.biases, at, &mut biases);
+        if let Some(own) = self.biases {
+            super::packed::widen(s, own, at, &mut biases);
+        }
         (scales, biases)
     }
 }
@@ -225,7 +246,7 @@ impl Right for Panels<'_> {
                     for r in 0..count {
                         let (byte, shift) = of.place(first + r, k + i);
                         let code = codes[byte] >> shift & if of.bits == 4 { 15 } else { 255 };
-                        to[i * width + j + r] = f32::from(code) * scales[first + r] + biases[first + r];
+                        to[i * width + j + r] = of.weight(code, scales[first + r], biases[first + r]);
                     }
                 }
             }
@@ -261,7 +282,7 @@ impl Kernel for ArrangedRow<'_> {
             for (i, to) in to.iter_mut().enumerate() {
                 let (byte, shift) = of.place(r, g * of.group + i);
                 let code = codes[byte] >> shift & if of.bits == 4 { 15 } else { 255 };
-                *to = f32::from(code) * scales[r] + biases[r];
+                *to = of.weight(code, scales[r], biases[r]);
             }
         }
     }

@@ -65,12 +65,15 @@ pub(crate) struct Tensor {
     dtype: u32,
 }
 
-/// Numbers of one of three float types.
+/// Numbers of one float type.
 #[derive(Clone, Copy)]
 pub(crate) enum Floats<'a> {
     F32(&'a [f32]),
     F16(&'a [u16]),
     Bf16(&'a [u16]),
+    /// Powers of two, see [`crate::minifloat`].
+    E8m0(&'a [u8]),
+    E4m3(&'a [u8]),
 }
 
 impl<'a> Floats<'a> {
@@ -80,6 +83,8 @@ impl<'a> Floats<'a> {
             Floats::F32(all) => Floats::F32(&all[range]),
             Floats::F16(all) => Floats::F16(&all[range]),
             Floats::Bf16(all) => Floats::Bf16(&all[range]),
+            Floats::E8m0(all) => Floats::E8m0(&all[range]),
+            Floats::E4m3(all) => Floats::E4m3(&all[range]),
         }
     }
 }
@@ -149,8 +154,16 @@ impl Tensor {
     }
 
     fn nbytes(&self) -> usize {
-        let halves = [Dtype::Float16, Dtype::Bfloat16].map(|dtype| dtype as u32);
-        self.size * if halves.contains(&self.dtype) { 2 } else { 4 }
+        let is = |dtype: Dtype| self.dtype == dtype as u32;
+        let halves = is(Dtype::Float16) || is(Dtype::Bfloat16);
+        self.size
+            * if is(Dtype::Uint8) {
+                1
+            } else if halves {
+                2
+            } else {
+                4
+            }
     }
 
     /// An output's memory.

@@ -26,6 +26,26 @@ pub(crate) struct Rounded<'a> {
     pub(crate) q: &'a [f32],
     pub(crate) factors: &'a [f32],
     pub(crate) sums: &'a [f32],
+    /// The sums of every 16, or nothing if no W has groups of 16.
+    pub(crate) halves: &'a [f32],
+}
+
+/// How codes are read: whole numbers, or floats of 4 bits by [`TABLE`].
+pub(crate) const WHOLE: u8 = 0;
+pub(crate) const FLOATS: u8 = 1;
+/// Floats of 4 bits in groups of 16, of which a block has two.
+pub(crate) const HALVES: u8 = 2;
+
+/// 12 more than twice the float of each code: see [`super::panels`].
+pub(crate) const TABLE: [i8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
+
+/// How the codes of W are read.
+pub(crate) fn reading(w: &Panels) -> u8 {
+    match (w.biases, w.arrangement.group < BLOCK) {
+        (Some(_), _) => WHOLE,
+        (None, false) => FLOATS,
+        (None, true) => HALVES,
+    }
 }
 
 /// Fine steps in a coarse one: x = d (254 q + r).
@@ -33,6 +53,16 @@ pub(crate) const FINE: f32 = 254.0;
 
 /// How far ahead of their use codes are asked for, in bytes.
 pub(crate) const AHEAD: usize = 2048;
+
+/// The first N scales of E4M3.
+#[inline(always)]
+pub(crate) fn decoded<const N: usize>(from: &[u8]) -> [f32; N] {
+    let mut to = [0.0; N];
+    for (to, code) in to.iter_mut().zip(&from[..N]) {
+        *to = crate::minifloat::e4m3(*code);
+    }
+    to
+}
 
 /// A product of x with one W, and what becomes of it.
 pub(crate) struct Job<'a> {
@@ -74,11 +104,14 @@ pub(crate) fn products(x: &[f32], jobs: &[Job]) {
     let (m, words, blocks) = (x.len() / inputs, inputs / 2, inputs / BLOCK);
     // Another thread may choose another level meanwhile, and the order of the numbers depends on it.
     let wide = vnni::available();
-    let mut scratch = scratch(&LEFT, m * (words + 2 * blocks));
+    let halved = if jobs.iter().any(|job| reading(&job.w) == HALVES) { 2 * blocks } else { 0 };
+    let mut scratch = scratch(&LEFT, m * (words + 2 * blocks + halved));
     let (q, rest) = scratch.split_at_mut(m * words);
-    let (factors, sums) = rest.split_at_mut(m * blocks);
+    let (factors, rest) = rest.split_at_mut(m * blocks);
+    let (sums, halves) = rest.split_at_mut(m * blocks);
     {
-        let (q, factors, sums) = (Shares::new(q), Shares::new(factors), Shares::new(sums));
+        let (q, factors) = (Shares::new(q), Shares::new(factors));
+        let (sums, halves) = (Shares::new(sums), Shares::new(halves));
         by_parts(m, m * inputs >= 1 << 15, |rows| {
             for row in rows {
                 let x = &x[row * inputs..][..inputs];
@@ -87,16 +120,17 @@ pub(crate) fn products(x: &[f32], jobs: &[Job]) {
                     let q = q.part(row * words, words);
                     let (factors, sums) =
                         (factors.part(row * blocks, blocks), sums.part(row * blocks, blocks));
+                    let halves = halves.part(row * halved, halved);
                     if wide {
-                        vnni::round_row(x, q, factors, sums);
+                        vnni::round_row(x, q, factors, (sums, halves));
                     } else {
-                        avx2::round_row(x, q, factors, sums);
+                        avx2::round_row(x, q, factors, (sums, halves));
                     }
                 }
             }
         });
     }
-    let x = Rounded { m, inputs, q, factors, sums };
+    let x = Rounded { m, inputs, q, factors, sums, halves };
     // The panels of all W, one after another.
     let panels: usize = jobs.iter().map(|job| job.w.arrangement.panels()).sum();
     by_parts(panels, m * panels * ROWS * inputs >= 1 << 15, |range| {

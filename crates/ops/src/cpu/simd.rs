@@ -5,7 +5,7 @@
 //! must be `#[inline(always)]` all the way, and so cannot be a closure: that would be compiled for any processor, with a
 //! call for each instruction.
 
-use std::ops::Index;
+use std::ops::IndexMut;
 
 /// Vectors of f32 and of 32-bit integers.
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
@@ -14,7 +14,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// A vector of u32 with as many lanes.
     type I: Copy;
     /// 32 f32.
-    type Block: Copy + Index<usize, Output = Self::V>;
+    type Block: Copy + IndexMut<usize, Output = Self::V>;
     /// f32 in a vector: 8 or 16.
     const LANES: usize;
 
@@ -51,8 +51,14 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `p` must be valid for reading all of them, and (LANES - 1) * stride must fit an i32.
     unsafe fn gather(self, p: *const u32, stride: usize) -> Self::I;
     fn shift_right(self, a: Self::I, by: u32) -> Self::I;
+    fn shift_left(self, a: Self::I, by: u32) -> Self::I;
     fn and(self, a: Self::I, b: Self::I) -> Self::I;
+    fn or(self, a: Self::I, b: Self::I) -> Self::I;
     fn to_float(self, a: Self::I) -> Self::V;
+    /// The f32 with these bits.
+    fn as_float(self, a: Self::I) -> Self::V;
+    /// Elements of the table by the lowest four bits of each lane.
+    fn pick(self, table: &[f32; 16], a: Self::I) -> Self::V;
     /// LANES codes of `bits` bits in their order, from the first bit of `p` on.
     /// # Safety
     /// `p` must be valid for reading LANES * bits / 8 bytes, and `end` must be where what can be read ends.

@@ -116,8 +116,24 @@ impl Simd for Portable {
         each_int(|i| a[i] >> by)
     }
     #[inline(always)]
+    fn shift_left(self, a: [u32; N], by: u32) -> [u32; N] {
+        each_int(|i| a[i] << by)
+    }
+    #[inline(always)]
     fn and(self, a: [u32; N], b: [u32; N]) -> [u32; N] {
         each_int(|i| a[i] & b[i])
+    }
+    #[inline(always)]
+    fn or(self, a: [u32; N], b: [u32; N]) -> [u32; N] {
+        each_int(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    fn as_float(self, a: [u32; N]) -> [f32; N] {
+        each(|i| f32::from_bits(a[i]))
+    }
+    #[inline(always)]
+    fn pick(self, table: &[f32; 16], a: [u32; N]) -> [f32; N] {
+        each(|i| table[(a[i] & 15) as usize])
     }
     #[inline(always)]
     fn to_float(self, a: [u32; N]) -> [f32; N] {

@@ -127,8 +127,25 @@ impl Simd for Avx512 {
         unsafe { _mm512_srl_epi32(a, _mm_cvtsi32_si128(by as i32)) }
     }
     #[inline(always)]
+    fn shift_left(self, a: __m512i, by: u32) -> __m512i {
+        unsafe { _mm512_sll_epi32(a, _mm_cvtsi32_si128(by as i32)) }
+    }
+    #[inline(always)]
     fn and(self, a: __m512i, b: __m512i) -> __m512i {
         unsafe { _mm512_and_si512(a, b) }
+    }
+    #[inline(always)]
+    fn or(self, a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_or_si512(a, b) }
+    }
+    #[inline(always)]
+    fn as_float(self, a: __m512i) -> __m512 {
+        unsafe { _mm512_castsi512_ps(a) }
+    }
+    #[inline(always)]
+    fn pick(self, table: &[f32; 16], a: __m512i) -> __m512 {
+        // A permutation looks at the lowest four bits of each index alone.
+        unsafe { _mm512_permutexvar_ps(a, _mm512_loadu_ps(table.as_ptr())) }
     }
     #[inline(always)]
     fn to_float(self, a: __m512i) -> __m512 {
@@ -398,8 +415,29 @@ impl Simd for Avx2 {
         unsafe { _mm256_srl_epi32(a, _mm_cvtsi32_si128(by as i32)) }
     }
     #[inline(always)]
+    fn shift_left(self, a: __m256i, by: u32) -> __m256i {
+        unsafe { _mm256_sll_epi32(a, _mm_cvtsi32_si128(by as i32)) }
+    }
+    #[inline(always)]
     fn and(self, a: __m256i, b: __m256i) -> __m256i {
         unsafe { _mm256_and_si256(a, b) }
+    }
+    #[inline(always)]
+    fn or(self, a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_or_si256(a, b) }
+    }
+    #[inline(always)]
+    fn as_float(self, a: __m256i) -> __m256 {
+        unsafe { _mm256_castsi256_ps(a) }
+    }
+    #[inline(always)]
+    fn pick(self, table: &[f32; 16], a: __m256i) -> __m256 {
+        unsafe {
+            let (low, high) = (_mm256_loadu_ps(table.as_ptr()), _mm256_loadu_ps(table.as_ptr().add(8)));
+            // A permutation looks at the lowest three bits of each index, the choice between two at a sign.
+            let fourth = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(a));
+            _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, a), _mm256_permutevar8x32_ps(high, a), fourth)
+        }
     }
     #[inline(always)]
     fn to_float(self, a: __m256i) -> __m256 {

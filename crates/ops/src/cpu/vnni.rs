@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use super::panels::{BLOCK, Panels, ROWS};
 use super::primitive::Floats;
-use super::rounded::{AHEAD, FINE, Rounded};
+use super::rounded::{AHEAD, FINE, FLOATS, HALVES, Rounded, TABLE, WHOLE, decoded, reading};
 use crate::pool::Shares;
 use crate::{Level, cpu_level};
 
@@ -24,7 +24,12 @@ pub(crate) fn available() -> bool {
 /// # Safety
 /// The processor must have the instructions.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(crate) unsafe fn round_row(x: &[f32], q: &mut [f32], factors: &mut [f32], sums: &mut [f32]) {
+pub(crate) unsafe fn round_row(
+    x: &[f32],
+    q: &mut [f32],
+    factors: &mut [f32],
+    (sums, halves): (&mut [f32], &mut [f32]),
+) {
     assert!(q.len() * 2 == x.len() && factors.len() * BLOCK == x.len() && sums.len() == factors.len());
     for (block, factor) in factors.iter_mut().enumerate() {
         unsafe {
@@ -37,7 +42,7 @@ pub(crate) unsafe fn round_row(x: &[f32], q: &mut [f32], factors: &mut [f32], su
             let step = most / 127.0;
             let inverse = _mm512_set1_ps(if most > 0.0 { 127.0 / most } else { 0.0 });
             let to = q.as_mut_ptr().cast::<u8>().add(block * BLOCK);
-            let mut total = _mm512_setzero_si512();
+            let mut totals = [_mm512_setzero_si512(); 2];
             for (i, part) in parts.into_iter().enumerate() {
                 let steps = _mm512_mul_ps(part, inverse);
                 let coarse = _mm512_cvtps_epi32(steps);
@@ -46,10 +51,13 @@ pub(crate) unsafe fn round_row(x: &[f32], q: &mut [f32], factors: &mut [f32], su
                 _mm_storeu_si128(to.add(16 * i).cast(), _mm512_cvtsepi32_epi8(coarse));
                 _mm_storeu_si128(to.add(x.len() + 16 * i).cast(), _mm512_cvtsepi32_epi8(fine));
                 let whole = _mm512_mullo_epi32(coarse, _mm512_set1_epi32(FINE as i32));
-                total = _mm512_add_epi32(total, _mm512_add_epi32(whole, fine));
+                totals[i] = _mm512_add_epi32(whole, fine);
             }
             *factor = step / FINE + broken;
-            sums[block] = *factor * _mm512_reduce_add_epi32(total) as f32;
+            sums[block] = *factor * _mm512_reduce_add_epi32(_mm512_add_epi32(totals[0], totals[1])) as f32;
+            if let Some(halves) = halves.as_chunks_mut::<2>().0.get_mut(block) {
+                *halves = totals.map(|total| *factor * _mm512_reduce_add_epi32(total) as f32);
+            }
         }
     }
 }
@@ -63,33 +71,46 @@ pub(crate) unsafe fn multiply(w: &Panels, panel: usize, x: &Rounded, rows: Range
     let of = w.arrangement;
     assert!(x.inputs == of.inputs && x.q.len() * 2 == x.m * of.inputs && x.sums.len() == x.factors.len());
     assert!(x.factors.len() * BLOCK == x.m * of.inputs && rows.end <= x.m);
+    let read = reading(w);
+    assert!(read != HALVES || x.halves.len() == 2 * x.sums.len());
+    unsafe {
+        match (of.bits, read) {
+            (8, _) => by_rows::<8, WHOLE>(w, panel, x, rows, y),
+            (_, WHOLE) => by_rows::<4, WHOLE>(w, panel, x, rows, y),
+            (_, FLOATS) => by_rows::<4, FLOATS>(w, panel, x, rows, y),
+            _ => by_rows::<4, HALVES>(w, panel, x, rows, y),
+        }
+    }
+}
+
+/// Tiles of as many rows as the registers hold.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c")]
+unsafe fn by_rows<const BITS: usize, const READ: u8>(
+    w: &Panels,
+    panel: usize,
+    x: &Rounded,
+    rows: Range<usize>,
+    y: &Shares<f32>,
+) {
     let mut at = rows.start;
     unsafe {
         while rows.end - at >= 8 {
-            if of.bits == 4 {
-                tile::<4, 8>(w, panel, x, at, y)
-            } else {
-                tile::<8, 8>(w, panel, x, at, y)
-            }
+            tile::<BITS, READ, 8>(w, panel, x, at, y);
             at += 8;
         }
         while rows.end - at >= 2 {
-            if of.bits == 4 {
-                tile::<4, 2>(w, panel, x, at, y)
-            } else {
-                tile::<8, 2>(w, panel, x, at, y)
-            }
+            tile::<BITS, READ, 2>(w, panel, x, at, y);
             at += 2;
         }
         if at < rows.end {
-            if of.bits == 4 { tile::<4, 1>(w, panel, x, at, y) } else { tile::<8, 1>(w, panel, x, at, y) }
+            tile::<BITS, READ, 1>(w, panel, x, at, y);
         }
     }
 }
 
 /// A panel times rows `at`..`at + C` of x. Each result is one chain of sums, whatever C.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c")]
-unsafe fn tile<const BITS: usize, const C: usize>(
+unsafe fn tile<const BITS: usize, const READ: u8, const C: usize>(
     w: &Panels,
     panel: usize,
     x: &Rounded,
@@ -104,10 +125,17 @@ unsafe fn tile<const BITS: usize, const C: usize>(
         let mut q = x.q.as_ptr().cast::<i32>().add(at * of.inputs / 2);
         let (mut factors, mut totals) =
             (x.factors.as_ptr().add(at * blocks), x.sums.as_ptr().add(at * blocks));
-        for g in 0..groups {
-            let level = (panel * groups + g) * ROWS;
-            let (scale, bias) = (sixteen(w.scales, level), sixteen(w.biases, level));
-            for _ in 0..of.group / BLOCK {
+        let mut halves = x.halves.as_ptr().wrapping_add(2 * at * blocks);
+        // Two groups at a time where a block has two.
+        let together = if READ == HALVES { 2 } else { 1 };
+        for g in (0..groups).step_by(together) {
+            let first = levels::<READ>(w, (panel * groups + g) * ROWS);
+            let both = [
+                first,
+                if READ == HALVES { levels::<READ>(w, (panel * groups + g + 1) * ROWS) } else { first },
+            ];
+            let (scale, bias) = first;
+            for _ in 0..(of.group / BLOCK).max(1) {
                 let mut lines = [_mm512_setzero_si512(); 8];
                 // With few rows reading W is all there is to do, and it lies in one piece up to the task's last panel.
                 for t in 0..ROWS * BLOCK * BITS / 8 / 64 {
@@ -119,6 +147,12 @@ unsafe fn tile<const BITS: usize, const C: usize>(
                         let both = _mm512_loadu_si512(codes.add(64 * t).cast());
                         lines[2 * t] = _mm512_and_si512(both, low);
                         lines[2 * t + 1] = _mm512_and_si512(_mm512_srli_epi16::<4>(both), low);
+                    }
+                    if READ != WHOLE {
+                        let table = _mm512_broadcast_i32x4(_mm_loadu_si128(TABLE.as_ptr().cast()));
+                        for line in &mut lines {
+                            *line = _mm512_shuffle_epi8(table, *line);
+                        }
                     }
                 } else {
                     for (t, line) in lines.iter_mut().enumerate() {
@@ -133,26 +167,57 @@ unsafe fn tile<const BITS: usize, const C: usize>(
                     let zero = _mm512_setzero_si512();
                     let (mut coarse, mut fine) = ([zero; 2], [zero; 2]);
                     for (t, line) in lines.into_iter().enumerate() {
-                        coarse[t % 2] =
-                            _mm512_dpbusd_epi32(coarse[t % 2], line, _mm512_set1_epi32(*q.add(t)));
-                        fine[t % 2] = _mm512_dpbusd_epi32(fine[t % 2], line, _mm512_set1_epi32(*r.add(t)));
+                        // The first lines are of the first half of the inputs.
+                        let chain = if READ == HALVES { t / 4 } else { t % 2 };
+                        coarse[chain] =
+                            _mm512_dpbusd_epi32(coarse[chain], line, _mm512_set1_epi32(*q.add(t)));
+                        fine[chain] = _mm512_dpbusd_epi32(fine[chain], line, _mm512_set1_epi32(*r.add(t)));
+                    }
+                    let factor = _mm512_set1_ps(*factors.add(c * blocks));
+                    if READ == HALVES {
+                        for half in 0..2 {
+                            let (coarse, fine) =
+                                (_mm512_cvtepi32_ps(coarse[half]), _mm512_cvtepi32_ps(fine[half]));
+                            let whole = _mm512_fmadd_ps(coarse, _mm512_set1_ps(FINE), fine);
+                            let (scale, bias) = both[half];
+                            *sum = _mm512_fmadd_ps(_mm512_mul_ps(whole, factor), scale, *sum);
+                            *sum = _mm512_fmadd_ps(
+                                bias,
+                                _mm512_set1_ps(*halves.add(2 * c * blocks + half)),
+                                *sum,
+                            );
+                        }
+                        continue;
                     }
                     let coarse = _mm512_cvtepi32_ps(_mm512_add_epi32(coarse[0], coarse[1]));
                     let fine = _mm512_cvtepi32_ps(_mm512_add_epi32(fine[0], fine[1]));
                     let whole = _mm512_fmadd_ps(coarse, _mm512_set1_ps(FINE), fine);
-                    let factor = _mm512_set1_ps(*factors.add(c * blocks));
                     *sum = _mm512_fmadd_ps(_mm512_mul_ps(whole, factor), scale, *sum);
                     *sum = _mm512_fmadd_ps(bias, _mm512_set1_ps(*totals.add(c * blocks)), *sum);
                 }
                 q = q.add(BLOCK / 4);
                 factors = factors.add(1);
                 totals = totals.add(1);
+                halves = halves.wrapping_add(2);
             }
         }
         let column = panel * ROWS;
         let mask = ((1_u32 << ROWS.min(of.out - column)) - 1) as u16;
         for (c, sum) in sums.into_iter().enumerate() {
             _mm512_mask_storeu_ps(y.pointer().add((at + c) * of.out + column), mask, sum);
+        }
+    }
+}
+
+/// Scales and biases of a group.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
+#[inline]
+unsafe fn levels<const READ: u8>(w: &Panels, at: usize) -> (__m512, __m512) {
+    unsafe {
+        let scale = sixteen(w.scales, at);
+        match w.biases {
+            Some(biases) if READ == WHOLE => (scale, sixteen(biases, at)),
+            _ => (_mm512_mul_ps(scale, _mm512_set1_ps(0.5)), _mm512_mul_ps(scale, _mm512_set1_ps(-6.0))),
         }
     }
 }
@@ -169,6 +234,12 @@ unsafe fn sixteen(from: Floats, at: usize) -> __m512 {
                 let halves = _mm256_loadu_si256(from[at..][..ROWS].as_ptr().cast());
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
             }
+            Floats::E8m0(from) => {
+                // 2^-127, which has no exponent of its own in f32, is 0 here.
+                let bytes = _mm_loadu_si128(from[at..][..ROWS].as_ptr().cast());
+                _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(bytes)))
+            }
+            Floats::E4m3(from) => _mm512_loadu_ps(decoded::<ROWS>(&from[at..]).as_ptr()),
         }
     }
 }

@@ -8,6 +8,7 @@ use super::level::dispatch;
 use super::packed::{self, Layout, Packed, Plain, UnpackRow};
 use super::panels::{self, ArrangedRow, Arrangement, Panels, by_parts};
 use super::primitive::{Backward, Op, Tensor, apply_one};
+use crate::ffi::Mode;
 use crate::pool::Shares;
 use crate::{Array, Dtype, Exception, Precision, Result, WeightRef, precision};
 
@@ -17,6 +18,11 @@ pub(crate) enum Kind {
     Dense { out: usize, inputs: usize },
     Packed(Layout),
     Arranged(Arrangement),
+}
+
+/// How many arrays packed weights of a mode are made of.
+pub(crate) fn mode_arrays(mode: Mode) -> usize {
+    if mode == Mode::Affine { 3 } else { 2 }
 }
 
 impl Kind {
@@ -31,7 +37,10 @@ impl Kind {
 
     /// How many arrays it is made of.
     pub(crate) fn arrays(self) -> usize {
-        if matches!(self, Kind::Dense { .. }) { 1 } else { 3 }
+        match self {
+            Kind::Dense { .. } => 1,
+            Kind::Packed(Layout { mode, .. }) | Kind::Arranged(Arrangement { mode, .. }) => mode_arrays(mode),
+        }
     }
 
     pub(crate) fn out(self) -> usize {

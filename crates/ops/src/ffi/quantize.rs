@@ -6,7 +6,7 @@ use super::{ArrayList, array_from, check, stream};
 use crate::{Array, Dtype, Result};
 
 /// How packed weights are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Mode {
     /// Codes times a scale plus a bias by group.
     Affine,
@@ -19,7 +19,30 @@ pub enum Mode {
 }
 
 impl Mode {
-    fn name(self) -> &'static CStr {
+    /// All of them.
+    pub const ALL: [Mode; 4] = [Mode::Affine, Mode::Mxfp4, Mode::Nvfp4, Mode::Mxfp8];
+
+    /// MLX's name of it.
+    pub fn name(self) -> &'static str {
+        self.c_name().to_str().unwrap_or_default()
+    }
+
+    /// The mode of that name.
+    pub fn from_name(name: &str) -> Option<Mode> {
+        Self::ALL.into_iter().find(|mode| mode.name() == name)
+    }
+
+    /// The bits and the group size of a mode that has one of each only.
+    pub const fn fixed(self) -> Option<(i32, i32)> {
+        match self {
+            Mode::Affine => None,
+            Mode::Mxfp4 => Some((4, 32)),
+            Mode::Mxfp8 => Some((8, 32)),
+            Mode::Nvfp4 => Some((4, 16)),
+        }
+    }
+
+    fn c_name(self) -> &'static CStr {
         match self {
             Mode::Affine => c"affine",
             Mode::Mxfp4 => c"mxfp4",
@@ -49,7 +72,7 @@ pub fn quantize(w: &Array, group_size: i32, bits: i32, mode: Mode) -> Result<Vec
             w.as_ptr(),
             some(group_size),
             some(bits),
-            mode.name().as_ptr(),
+            mode.c_name().as_ptr(),
             global_scale.as_ptr(),
             stream.as_ptr(),
         )
@@ -77,7 +100,7 @@ pub fn dequantize(
             biases.unwrap_or(&none).as_ptr(),
             some(group_size),
             some(bits),
-            mode.name().as_ptr(),
+            mode.c_name().as_ptr(),
             none.as_ptr(),
             mlx_sys::mlx_optional_dtype { value: dtype.into(), has_value: true },
             stream.as_ptr(),
@@ -108,7 +131,7 @@ pub fn quantized_matmul(
             transpose,
             some(group_size),
             some(bits),
-            mode.name().as_ptr(),
+            mode.c_name().as_ptr(),
             stream.as_ptr(),
         )
     })

@@ -17,7 +17,11 @@ pub(crate) fn both(
     group: i32,
     dtype: Dtype,
 ) -> Option<(Weights, Arranged)> {
-    let w = Weights::new(out, inputs, width, group, dtype);
+    laid_out(Weights::new(out, inputs, width, group, dtype))
+}
+
+/// The same of any weights.
+pub(crate) fn laid_out(w: Weights) -> Option<(Weights, Arranged)> {
     let arranged = with_precision(Precision::Int16, || arrange(w.parts())).unwrap();
     let Some(arranged) = arranged else {
         skipped("there is no AVX-512 VNNI, or it is not to be used, so weights stay as they are");

@@ -1,13 +1,15 @@
 //! Sums have one fixed order: a row's result and its gradient are the same bits whatever rows stand beside it, in whichever
 //! place, within a path (up to 32 rows, or more); and whatever the number of threads, also where a gradient sums over rows.
 
+use graft_ops::ffi::Mode;
 use graft_ops::{
     Array, Dtype, Head, KeyValues, LinearRef, LowRank, Precision, Result, RopeTable, Rows, WeightRef,
     attention, attention_cached, ffi, linear_cross_entropy, linears, matmul, rms_norm, set_threads, swiglu,
     with_precision,
 };
 
-use crate::arranged::both;
+use crate::arranged::{both, laid_out};
+use crate::floats::MODES;
 use crate::packed::Weights;
 use crate::support::{bits, every_level, mlx, random};
 
@@ -102,7 +104,9 @@ fn check(
 fn products() {
     mlx(|| {
         let dense = random(3, &[150, 160]);
-        let packed = [4, 8, 3].map(|width| Weights::new(150, 160, width, 32, Dtype::Float16));
+        let whole = [4, 8, 3].map(|width| Weights::new(150, 160, width, 32, Dtype::Float16));
+        let packed: Vec<Weights> =
+            whole.into_iter().chain(MODES.map(|mode| Weights::of(150, 160, mode))).collect();
         for precision in [Precision::F32, Precision::Bf16] {
             with_precision(precision, || {
                 every_level(|level| {
@@ -124,11 +128,13 @@ fn products() {
 #[test]
 fn arranged_products() {
     mlx(|| {
-        for width in [4, 8, 3] {
-            let Some((_, w)) = both(150, 160, width, 32, Dtype::Float16) else { return };
+        let whole = [4, 8, 3].map(|width| Weights::new(150, 160, width, 32, Dtype::Float16));
+        let floats = [Mode::Mxfp4, Mode::Nvfp4].map(|mode| Weights::of(150, 160, mode));
+        for (i, w) in whole.into_iter().chain(floats).enumerate() {
+            let Some((_, w)) = laid_out(w) else { return };
             with_precision(Precision::Int16, || {
                 let x = [random(1, &[ALL, 160])];
-                check(&format!("{width} bits"), &x, 1, false, |x, _| matmul(&x[0], WeightRef::Arranged(&w)));
+                check(&format!("weight {i}"), &x, 1, false, |x, _| matmul(&x[0], WeightRef::Arranged(&w)));
             });
         }
     });

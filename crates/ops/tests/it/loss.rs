@@ -12,8 +12,14 @@ fn the_folded_head_is_the_head_and_then_the_loss() {
         let w = random(3, &[501, 64]);
         let parts = quantize(&w, 32, 4, Mode::Affine).unwrap();
         mlx_rs::transforms::eval(&parts).unwrap();
-        let packed =
-            PackedRef { codes: &parts[0], scales: &parts[1], biases: &parts[2], group_size: 32, bits: 4 };
+        let packed = PackedRef {
+            codes: &parts[0],
+            scales: &parts[1],
+            biases: Some(&parts[2]),
+            group_size: 32,
+            bits: 4,
+            mode: Mode::Affine,
+        };
         for rows in [1, 5, 40] {
             let targets = Array::from_iter((0..rows).map(|i| (i * 97) % 501), &[rows]);
             let h = random(rows as u64, &[rows, 64]);

@@ -10,6 +10,7 @@ mod blas;
 mod cholesky;
 mod empty;
 mod fixed_order;
+mod floats;
 mod linalg;
 mod linears;
 mod loss;

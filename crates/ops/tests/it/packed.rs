@@ -15,6 +15,7 @@ pub(crate) struct Weights {
     pub(crate) parts: Vec<Array>,
     group_size: i32,
     bits: i32,
+    mode: Mode,
 }
 
 impl Weights {
@@ -25,7 +26,22 @@ impl Weights {
             *part = part.as_dtype(dtype).unwrap();
         }
         mlx_rs::transforms::eval(&parts).unwrap();
-        Weights { parts, group_size, bits }
+        Weights { parts, group_size, bits, mode: Mode::Affine }
+    }
+
+    /// Floats of a mode.
+    pub(crate) fn of(out: i32, inputs: i32, mode: Mode) -> Weights {
+        let w = random(5, &[out, inputs]).multiply(Array::from_f32(0.1)).unwrap();
+        let (bits, group_size) = mode.fixed().unwrap();
+        let parts = quantize(&w, group_size, bits, mode).unwrap();
+        mlx_rs::transforms::eval(&parts).unwrap();
+        Weights { parts, group_size, bits, mode }
+    }
+
+    /// Other parts of the same kind.
+    pub(crate) fn with(&self, parts: Vec<Array>) -> Weights {
+        mlx_rs::transforms::eval(&parts).unwrap();
+        Weights { parts, ..*self }
     }
 
     pub(crate) fn view(&self) -> WeightRef<'_> {
@@ -33,8 +49,9 @@ impl Weights {
     }
 
     pub(crate) fn parts(&self) -> PackedRef<'_> {
-        let [codes, scales, biases] = &self.parts[..] else { unreachable!() };
-        PackedRef { codes, scales, biases, group_size: self.group_size, bits: self.bits }
+        let [codes, scales, ..] = &self.parts[..] else { unreachable!() };
+        let biases = self.parts.get(2);
+        PackedRef { codes, scales, biases, group_size: self.group_size, bits: self.bits, mode: self.mode }
     }
 
     /// The same numbers with scales that MLX's own product does not round.

@@ -153,7 +153,8 @@ fn planned(
         (Some(kind), _) => kind,
         (None, Some(grid)) => {
             let read = |part: &str| checkpoint.read(&format!("{path}.{part}"));
-            nearest_kind(grid, &read("scales")?, &read("biases")?)?
+            let biases = (!grid.is_float()).then(|| read("biases")).transpose()?;
+            nearest_kind(grid, &read("scales")?, biases.as_ref())?
         }
         (None, None) => match info.dtype {
             StoredDtype::F16 => Kind::F16,

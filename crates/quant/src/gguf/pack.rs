@@ -1,12 +1,13 @@
 //! Weights as ggml's blocks: codes, scales and biases as they are wherever a block holds them, else rounded, and what that
 //! cost measured.
 
+use graft_ops::ffi::Mode;
 use graft_ops::{Array, Dtype};
 use half::f16;
 
 use super::{BLOCK, Block, HostPacked, Kind};
 use crate::nearest::codes_of;
-use crate::{Error, Grid, Levels, Packed, Result, StoredDtype, Tensor, Weight, round_nearest};
+use crate::{Error, Grid, Levels, Result, StoredDtype, Tensor, Weight, round_nearest};
 
 /// A tensor's bytes in the file.
 pub(super) struct Encoded {
@@ -18,11 +19,10 @@ pub(super) struct Encoded {
 
 /// The type which holds packed weights with the least loss, by their scales and biases alone.
 ///
-/// Up to 4 bits are Q4_1, or Q4_0 where every bias is -8 times its scale; wider ones are Q8_0.
-pub(super) fn nearest_kind(grid: Grid, scales: &Tensor, biases: &Tensor) -> Result<Kind> {
-    if grid.bits > 4 {
-        return Ok(Kind::Q8_0);
-    }
+/// Up to 4 bits are Q4_1, or Q4_0 where every bias is -8 times its scale; wider ones are Q8_0, and floats, whose steps are finer
+/// near 0 than whole numbers of 4 bits have them.
+pub(super) fn nearest_kind(grid: Grid, scales: &Tensor, biases: Option<&Tensor>) -> Result<Kind> {
+    let Some(biases) = biases.filter(|_| grid.bits <= 4) else { return Ok(Kind::Q8_0) };
     let symmetric = grid.bits == 4 && symmetric(Kind::Q4_0, &scales.to_f32()?, &biases.to_f32()?);
     Ok(if symmetric { Kind::Q4_0 } else { Kind::Q4_1 })
 }
@@ -44,13 +44,14 @@ fn symmetric(kind: Kind, scales: &[f32], biases: &[f32]) -> bool {
 /// Whether `kind` holds the codes of packed weights as they are.
 fn keeps_codes(packed: &HostPacked, kind: Kind) -> Result<bool> {
     let bits = packed.grid.bits;
+    let Some(biases) = &packed.biases else { return Ok(false) };
     let fits = match kind {
         Kind::Q4_1 => bits <= 4,
         Kind::Q4_0 => bits == 4,
         Kind::Q8_0 => bits == 8,
         _ => false,
     };
-    Ok(fits && symmetric(kind, &packed.scales.to_f32()?, &packed.biases.to_f32()?))
+    Ok(fits && symmetric(kind, &packed.scales.to_f32()?, &biases.to_f32()?))
 }
 
 /// Writes a tensor as `kind`. Beside it and its bytes, dense copies exist of a block of rows at a time.
@@ -68,10 +69,7 @@ pub(super) fn encode(block: &Block, kind: Kind) -> Result<Encoded> {
             Ok(Encoded { data: tensor.data.clone(), error: 0.0, weight: 0.0 })
         }
         Block::Dense(tensor) => rounded(&Weight::Dense(tensor.to_array()?), kind),
-        Block::Packed(HostPacked { codes, scales, biases, grid }) => {
-            let (codes, scales, biases) = (codes.to_array()?, scales.to_array()?, biases.to_array()?);
-            rounded(&Weight::Packed(Packed { codes, scales, biases, grid: *grid }), kind)
-        }
+        Block::Packed(packed) => rounded(&Weight::Packed(packed.to_arrays()?), kind),
     }
 }
 
@@ -79,7 +77,8 @@ pub(super) fn encode(block: &Block, kind: Kind) -> Result<Encoded> {
 fn repack(packed: &HostPacked, kind: Kind) -> Result<Encoded> {
     let repeat = packed.grid.group_size as usize / BLOCK;
     let codes = codes_of(&packed.codes.data, packed.grid.bits);
-    let (scales, biases) = (packed.scales.to_f32()?, packed.biases.to_f32()?);
+    let (scales, biases) = (packed.scales.to_f32()?, packed.biases.as_ref().map(Tensor::to_f32).transpose()?);
+    let biases = biases.unwrap_or_default();
     let levels: Vec<[f16; 2]> =
         scales.iter().zip(&biases).map(|(s, b)| [f16::from_f32(*s), f16::from_f32(*b)]).collect();
     let stored = levels.iter().map(|[d, m]| {
@@ -116,8 +115,7 @@ fn rounded(weight: &Weight, kind: Kind) -> Result<Encoded> {
         all.data.extend(match &new {
             Weight::Packed(packed) => {
                 let codes = codes_of(&Tensor::from_array(&packed.codes)?.data, packed.grid.bits);
-                let scales = Tensor::from_array(&packed.scales)?.to_f32()?;
-                let biases = Tensor::from_array(&packed.biases)?.to_f32()?;
+                let [scales, biases] = Levels::from(packed).host(packed.grid.mode)?;
                 let pairs = scales.iter().zip(&biases).map(|(s, b)| [f16::from_f32(*s), f16::from_f32(*b)]);
                 blocks(kind, &codes, pairs)?
             }
@@ -141,20 +139,29 @@ fn candidates(exact: &Array, rows: &Weight, kind: Kind) -> Result<Vec<Levels>> {
     };
     let grouped = exact.reshape(&[out, input / BLOCK as i32, BLOCK as i32])?;
     if kind != Kind::Q8_0 {
-        let grid = Grid { bits: 4, group_size: BLOCK as i32 };
+        let grid = Grid::affine(4, BLOCK as i32);
         return Ok(vec![Levels::fresh(exact, grid, Dtype::Float16)?]);
     }
     let symmetric = |scales: Array| -> Result<Levels> {
         let biases = scales.multiply(Array::from_f32(-128.0))?;
-        Ok(Levels { scales, biases })
+        Ok(Levels { scales, biases: Some(biases) })
     };
     let largest = grouped.abs()?.max_axis(2, false)?;
     let mut all = vec![symmetric(half(largest.divide(Array::from_f32(127.0))?)?)?];
     if let Weight::Packed(packed) = rows {
-        let repeat = packed.grid.group_size / BLOCK as i32;
-        let own = packed.scales.as_dtype(Dtype::Float32)?;
-        let own = mlx_rs::ops::repeat_axis::<f32>(own, repeat, 1)?;
-        all.insert(0, symmetric(half(own)?)?);
+        let own = || -> Result<Array> {
+            let [scales, _] = Levels::from(packed).host(packed.grid.mode)?;
+            Ok(Array::from_slice(&scales, packed.scales.shape()))
+        };
+        match packed.grid.mode {
+            Mode::Affine => {
+                let repeat = packed.grid.group_size / BLOCK as i32;
+                all.insert(0, symmetric(half(mlx_rs::ops::repeat_axis::<f32>(own()?, repeat, 1)?)?)?);
+            }
+            // All its numbers are halves of the scale, of which 12 are the most.
+            Mode::Mxfp4 => all.insert(0, symmetric(half(own()?.multiply(Array::from_f32(0.5))?)?)?),
+            Mode::Nvfp4 | Mode::Mxfp8 => {}
+        }
     }
     Ok(all)
 }

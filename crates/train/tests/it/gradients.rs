@@ -18,6 +18,9 @@ fn models() -> Vec<(&'static str, Tiny)> {
         ("packed llama, untied", Tiny { packed: Some((4, 32)), tied: false, ..Tiny::new(Family::Llama) }),
         ("packed qwen2", Tiny { packed: Some((8, 64)), ..Tiny::new(Family::Qwen2) }),
         ("dense qwen3", Tiny::new(Family::Qwen3)),
+        ("mxfp4 llama, untied", Tiny { tied: false, ..Tiny::new(Family::Llama) }.in_mode("mxfp4")),
+        ("nvfp4 llama", Tiny::new(Family::Llama).in_mode("nvfp4")),
+        ("mxfp8 qwen2", Tiny::new(Family::Qwen2).in_mode("mxfp8")),
     ]
 }
 

@@ -141,7 +141,7 @@ fn a_norm_makes_no_dense_product() {
         let weight = (out * inputs * 4) as usize;
         assert!(whole >= weight, "{whole} of {weight}");
         let [codes, scales, biases] = parts.try_into().unwrap();
-        let packed = Packed { codes, scales, biases, grid: graft_quant::Grid { bits: 4, group_size: 32 } };
+        let packed = Packed { codes, scales, biases: Some(biases), grid: graft_quant::Grid::affine(4, 32) };
         for weight in [Weight::Packed(packed), Weight::Dense(dense.clone())] {
             let held = needs(|| eval([&row_norms(&a, &b, 2.0, weight.as_ref(), &n0).unwrap()]).unwrap());
             // P, G B, their sum, its product with B, each (R, out), and one being made; A^T; some (out,).

@@ -137,9 +137,15 @@ fn the_loss_falls_and_files_are_those_of_mlx_lm() {
 #[test]
 fn a_resumed_run_is_the_uninterrupted_one_bit_for_bit() {
     arrays(|| {
-        for (kind, stop_at) in [(FineTuneType::Lora, 6), (FineTuneType::Dora, 5), (FineTuneType::Full, 7)] {
-            let packed = (kind != FineTuneType::Full).then_some((4, 32));
-            let model = load(&Tiny { packed, ..Tiny::new(Family::Llama) });
+        let plain = Tiny::new(Family::Llama);
+        let packed = Tiny { packed: Some((4, 32)), ..plain.clone() };
+        for (kind, stop_at, tiny) in [
+            (FineTuneType::Lora, 6, packed.clone()),
+            (FineTuneType::Dora, 5, packed),
+            (FineTuneType::Dora, 5, plain.clone().in_mode("mxfp4")),
+            (FineTuneType::Full, 7, plain),
+        ] {
+            let model = load(&tiny);
             let data = data(split(&[12, 14, 16, 18, 20, 7, 9], 0, 1), split(&[12, 14, 16], 0, 2));
             let settings = |dir: &Path| TrainConfig {
                 fine_tune_type: kind,
