@@ -2,7 +2,7 @@
 
 use serde_json::{Deserializer, Value};
 
-use crate::tools::{ARGS, CALLS, CallStyle, TAG_CLOSE, TAG_OPEN};
+use crate::tools::{ARGS, CALLS, CallStyle, MAX_NAME, PYTHON_TAG, TAG_CLOSE, TAG_OPEN};
 
 /// A call: a name, and the arguments as JSON text.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,8 +22,19 @@ pub(crate) enum Found {
     Open,
 }
 
+/// What a text begins with, before it is known whether all of it is a call.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Lead {
+    /// A call of this tool; its arguments, an object, begin behind the first so many bytes.
+    Call(String, usize),
+    /// No call in the usual order: its name first, then its arguments.
+    Other,
+    /// More text is needed to tell.
+    Open,
+}
+
 /// Follows a JSON object that arrives in pieces to its end.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Object {
     depth: usize,
     string: bool,
@@ -31,6 +42,11 @@ pub(crate) struct Object {
 }
 
 impl Object {
+    /// An object whose first brace has gone by.
+    pub(crate) fn open() -> Self {
+        Self { depth: 1, ..Self::default() }
+    }
+
     /// The place behind the brace that ends the object, if it is in this piece.
     pub(crate) fn end(&mut self, piece: &str) -> Option<usize> {
         for (at, byte) in piece.bytes().enumerate() {
@@ -60,6 +76,127 @@ pub(crate) fn head(style: CallStyle, text: &str) -> Option<(String, usize)> {
     let start = text.find(open)? + open.len();
     let end = start + text[start..].find(close)?;
     Some((text[start..end].to_owned(), end + close.len()))
+}
+
+/// How `text` begins, which begins with the style's mark (or, for [`CallStyle::Bare`], with a brace). Who has seen the name of
+/// a `known` tool and the brace of its arguments need not wait for the end.
+pub(crate) fn lead(style: CallStyle, text: &str, known: impl Fn(&str) -> bool) -> Lead {
+    let mut cursor = Cursor { text, at: 0 };
+    let found = match style {
+        CallStyle::Tagged => cursor.word(TAG_OPEN).and_then(|()| cursor.object(known)),
+        CallStyle::Bare if text.starts_with('{') => cursor.object(known),
+        CallStyle::Bare => cursor.word(PYTHON_TAG).and_then(|()| cursor.object(known)),
+        CallStyle::List => cursor.word(CALLS).and_then(|()| cursor.listed(known)),
+        CallStyle::Named => cursor.word(CALLS).and_then(|()| cursor.named(known)),
+    };
+    found.unwrap_or_else(|other| other)
+}
+
+/// As [`lead`], for what stands behind the object of a call: a further one, behind what the style puts between them.
+pub(crate) fn next_lead(style: CallStyle, text: &str, known: impl Fn(&str) -> bool) -> Lead {
+    let mut cursor = Cursor { text, at: 0 };
+    let found = match style {
+        CallStyle::List => cursor.word(",").and_then(|()| cursor.object(known)),
+        CallStyle::Bare => {
+            cursor.space();
+            cursor.at += usize::from(cursor.rest().starts_with([';', ',']));
+            cursor.object(known)
+        }
+        CallStyle::Tagged | CallStyle::Named => Err(Lead::Other),
+    };
+    found.unwrap_or_else(|other| other)
+}
+
+/// Reads a text that may not be complete; what it does not find is [`Lead::Open`] where more text could bring it.
+struct Cursor<'a> {
+    text: &'a str,
+    at: usize,
+}
+
+impl<'a> Cursor<'a> {
+    fn rest(&self) -> &'a str {
+        &self.text[self.at..]
+    }
+
+    fn space(&mut self) {
+        self.at = self.text.len() - self.rest().trim_start().len();
+    }
+
+    /// A word, behind space.
+    fn word(&mut self, word: &str) -> Result<(), Lead> {
+        self.space();
+        if self.rest().starts_with(word) {
+            self.at += word.len();
+            return Ok(());
+        }
+        Err(if word.starts_with(self.rest()) { Lead::Open } else { Lead::Other })
+    }
+
+    /// A string without escapes, behind space, that is no longer than a name: so it does not matter how much of it has come.
+    fn string(&mut self) -> Result<&'a str, Lead> {
+        self.word("\"")?;
+        let rest = self.rest();
+        match rest.find(['"', '\\']) {
+            Some(end) if end <= MAX_NAME && rest[end..].starts_with('"') => {
+                self.at += end + 1;
+                Ok(&rest[..end])
+            }
+            None if rest.len() <= MAX_NAME => Err(Lead::Open),
+            _ => Err(Lead::Other),
+        }
+    }
+
+    /// `{"name": ..., "arguments": {` without the last brace; Llama writes `"type": "function"` before it now and then.
+    fn object(&mut self, known: impl Fn(&str) -> bool) -> Result<Lead, Lead> {
+        self.word("{")?;
+        let mut key = self.string()?;
+        if key == "type" {
+            self.word(":")?;
+            self.string()?;
+            self.word(",")?;
+            key = self.string()?;
+        }
+        if key != "name" {
+            return Err(Lead::Other);
+        }
+        self.word(":")?;
+        let name = self.string()?;
+        self.word(",")?;
+        if !known(name) || !matches!(self.string()?, "arguments" | "parameters") {
+            return Err(Lead::Other);
+        }
+        self.word(":")?;
+        self.arguments(name)
+    }
+
+    /// An object, or a list that begins with one.
+    fn listed(&mut self, known: impl Fn(&str) -> bool) -> Result<Lead, Lead> {
+        self.space();
+        self.at += usize::from(self.rest().starts_with('['));
+        self.object(known)
+    }
+
+    /// `name[ARGS]`, before a brace.
+    fn named(&mut self, known: impl Fn(&str) -> bool) -> Result<Lead, Lead> {
+        let rest = self.rest();
+        let most = MAX_NAME + ARGS.len();
+        let brace = match rest.find('{') {
+            Some(brace) if brace <= most => brace,
+            None if rest.len() <= most => return Err(Lead::Open),
+            _ => return Err(Lead::Other),
+        };
+        let name = rest[..brace].trim().trim_end_matches(ARGS).trim();
+        if !known(name) {
+            return Err(Lead::Other);
+        }
+        self.at += brace;
+        self.arguments(name)
+    }
+
+    fn arguments(&mut self, name: &str) -> Result<Lead, Lead> {
+        self.word("{")?;
+        Ok(Lead::Call(name.to_owned(), self.at - 1))
+    }
 }
 
 /// Reads the beginning of `text`, which begins with the style's mark (or, for [`CallStyle::Bare`], with a brace); `ended`

@@ -2,9 +2,9 @@
 //!
 //! What cannot be told yet is held back; how the text was cut into pieces makes no difference to what comes out.
 
-use crate::calls::{Call, Found, Object, head, read};
+use crate::calls::{Call, Found, Lead, Object, head, lead, next_lead, read};
 use crate::stop::open_prefix;
-use crate::tools::CallStyle;
+use crate::tools::{CallStyle, TAG_CLOSE};
 
 /// A part of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,7 +13,7 @@ pub(crate) enum Part {
     Thought(String),
     /// Said.
     Text(String),
-    /// A call: whole, or as far as its name.
+    /// A call: as far as its name, or whole where it is written in another order than usual.
     Call(Call),
     /// More of the last call's arguments.
     Arguments(String),
@@ -32,7 +32,7 @@ pub(crate) struct Shape {
     pub(crate) names: Vec<String>,
     /// At most one call is reported.
     pub(crate) single: bool,
-    /// A grammar makes the answer calls and nothing else, so that they can be handed out before they are complete.
+    /// A grammar makes the answer calls and nothing else.
     pub(crate) forced: bool,
 }
 
@@ -46,6 +46,19 @@ enum Place {
     Said,
 }
 
+/// Where in a call that is handed out as it comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Inside {
+    /// In none.
+    Nothing,
+    /// In its arguments.
+    Arguments(Object),
+    /// Behind them, in the object around them; true when something of that has come.
+    Around(Object, bool),
+    /// Behind that object, where the style puts an end or another call.
+    Behind,
+}
+
 /// Takes one answer apart.
 #[derive(Debug, Clone)]
 pub(crate) struct Splitter {
@@ -55,8 +68,7 @@ pub(crate) struct Splitter {
     /// Space that is said only if text follows it, not before a call.
     space: String,
     calls: usize,
-    /// The arguments that a grammar is making.
-    arguments: Option<Object>,
+    inside: Inside,
     /// Some of the thought, or of what is said, has been handed out.
     thought: bool,
     spoken: bool,
@@ -66,7 +78,8 @@ impl Splitter {
     pub(crate) fn new(shape: Shape) -> Self {
         let place = if shape.thinks { Place::Thought } else { Place::Start };
         let (held, space) = (String::new(), String::new());
-        Self { shape, place, held, space, calls: 0, arguments: None, thought: false, spoken: false }
+        let inside = Inside::Nothing;
+        Self { shape, place, held, space, calls: 0, inside, thought: false, spoken: false }
     }
 
     /// Takes the next piece; the parts that are certain now.
@@ -87,7 +100,7 @@ impl Splitter {
     fn run(&mut self, ended: bool) -> Vec<Part> {
         let mut parts = Vec::new();
         loop {
-            let before = (self.place, self.held.len());
+            let before = (self.place, self.inside, self.held.len());
             match self.place {
                 Place::Start => self.start(ended),
                 Place::Thought => self.thought(ended, &mut parts),
@@ -100,7 +113,7 @@ impl Splitter {
                 }
                 Place::Said => self.said(ended, &mut parts),
             }
-            if before == (self.place, self.held.len()) {
+            if before == (self.place, self.inside, self.held.len()) {
                 return parts;
             }
         }
@@ -153,9 +166,12 @@ impl Splitter {
             self.say(self.held.len(), parts);
             return;
         };
-        if self.shape.forced {
-            self.forced(style, ended, parts);
-            return;
+        match self.inside {
+            Inside::Nothing if self.shape.forced => return self.forced(style, ended, parts),
+            Inside::Nothing => {}
+            Inside::Arguments(object) => return self.arguments(style, object, parts),
+            Inside::Around(object, begun) => return self.around(object, begun, ended),
+            Inside::Behind => return self.behind(style, ended, parts),
         }
         if self.shape.single && self.calls > 0 {
             self.held.clear();
@@ -167,8 +183,12 @@ impl Splitter {
             return;
         };
         self.say(at, parts);
-        let names = &self.shape.names;
-        match read(style, &self.held, ended, |name| names.iter().any(|known| known == name)) {
+        match lead(style, &self.held, |name| self.knows(name)) {
+            Lead::Call(name, end) => return self.call(name, end, parts),
+            Lead::Open if !ended => return,
+            Lead::Open | Lead::Other => {}
+        }
+        match read(style, &self.held, ended, |name| self.knows(name)) {
             Found::Calls(calls, end) => {
                 self.held.drain(..end);
                 self.space.clear();
@@ -188,22 +208,79 @@ impl Splitter {
         }
     }
 
+    fn knows(&self, name: &str) -> bool {
+        self.shape.names.iter().any(|known| known == name)
+    }
+
+    /// A call begins; its arguments stand behind the first `end` bytes.
+    fn call(&mut self, name: String, end: usize, parts: &mut Vec<Part>) {
+        self.held.drain(..end);
+        self.space.clear();
+        self.calls += 1;
+        self.inside = Inside::Arguments(Object::default());
+        parts.push(Part::Call(Call { name, arguments: String::new() }));
+    }
+
+    fn arguments(&mut self, style: CallStyle, mut object: Object, parts: &mut Vec<Part>) {
+        let end = object.end(&self.held);
+        let text: String = self.held.drain(..end.unwrap_or(self.held.len())).collect();
+        self.inside = match end {
+            None => Inside::Arguments(object),
+            Some(_) if self.shape.forced || style == CallStyle::Named => Inside::Nothing,
+            Some(_) => Inside::Around(Object::open(), false),
+        };
+        if !text.is_empty() {
+            merge(parts, Part::Arguments(text));
+        }
+    }
+
+    /// What else the object of a call holds is nobody's; what cannot belong to it is said.
+    fn around(&mut self, mut object: Object, begun: bool, ended: bool) {
+        let text = self.held.trim_start();
+        if !begun && !text.is_empty() && !text.starts_with(['}', ',']) {
+            self.inside = Inside::Nothing;
+            return;
+        }
+        let begun = begun || !text.is_empty();
+        if !begun && !ended {
+            return;
+        }
+        let end = object.end(&self.held);
+        self.held.drain(..end.unwrap_or(self.held.len()));
+        self.inside = if end.is_some() { Inside::Behind } else { Inside::Around(object, begun) };
+    }
+
+    /// The end of a call, or of a list of them, is nobody's, too.
+    fn behind(&mut self, style: CallStyle, ended: bool, parts: &mut Vec<Part>) {
+        let single = self.shape.single;
+        match next_lead(style, &self.held, |name| self.knows(name)) {
+            // A further one that is not wanted goes with all that follows.
+            Lead::Call(name, end) if !single => return self.call(name, end, parts),
+            Lead::Open if !ended => return,
+            Lead::Call(..) | Lead::Open | Lead::Other => {}
+        }
+        let close = match style {
+            CallStyle::Tagged => TAG_CLOSE,
+            CallStyle::List => "]",
+            CallStyle::Bare | CallStyle::Named => "",
+        };
+        let text = self.held.trim_start();
+        let space = self.held.len() - text.len();
+        if text.starts_with(close) && !close.is_empty() {
+            self.held.drain(..space + close.len());
+        } else if close.starts_with(text) {
+            if !ended {
+                return;
+            }
+            self.held.clear();
+        }
+        self.inside = Inside::Nothing;
+    }
+
     /// What a grammar makes is a call as soon as its name is there; between two there is nothing to be said.
     fn forced(&mut self, style: CallStyle, ended: bool, parts: &mut Vec<Part>) {
-        if let Some(object) = &mut self.arguments {
-            let end = object.end(&self.held);
-            let text: String = self.held.drain(..end.unwrap_or(self.held.len())).collect();
-            if end.is_some() {
-                self.arguments = None;
-            }
-            if !text.is_empty() {
-                merge(parts, Part::Arguments(text));
-            }
-        } else if let Some((name, end)) = head(style, &self.held) {
-            self.held.drain(..end);
-            self.calls += 1;
-            self.arguments = Some(Object::default());
-            parts.push(Part::Call(Call { name, arguments: String::new() }));
+        if let Some((name, end)) = head(style, &self.held) {
+            self.call(name, end, parts);
         } else if ended {
             // Cut before there was a name.
             let rest = std::mem::take(&mut self.held);
@@ -281,23 +358,35 @@ mod tests {
         Part::Call(Call { name: "f".into(), arguments: arguments.into() })
     }
 
+    /// A call that was handed out as it came.
+    fn streamed(arguments: &str) -> [Part; 2] {
+        [call(""), Part::Arguments(arguments.into())]
+    }
+
+    fn letters(whole: &str) -> Vec<&str> {
+        whole.char_indices().map(|(at, c)| &whole[at..at + c.len_utf8()]).collect()
+    }
+
     #[test]
     fn thoughts_and_calls_are_told_from_what_is_said() {
         let tagged = shape(Some(CallStyle::Tagged));
         let thought = Part::Thought("so so".into());
         let whole = "\n<think>\nso so\n</think>\n\nHere:\n<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>\n";
-        assert_eq!(split(&tagged, &[whole]), [thought.clone(), text("Here:"), call("{}")]);
+        assert_eq!(
+            split(&tagged, &[whole]),
+            [&[thought.clone(), text("Here:")][..], &streamed("{}")].concat()
+        );
         assert_eq!(split(&shape(None), &["<think>so so"]), std::slice::from_ref(&thought));
         let begun = Shape { thinks: true, ..shape(None) };
         assert_eq!(split(&begun, &["so so</think>yes"]), [thought, text("yes")]);
         // A thought comes first or it is text.
         assert_eq!(split(&shape(None), &[" a <think>b"]), [text(" a <think>b")]);
         let twice = "<tool_call>{\"name\":\"f\",\"arguments\":{\"a\":1}}</tool_call>".repeat(2);
-        assert_eq!(split(&tagged, &[&twice]), [call("{\"a\":1}"), call("{\"a\":1}")]);
+        assert_eq!(split(&tagged, &[&twice]), [streamed("{\"a\":1}"), streamed("{\"a\":1}")].concat());
         let single = Shape { single: true, ..shape(Some(CallStyle::Tagged)) };
-        assert_eq!(split(&single, &[&twice]), [call("{\"a\":1}")]);
+        assert_eq!(split(&single, &[&twice]), streamed("{\"a\":1}"));
         let bare = shape(Some(CallStyle::Bare));
-        assert_eq!(split(&bare, &[" ", "{\"name\": \"f\", \"parameters\": {}}"]), [call("{}")]);
+        assert_eq!(split(&bare, &[" ", "{\"name\": \"f\", \"parameters\": {}}"]), streamed("{}"));
         assert_eq!(split(&bare, &[" {\"name\": \"g\"} "]), [text(" {\"name\": \"g\"} ")]);
     }
 
@@ -314,7 +403,6 @@ mod tests {
     #[test]
     fn a_forced_call_is_handed_out_as_it_comes() {
         let forced = |style| Shape { forced: true, ..shape(Some(style)) };
-        let call = |arguments: &str| [call(""), Part::Arguments(arguments.into())];
         let arguments = "{\"a\": [\"}\\\"{\", {}]}";
         for (style, whole) in [
             (
@@ -325,15 +413,76 @@ mod tests {
             (CallStyle::List, format!("[TOOL_CALLS] [{{\"name\": \"f\", \"arguments\": {arguments}}}]")),
             (CallStyle::Named, format!("[TOOL_CALLS]f[ARGS]{arguments}")),
         ] {
-            assert_eq!(split(&forced(style), &[&whole]), call(arguments), "{whole}");
-            let chars: Vec<String> = whole.chars().map(String::from).collect();
-            let chars: Vec<&str> = chars.iter().map(String::as_str).collect();
-            assert_eq!(split(&forced(style), &chars), call(arguments), "{whole}");
+            assert_eq!(split(&forced(style), &[&whole]), streamed(arguments), "{whole}");
+            assert_eq!(split(&forced(style), &letters(&whole)), streamed(arguments), "{whole}");
             assert_eq!(split(&forced(style), &[&whole.repeat(2)]).len(), 4, "{whole}");
         }
         assert_eq!(split(&forced(CallStyle::Tagged), &["<tool_call>\n{\"na"]), [text("<tool_call>\n{\"na")]);
         let cut = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a";
-        assert_eq!(split(&forced(CallStyle::Tagged), &[cut]), call("{\"a"));
+        assert_eq!(split(&forced(CallStyle::Tagged), &[cut]), streamed("{\"a"));
+    }
+
+    #[test]
+    fn a_call_that_need_not_have_come_is_handed_out_as_it_comes_too() {
+        let arguments = "{\"a\": [\"}\\\"</tool_call>{\", {}]}";
+        let object = |key: &str| format!("{{ \"name\" : \"f\", \"{key}\": {arguments}}}");
+        for (style, whole, two) in [
+            (CallStyle::Tagged, format!("<tool_call>\n{}\n</tool_call>", object("arguments")), ""),
+            (CallStyle::Bare, object("parameters"), "; "),
+            (CallStyle::Bare, format!("<|python_tag|>{}", object("parameters")), ""),
+            (CallStyle::Bare, object("parameters").replacen('{', "{\"type\": \"function\", ", 1), "\n"),
+            (CallStyle::List, format!("[TOOL_CALLS] [{}]", object("arguments")), ""),
+            (CallStyle::Named, format!("[TOOL_CALLS]f[ARGS]{arguments}"), ""),
+        ] {
+            let shape = shape(Some(style));
+            assert_eq!(split(&shape, &[&whole]), streamed(arguments), "{whole}");
+            let mut splitter = Splitter::new(shape.clone());
+            let parts: Vec<Part> = letters(&whole).iter().flat_map(|c| splitter.push(c)).collect();
+            assert_eq!(parts[0], call(""), "{whole}");
+            assert_eq!(parts.len(), 1 + arguments.len(), "each letter comes at once: {whole}");
+            assert_eq!(splitter.finish(), []);
+            let again = format!("{whole}{two}{whole}");
+            assert_eq!(split(&shape, &[&again]), [streamed(arguments), streamed(arguments)].concat());
+            assert_eq!(split(&shape, &letters(&again)), [streamed(arguments), streamed(arguments)].concat());
+            let single = Shape { single: true, ..shape };
+            assert_eq!(split(&single, &letters(&again)), streamed(arguments), "{again}");
+        }
+        let list = format!("[TOOL_CALLS][{0}, {0}] b", object("arguments"));
+        let both = [streamed(arguments), streamed(arguments)].concat();
+        let listed = shape(Some(CallStyle::List));
+        assert_eq!(split(&listed, &letters(&list)), [&both[..], &[text(" b")]].concat());
+        let single = Shape { single: true, ..listed };
+        assert_eq!(split(&single, &letters(&list)), streamed(arguments));
+    }
+
+    #[test]
+    fn around_a_call_nothing_is_lost_and_another_order_is_read_whole() {
+        let tagged = shape(Some(CallStyle::Tagged));
+        let head = "<tool_call>{\"name\": \"f\", \"arguments\": {}";
+        for (rest, said) in [
+            (", \"id\": \"}\"}</tool_call> b", " b"),
+            ("} b", " b"),
+            ("}</tool_", ""),
+            ("", ""),
+            ("] b", "] b"),
+            ("}}</tool_call>", "}</tool_call>"),
+        ] {
+            let whole = format!("{head}{rest}");
+            let mut expected = streamed("{}").to_vec();
+            expected.extend((!said.is_empty()).then(|| text(said)));
+            assert_eq!(split(&tagged, &[&whole]), expected, "{whole}");
+            assert_eq!(split(&tagged, &letters(&whole)), expected, "{whole}");
+        }
+        for whole in [
+            "<tool_call>{\"arguments\": {}, \"name\": \"f\"}</tool_call>",
+            "<tool_call>[{\"name\": \"f\", \"arguments\": {}}]</tool_call>",
+            "<tool_call>{\"name\": \"f\", \"arguments\": \"{}\"}</tool_call>",
+        ] {
+            assert_eq!(split(&tagged, &letters(whole)), [call("{}")], "{whole}");
+        }
+        let other = "<tool_call>{\"name\": \"g\", \"arguments\": {}}</tool_call>";
+        let unknown = Part::Call(Call { name: "g".into(), arguments: "{}".into() });
+        assert_eq!(split(&tagged, &letters(other)), [unknown]);
     }
 
     #[test]
@@ -345,9 +494,7 @@ mod tests {
             for (at, _) in whole.char_indices() {
                 assert_eq!(split(&shape, &[&whole[..at], &whole[at..]]), expected, "{calls:?} at {at}");
             }
-            let chars: Vec<String> = whole.chars().map(String::from).collect();
-            let chars: Vec<&str> = chars.iter().map(String::as_str).collect();
-            assert_eq!(split(&shape, &chars), expected, "{calls:?}");
+            assert_eq!(split(&shape, &letters(whole)), expected, "{calls:?}");
         }
     }
 }

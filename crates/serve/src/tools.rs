@@ -8,7 +8,7 @@ use crate::fields::{Fields, wrong};
 /// Tools per request.
 const MAX_TOOLS: usize = 128;
 /// Longest name of a tool, in characters.
-const MAX_NAME: usize = 64;
+pub(crate) const MAX_NAME: usize = 64;
 
 /// A function that the model may call.
 #[derive(Debug, Clone, PartialEq)]
