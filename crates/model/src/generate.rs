@@ -1,4 +1,6 @@
-//! Prompt in, tokens out, one at a time. Text begins at the tokenizer; this knows ids only.
+//! Prompt in, tokens out, one at a time. Text begins at the tokenizer; this knows ids only. What all generations share stands
+//! here; [`Generator`] and [`generate_all`] are for a model that is being trained and for tests. Whoever asks a model that
+//! does not change has the engine of serve.
 
 use std::collections::BTreeSet;
 

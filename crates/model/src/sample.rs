@@ -186,6 +186,14 @@ impl Sampler {
         Ok(largest(logits)?.0 as u32)
     }
 
+    /// As [`Sampler::best`], where the id of the largest logit has been found already.
+    ///
+    /// # Errors
+    /// When that logit is no number to choose by.
+    pub fn best_of(id: u32, logit: f32) -> Result<u32> {
+        if logit.is_finite() { Ok(id) } else { Err(impossible(id as usize, logit)) }
+    }
+
     /// The most probable tokens of the last choice with their log-probabilities, best first: as many as
     /// [`Sampling::logprobs`] asks for.
     pub fn alternatives(&self) -> &[(u32, f32)] {
@@ -298,14 +306,21 @@ fn largest(logits: &[f32]) -> Result<(usize, f32)> {
     if broken.contains(&true)
         && let Some(id) = logits.iter().position(wrong)
     {
-        let l = logits[id];
-        let message = format!("the logit of token {id} is {l}: the weights or the adapter are broken");
-        return Err(Error::Request(message));
+        return Err(impossible(id, logits[id]));
     }
     match logits.iter().position(|l| *l == largest) {
         Some(best) if largest > f32::NEG_INFINITY => Ok((best, largest)),
-        _ => Err(Error::Request("no token is possible: every logit is minus infinity".into())),
+        _ => Err(impossible(0, f32::NEG_INFINITY)),
     }
+}
+
+/// Why nothing can be chosen where `logit` is the one to choose by.
+fn impossible(id: usize, logit: f32) -> Error {
+    Error::Request(if logit == f32::NEG_INFINITY {
+        "no token is possible: every logit is minus infinity".into()
+    } else {
+        format!("the logit of token {id} is {logit}: the weights or the adapter are broken")
+    })
 }
 
 /// The last `n` of `history`; all for 0.

@@ -13,7 +13,7 @@ use crate::prompt::{Ready, Source, ready};
 use crate::reply::{Choice, Kind, Reply};
 use crate::serve::State;
 use crate::sse::{Stream, Writer};
-use crate::{ApiError, ChatRequest, Common, CompletionRequest, Event, Job, Lease, Usage, anthropic};
+use crate::{ApiError, ChatRequest, Common, CompletionRequest, Event, Job, Lease, Tally, Usage, anthropic};
 
 /// Events a sequence may be ahead of its reader before the engine lets it wait.
 const EVENTS_AHEAD: usize = 32;
@@ -77,6 +77,7 @@ pub(crate) async fn generate(
     record.log.model = Some(model.clone());
     state.fair(lease.as_ref(), count)?;
     let generation = lease.as_ref().map(|lease| lease.generation().content().to_owned());
+    record.log.generation.clone_from(&generation);
     let (ready, permits) = prepared(state, &common, source, permits).await?;
     let reply = Reply {
         kind,
@@ -96,7 +97,10 @@ pub(crate) async fn generate(
         seed: state.random(),
     };
     common.params.stop.extend(ready.stops.iter().cloned());
-    let events = submit(state, &common, lease.as_ref(), &ready, permits)?;
+    record.follow(count, common.choices);
+    let events = submit(state, &common, lease.as_ref(), &ready, (permits, record.tallies()))?;
+    // From here on each sequence holds the version for itself, and only what runs or waits is counted.
+    drop(lease);
     if common.stream {
         let writer = Writer::new(reply, count, common.include_usage);
         hold(events, writer, state.config.ping_interval).await.map(|start| Answer::Stream(Box::new(start)))
@@ -116,8 +120,9 @@ fn chat_source(body: &Map<String, Value>, state: &State) -> Result<(Common, Sour
 pub(crate) async fn count_tokens(state: &Arc<State>, body: Map<String, Value>) -> Result<Value, ApiError> {
     state.available()?;
     let (common, source, count) = chat_source(&anthropic::chat_request(&body, true)?, state)?;
-    state.registry.resolve(common.model.as_deref(), common.adapter_scale)?;
     let permits = state.engine.admit(count)?;
+    // What could be asked can be counted, so a name that is not known is looked for as it is there.
+    let _held = resolve(state, common.model.as_deref(), common.adapter_scale).await?;
     let (ready, _permits) = prepared(state, &common, source, permits).await?;
     Ok(json!({"input_tokens": ready.prompts.iter().map(Vec::len).sum::<usize>()}))
 }
@@ -143,12 +148,12 @@ fn submit(
     common: &Common,
     adapter: Option<&Lease>,
     ready: &Ready,
-    permits: Vec<OwnedSemaphorePermit>,
+    (permits, tallies): (Vec<OwnedSemaphorePermit>, &[Arc<Tally>]),
 ) -> Result<mpsc::Receiver<(usize, Event)>, ApiError> {
     let info = state.engine.info();
     let (sender, events) = mpsc::channel(EVENTS_AHEAD * permits.len().max(1));
     let prompts = ready.prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt, common.choices));
-    for (index, (prompt, permit)) in prompts.zip(permits).enumerate() {
+    for (index, ((prompt, permit), tally)) in prompts.zip(permits).zip(tallies).enumerate() {
         let mut params = common.params.clone();
         // What does not fit ends with `length`, as it does at a limit that the client set.
         params.max_tokens = params.max_tokens.min(info.context - prompt.len());
@@ -163,7 +168,8 @@ fn submit(
         }
         let adapter = adapter.cloned();
         let (prompt, guide, events) = (prompt.clone(), ready.guide.clone(), sender.clone());
-        state.engine.submit(Job { prompt, params, guide, adapter, index, events, permit })?;
+        let tally = tally.clone();
+        state.engine.submit(Job { prompt, params, guide, adapter, index, events, tally, permit })?;
     }
     Ok(events)
 }
@@ -215,7 +221,7 @@ async fn collect(
             Event::Done { finish, usage } => {
                 choice.end(finish);
                 record.log.finishes.push(finish);
-                sum.add(reply.counted(index, usage));
+                sum.add(usage.counted(index, reply.choices));
                 open -= 1;
             }
             Event::Failed(error) => return Err(error),

@@ -35,13 +35,13 @@ impl ApiKeys {
         if self.is_empty() {
             return true;
         }
-        let bearer = headers.get(header::AUTHORIZATION).map(|value| value.as_bytes()).and_then(bearer);
+        let bearer = bearer(headers);
         let plain = headers.get(X_API_KEY).map(|value| value.as_bytes());
         [bearer, plain].into_iter().flatten().any(|shown| self.holds(shown.trim_ascii()))
     }
 
-    /// Every key is compared whole, whether one was found or not.
-    fn holds(&self, shown: &[u8]) -> bool {
+    /// Whether it is one of the keys. Every key is compared whole, whether one was found or not.
+    pub(crate) fn holds(&self, shown: &[u8]) -> bool {
         let shown = digest(shown);
         let same = |key: &[u8; 32]| {
             let difference = key.iter().zip(&shown).fold(0, |all, (a, b)| all | (a ^ b));
@@ -55,7 +55,9 @@ fn digest(bytes: &[u8]) -> [u8; 32] {
     Sha256::digest(bytes).into()
 }
 
-fn bearer(value: &[u8]) -> Option<&[u8]> {
+/// The key of `Authorization: Bearer KEY`.
+pub(crate) fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
+    let value = headers.get(header::AUTHORIZATION)?.as_bytes();
     let (scheme, key) = value.split_at_checked(7)?;
     scheme.eq_ignore_ascii_case(b"bearer ").then_some(key)
 }

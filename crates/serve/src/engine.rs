@@ -10,15 +10,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use graft_adapters::{Fingerprint, Kind, StoredAdapter, StoredSet};
+use graft_adapters::{Fingerprint, Kind, Route, StoredAdapter, StoredSet};
 use graft_model::{ChatTemplate, KvCache, MAX_TOGETHER, Model, Tokenizer};
 use graft_ops::Dtype;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::generation::Generation;
 use crate::residents::Adopted;
-use crate::scheduler::Scheduler;
-use crate::tokens::TokenTexts;
+use crate::scheduler::{Limits, Scheduler};
+use crate::tokens::{TokenTexts, Vocabulary};
 use crate::{ApiError, EngineStats, Error, Job, LogSink, Result};
 
 /// MLX evaluates a graph by recursion, and a prompt's graph is deep.
@@ -51,6 +51,19 @@ pub struct EngineConfig {
     pub log: LogSink,
 }
 
+impl EngineConfig {
+    pub(crate) fn limits(&self) -> Limits {
+        Limits {
+            max_concurrent: self.max_concurrent,
+            kv_memory: self.kv_memory,
+            prefix_memory: self.kv_memory,
+            prompts_first: false,
+            stall_timeout: self.stall_timeout,
+            log: self.log.clone(),
+        }
+    }
+}
+
 /// Most sequences at a time.
 pub const MAX_CONCURRENT: usize = MAX_TOGETHER;
 /// A sensible number of sequences that wait.
@@ -75,6 +88,12 @@ pub struct Info {
     /// Shape and kind of each module on which an adapter may act.
     pub(crate) modules: HashMap<String, ((i32, i32), Kind)>,
     pub(crate) fingerprint: Option<Fingerprint>,
+}
+
+impl Info {
+    pub(crate) fn words(&self) -> Vocabulary<'_> {
+        Vocabulary::new(&self.tokenizer, self.vocab)
+    }
 }
 
 /// What the thread is told.
@@ -303,7 +322,7 @@ fn run(
         Ok((model, info)) => {
             let info = Arc::new(info);
             let _gone = report.send(Ok(info.clone()));
-            Scheduler::new(&model, &info, config).run(commands, stats);
+            Scheduler::new(&model, info.words(), Route::Base, config.limits()).run(commands, stats);
         }
         Err(e) => {
             let _gone = report.send(Err(e));

@@ -59,7 +59,10 @@ pub enum Error {
     /// The engine's thread could not be started, or ended while it loaded.
     #[error("the engine thread {0}")]
     Engine(String),
-    /// The model, its tokenizer or its chat template cannot be loaded.
+    /// The model could not go on with an answer.
+    #[error("the model failed on an answer: {0}")]
+    Answer(String),
+    /// The model, its tokenizer or its chat template cannot be loaded, or asked this.
     #[error(transparent)]
     Model(#[from] graft_model::Error),
     /// An adapter cannot be served on this base.

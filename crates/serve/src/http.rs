@@ -328,7 +328,7 @@ fn whole(status: StatusCode, value: &Value, record: &mut Record) -> Response<Rea
 }
 
 fn failed(error: &ApiError, record: &mut Record) -> Response<Reader> {
-    record.log.error = Some(error.label());
+    record.failed(error);
     let status = StatusCode::from_u16(error.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let body = if record.message {
         let mut body = anthropic::error_body(error);

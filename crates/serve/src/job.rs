@@ -1,5 +1,8 @@
 //! What passes between the async side and the engine thread: ids, text, numbers and channels, no arrays.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use crate::{ApiError, Guide, Lease, Params};
@@ -19,6 +22,8 @@ pub struct Job {
     pub index: usize,
     /// Where its events go. When the receiver is gone the sequence ends at the next step.
     pub events: mpsc::Sender<(usize, Event)>,
+    /// What it has taken so far, for who is not told by its last event.
+    pub tally: Arc<Tally>,
     /// The place it takes among running and waiting sequences; given back when the sequence ends.
     pub permit: OwnedSemaphorePermit,
 }
@@ -82,11 +87,45 @@ impl Usage {
     /// Nothing yet.
     pub const ZERO: Self = Self { prompt: 0, completion: 0, cached: 0 };
 
+    /// What the sequence `index` adds to its request's: a prompt counts once, however many `choices` it has.
+    pub(crate) fn counted(self, index: usize, choices: usize) -> Self {
+        match index % choices.max(1) {
+            0 => self,
+            _ => Self { prompt: 0, cached: 0, ..self },
+        }
+    }
+
     /// The sum over the choices of a request.
     pub fn add(&mut self, other: Self) {
         self.prompt += other.prompt;
         self.completion += other.completion;
         self.cached += other.cached;
+    }
+}
+
+/// The tokens that a sequence has taken so far: the engine counts, and whoever asks while it runs is at most one pass behind.
+#[derive(Debug, Default)]
+pub struct Tally {
+    prompt: AtomicUsize,
+    completion: AtomicUsize,
+    cached: AtomicUsize,
+}
+
+impl Tally {
+    /// What has been taken; of the prompt, what has been read.
+    pub fn usage(&self) -> Usage {
+        Usage {
+            prompt: self.prompt.load(Ordering::Relaxed),
+            completion: self.completion.load(Ordering::Relaxed),
+            cached: self.cached.load(Ordering::Relaxed),
+        }
+    }
+
+    pub(crate) fn set(&self, usage: Usage) {
+        // A prompt that is read again after a failure is not taken back.
+        self.prompt.fetch_max(usage.prompt, Ordering::Relaxed);
+        self.completion.store(usage.completion, Ordering::Relaxed);
+        self.cached.store(usage.cached, Ordering::Relaxed);
     }
 }
 

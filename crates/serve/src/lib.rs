@@ -12,6 +12,7 @@
 //! engine  the thread and its handle     split, calls            thoughts and calls in an answer's text
 //! reply, sse  events to JSON and streams
 //! scheduler, pass, sequence, stop, tokens, prefixes, residents   what runs on the engine's thread
+//! local   the same on the caller's thread, without a server
 //! ```
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a panic is a test's report"))]
@@ -32,6 +33,7 @@ mod http;
 mod job;
 mod lifecycle;
 mod loader;
+mod local;
 mod log;
 mod messages;
 mod metrics;
@@ -61,7 +63,8 @@ pub use engine::{Engine, EngineConfig, Info, MAX_CONCURRENT, MAX_QUEUE};
 pub use error::{ApiError, Error, Result};
 pub use generation::{Generation, Lease};
 pub use guide::Guide;
-pub use job::{Event, Finish, Job, TokenLogprob, TokenText, Usage};
+pub use job::{Event, Finish, Job, Tally, TokenLogprob, TokenText, Usage};
+pub use local::{Answered, Ask, Local};
 pub use log::{LogEvent, LogSink, RequestLog};
 pub use params::{Common, Defaults, Params};
 pub use registry::{AdapterPolicy, DEFAULT_MODEL};

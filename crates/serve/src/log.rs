@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::{Finish, Usage};
+use crate::{ApiError, Finish, Tally, Usage};
 
 /// Something worth a line in a log.
 #[derive(Debug, Clone)]
 pub enum LogEvent {
     /// A request ended, however it did.
-    Request(RequestLog),
+    Request(Box<RequestLog>),
     /// The engine failed on a sequence; the request was told less.
     Failure {
         /// What the model or the array library said.
@@ -30,6 +30,8 @@ pub struct RequestLog {
     pub route: &'static str,
     /// The model it named, where one was found.
     pub model: Option<String>,
+    /// The version of the adapter that answered; none for the base.
+    pub generation: Option<String>,
     /// HTTP status; 499 where the client left before there was one.
     pub status: u16,
     /// The error's code and the field that is to blame, where it was one; nothing of what the client wrote.
@@ -38,7 +40,7 @@ pub struct RequestLog {
     pub finishes: Vec<Finish>,
     /// The client left before the answer was complete.
     pub canceled: bool,
-    /// Tokens, as far as they were counted when it ended.
+    /// Tokens. Of an answer that was not completed those that were taken until then, up to one pass before its end.
     pub usage: Usage,
     /// Until the first piece of text.
     pub first: Option<Duration>,
@@ -56,6 +58,11 @@ pub(crate) struct Record {
     pub(crate) message: bool,
     start: Instant,
     sink: LogSink,
+    /// What its sequences have taken so far, and how many of them a prompt has.
+    tallies: Vec<Arc<Tally>>,
+    choices: usize,
+    /// The usage is known.
+    counted: bool,
 }
 
 impl Record {
@@ -66,6 +73,7 @@ impl Record {
             path,
             route: "none",
             model: None,
+            generation: None,
             status: 499,
             error: None,
             finishes: Vec::new(),
@@ -74,7 +82,19 @@ impl Record {
             first: None,
             total: Duration::ZERO,
         };
-        Self { log, message: false, start: Instant::now(), sink }
+        let (tallies, start) = (Vec::new(), Instant::now());
+        Self { log, message: false, start, sink, tallies, choices: 1, counted: false }
+    }
+
+    /// It will have `count` sequences, `choices` of each prompt.
+    pub(crate) fn follow(&mut self, count: usize, choices: usize) {
+        self.tallies = (0..count).map(|_| Arc::default()).collect();
+        self.choices = choices;
+    }
+
+    /// One for each sequence.
+    pub(crate) fn tallies(&self) -> &[Arc<Tally>] {
+        &self.tallies
     }
 
     /// Text has come.
@@ -86,12 +106,24 @@ impl Record {
     pub(crate) fn complete(&mut self, usage: Usage) {
         self.log.usage = usage;
         self.log.canceled = false;
+        self.counted = true;
+    }
+
+    /// An error ended it.
+    pub(crate) fn failed(&mut self, error: &ApiError) {
+        self.log.error = Some(error.label());
+        self.log.canceled = false;
     }
 }
 
 impl Drop for Record {
     fn drop(&mut self) {
         self.log.total = self.start.elapsed();
-        (self.sink)(LogEvent::Request(self.log.clone()));
+        if !self.counted {
+            for (index, tally) in self.tallies.iter().enumerate() {
+                self.log.usage.add(tally.usage().counted(index, self.choices));
+            }
+        }
+        (self.sink)(LogEvent::Request(Box::new(self.log.clone())));
     }
 }

@@ -1,5 +1,8 @@
 //! Figures for Prometheus. What other servers count too has vLLM's names, which dashboards know; the rest has ours.
 
+use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
+
 use prometheus::{
     Gauge, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
 };
@@ -44,13 +47,21 @@ pub(crate) struct Metrics {
     generation: HistogramVec,
     up: IntGauge,
     gauges: Vec<(Gauge, Read)>,
+    /// The models that have figures of their own.
+    models: Mutex<BTreeSet<String>>,
 }
+
+/// Models with figures of their own; those that come later share one label, since adapters may come and go for months and a
+/// label is never forgotten.
+const MAX_MODELS: usize = 500;
+/// That label.
+const OTHERS: &str = "others";
 
 /// What a gauge shows of the engine's figures.
 type Read = fn(&EngineStats) -> f64;
 
 /// The engine's own figures; those that only grow are gauges here too, since they are read and not counted.
-const ENGINE: [(&str, &str, Read); 15] = [
+const ENGINE: [(&str, &str, Read); 17] = [
     ("vllm:num_requests_running", "Sequences that read their prompt or answer.", |s| s.running as f64),
     ("vllm:num_requests_waiting", "Sequences that wait for a place or for memory.", |s| s.waiting as f64),
     ("vllm:kv_cache_usage_perc", "Part of the memory for keys and values that is taken, 0 to 1.", |s| {
@@ -69,6 +80,10 @@ const ENGINE: [(&str, &str, Read); 15] = [
     ("graft_adapter_bytes", "Memory of all versions.", |s| s.adapter_bytes as f64),
     ("graft_engine_steps", "Passes that gave tokens.", |s| s.steps as f64),
     ("graft_engine_failures", "Passes, and choices of a token, that failed.", |s| s.failures as f64),
+    ("graft_sequences_canceled", "Sequences whose reader left or stood still before they were over.", |s| {
+        s.canceled as f64
+    }),
+    ("graft_canceled_tokens", "Tokens that such sequences were answered.", |s| s.canceled_tokens as f64),
     ("graft_engine_busy_seconds", "Seconds that the engine had work.", |s| s.busy_seconds),
 ];
 
@@ -151,6 +166,7 @@ impl Metrics {
             )?,
             up: gauge("graft_engine_up", "1 while the engine's thread runs.")?,
             gauges,
+            models: Mutex::default(),
             canceled,
             registry,
         })
@@ -164,7 +180,7 @@ impl Metrics {
         };
         self.requests.with_label_values(&[method, log.route, &log.status.to_string()]).inc();
         // The model is there only where it has been found, so that clients cannot make up labels.
-        let Some(model) = log.model.as_deref() else { return };
+        let Some(model) = log.model.as_deref().map(|model| self.label(model)) else { return };
         let labels = &[model];
         for finish in &log.finishes {
             let reason = match finish {
@@ -185,6 +201,10 @@ impl Metrics {
         self.prompt_tokens.with_label_values(labels).inc_by(usage.prompt as u64);
         self.cached_tokens.with_label_values(labels).inc_by(usage.cached as u64);
         self.generation_tokens.with_label_values(labels).inc_by(usage.completion as u64);
+        // How long a request took says something only where all of it was answered.
+        if log.canceled || log.error.is_some() {
+            return;
+        }
         self.request.with_label_values(labels).observe(total);
         self.prompt.with_label_values(labels).observe(usage.prompt as f64);
         self.generation.with_label_values(labels).observe(usage.completion as f64);
@@ -197,6 +217,15 @@ impl Metrics {
         }
     }
 
+    fn label<'a>(&self, model: &'a str) -> &'a str {
+        let mut models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
+        if models.contains(model) || (models.len() < MAX_MODELS && models.insert(model.to_owned())) {
+            model
+        } else {
+            OTHERS
+        }
+    }
+
     /// The text of them all, with what the engine does at the moment.
     pub(crate) fn text(&self, state: &State) -> String {
         let stats = state.stats();
@@ -205,5 +234,33 @@ impl Metrics {
         }
         self.up.set(i64::from(state.engine.is_alive()));
         TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::log::Record;
+
+    #[test]
+    fn models_that_come_and_go_for_ever_do_not_fill_the_memory() {
+        let metrics = Metrics::new().unwrap();
+        for index in 0..MAX_MODELS + 50 {
+            let mut record = Record::new("id".into(), "POST".into(), "/".into(), Arc::new(|_| {}));
+            record.log.model = Some(format!("run-{index}"));
+            for _ in 0..2 {
+                metrics.count(&record.log);
+            }
+        }
+        let text = TextEncoder::new().encode_to_string(&metrics.registry.gather()).unwrap();
+        let aborts: Vec<&str> =
+            text.lines().filter(|l| l.starts_with("vllm:request_success_total{")).collect();
+        assert_eq!(aborts.len(), MAX_MODELS + 1);
+        assert!(
+            aborts.iter().any(|line| line.contains("\"others\"") && line.ends_with(" 100")),
+            "{aborts:?}"
+        );
     }
 }

@@ -1,6 +1,8 @@
 //! How an answer is to be generated: the fields that chat and completion requests share, checked one by one, and those
 //! that would change the answer and are not supported, refused by name.
 
+use std::collections::BTreeSet;
+
 use graft_model::Sampling;
 use serde_json::{Map, Value, json};
 
@@ -36,6 +38,8 @@ pub struct Params {
     pub sampling: Sampling,
     /// Strings that end the answer.
     pub stop: Vec<String>,
+    /// Ids that end the answer beside the model's own.
+    pub stop_ids: BTreeSet<u32>,
 }
 
 /// Fields that both kinds of request share.
@@ -211,6 +215,7 @@ fn params(
         max_tokens: limit.map_or(defaults.max_tokens, |n| n as usize),
         sampling,
         stop: stops(fields)?,
+        stop_ids: BTreeSet::new(),
     })
 }
 

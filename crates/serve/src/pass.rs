@@ -9,57 +9,104 @@ use std::rc::Rc;
 
 use graft_adapters::{Route, RouteRows, Table};
 use graft_model::{KvCache, Model, PREFILL_STEP};
-use graft_ops::{Array, Dtype, Rows, ffi};
+use graft_ops::{Array, Dtype, Rows as Lengths, ffi};
 use mlx_rs::ops::indexing::{TryIndexOp as _, argmax_axis};
 
 use crate::sequence::Sequence;
 
-/// Logits that are being computed, and the ids that follow from them.
+/// Logits that are being computed, or the ids that follow from them.
 pub(crate) struct Ahead {
     /// The sequences, by row.
     pub(crate) members: Vec<u64>,
-    logits: Array,
-    ids: Option<Array>,
+    made: Made,
+}
+
+enum Made {
+    /// (M, V), f32.
+    Logits(Array),
+    /// The ids (M,) of the largest logits, and those logits (M, 1).
+    Best(Array, Array),
+}
+
+/// What a pass gave for each of its rows.
+pub(crate) enum Rows {
+    /// Rows of logits, one behind the other.
+    Logits(Vec<f32>),
+    /// The id of the largest logit, and that logit.
+    Best(Vec<(u32, f32)>),
 }
 
 impl Ahead {
-    /// Waits for the logits: a row of the vocabulary's length for each member.
-    pub(crate) fn read(&self) -> Result<Vec<f32>, String> {
-        caught(|| Ok(ffi::read::<f32>(&self.logits).map_err(words)?.to_vec()))
+    /// Waits for what is being computed. Where the largest logit is all that is asked for, the others stay where they are.
+    pub(crate) fn read(&self) -> Result<Rows, String> {
+        caught(|| match &self.made {
+            Made::Logits(logits) => Ok(Rows::Logits(ffi::read::<f32>(logits).map_err(words)?.to_vec())),
+            Made::Best(ids, best) => {
+                let ids = ffi::read::<i32>(ids).map_err(words)?.iter().map(|id| *id as u32);
+                Ok(Rows::Best(ids.zip(ffi::read::<f32>(best).map_err(words)?.iter().copied()).collect()))
+            }
+        })
+    }
+
+    /// The ids that the next pass takes, where they need not come from the host.
+    fn ids(&self) -> Option<Array> {
+        match &self.made {
+            Made::Logits(_) => None,
+            Made::Best(ids, _) => Some(ids.clone()),
+        }
     }
 }
 
 /// Begins the pass that gives one more token of each sequence of a group, those of one adapter side by side. The tokens that
-/// it takes are those that `last` is computing, or else the last ones that were chosen; with `ids` it computes the next ones, too.
+/// it takes are those that `last` is computing, or else the next ones of those that are known; with `best` it computes the next
+/// ones, too, and not what the host would choose by.
+/// Sequences that hold no adapter take `base`.
 pub(crate) fn begin(
     model: &Model,
+    base: Route,
     group: &mut [&mut Sequence],
     last: Option<&Ahead>,
-    ids: bool,
+    best: bool,
 ) -> Result<Ahead, String> {
     caught(|| {
         let members = group.iter().map(|sequence| sequence.id).collect();
-        let tokens: Vec<i32> = group.iter().filter_map(|s| s.history.last()).map(|id| *id as i32).collect();
-        let tokens = match last.and_then(|last| last.ids.clone()) {
+        let tokens = match last.and_then(Ahead::ids) {
             Some(ids) => ids,
-            None => Array::from_slice(&tokens, &[tokens.len() as i32]),
+            None => {
+                let known: Vec<i32> = group.iter().filter_map(|s| s.next()).map(|id| id as i32).collect();
+                Array::from_slice(&known, &[known.len() as i32])
+            }
         };
         let tables: Vec<Option<Rc<Table>>> = group.iter().map(|sequence| sequence.table.clone()).collect();
         let parts = parts(&tables);
         let route = match parts.as_slice() {
-            [one] => one.table.map_or(Route::Base, Route::Table),
+            [one] => one.table.map_or(base, Route::Table),
             several => Route::Mixed(several),
         };
         let mut caches: Vec<&mut KvCache> = group.iter_mut().map(|s| &mut s.cache).collect();
-        let rows = Rows { lengths: vec![1; caches.len()], starts: caches.iter().map(|c| c.len()).collect() };
+        let rows =
+            Lengths { lengths: vec![1; caches.len()], starts: caches.iter().map(|c| c.len()).collect() };
         let hidden = model.hidden(&tokens, &rows, Some(&mut caches), &route).map_err(words)?;
-        let logits = logits(model, &hidden, &route)?;
-        let next = || argmax_axis(&logits, -1, false)?.as_dtype(Dtype::Int32);
-        let ids = ids.then(next).transpose().map_err(words)?;
-        let arrays = caches.iter().flat_map(|cache| cache.arrays()).chain([&logits]).chain(&ids);
+        let made = if best {
+            largest(&model.logits(&hidden, &route).map_err(words)?).map_err(words)?
+        } else {
+            Made::Logits(logits(model, &hidden, &route)?)
+        };
+        let arrays = caches.iter().flat_map(|cache| cache.arrays());
+        let arrays = arrays.chain(match &made {
+            Made::Logits(logits) => vec![logits],
+            Made::Best(ids, best) => vec![ids, best],
+        });
         ffi::async_eval(arrays).map_err(words)?;
-        Ok(Ahead { members, logits, ids })
+        Ok(Ahead { members, made })
     })
+}
+
+/// The largest of each row of logits (M, V). Where nothing compares with it, since it is not a number, it is such a one itself.
+fn largest(logits: &Array) -> graft_ops::Result<Made> {
+    let ids = argmax_axis(logits, -1, true)?;
+    let best = logits.take_along_axis(&ids, -1)?;
+    Ok(Made::Best(ids.as_dtype(Dtype::Int32)?.reshape(&[-1])?, best.as_dtype(Dtype::Float32)?))
 }
 
 /// Rows that stand together and have one adapter.
@@ -73,16 +120,18 @@ fn parts(tables: &[Option<Rc<Table>>]) -> Vec<RouteRows<'_>> {
     groups.map(|group| RouteRows { rows: group.len() as i32, table: group[0].as_deref() }).collect()
 }
 
-/// Reads a sequence's tokens up to the next border of a chunk. If that is the end, the logits (V,) after it; else nothing.
-pub(crate) fn chunk(model: &Model, sequence: &mut Sequence) -> Result<Option<Vec<f32>>, String> {
+/// Reads a sequence's prompt up to the next border of a chunk. If that is its end, and nothing was said after it, the logits
+/// (V,) that follow; else nothing.
+/// A sequence that holds no adapter takes `base`.
+pub(crate) fn chunk(model: &Model, base: Route, sequence: &mut Sequence) -> Result<Option<Vec<f32>>, String> {
     caught(|| {
         let start = sequence.cache.len().max(0) as usize;
-        let end = ((start / PREFILL_STEP + 1) * PREFILL_STEP).min(sequence.history.len());
+        let end = ((start / PREFILL_STEP + 1) * PREFILL_STEP).min(sequence.prompt);
         let last = end == sequence.history.len();
-        let route = sequence.table.as_deref().map_or(Route::Base, Route::Table);
+        let route = sequence.table.as_deref().map_or(base, Route::Table);
         let tokens: Vec<i32> = sequence.history[start..end].iter().map(|id| *id as i32).collect();
         let count = tokens.len() as i32;
-        let rows = Rows { lengths: vec![count], starts: vec![start as i32] };
+        let rows = Lengths { lengths: vec![count], starts: vec![start as i32] };
         let tokens = Array::from_slice(&tokens, &[count]);
         let mut caches = [&mut sequence.cache];
         let hidden = model.hidden(&tokens, &rows, Some(&mut caches), &route).map_err(words)?;

@@ -241,14 +241,6 @@ impl Reply {
             }
         }
     }
-
-    /// What the sequence `index` adds to the usage: a prompt counts once, however many answers it gets.
-    pub(crate) fn counted(&self, index: usize, usage: Usage) -> Usage {
-        match index % self.choices.max(1) {
-            0 => usage,
-            _ => Usage { prompt: 0, cached: 0, ..usage },
-        }
-    }
 }
 
 fn finish_word(finish: Finish, called: bool) -> &'static str {

@@ -11,6 +11,7 @@ use graft_model::Model;
 use graft_ops::{Array, Exception, ffi};
 
 use crate::generation::Key;
+use crate::pass::caught;
 
 /// Scaled adapters that are kept beside those that sequences hold.
 const MAX_SCALED: usize = 64;
@@ -129,7 +130,7 @@ impl<'a> Residents<'a> {
                     self.held.insert(slot, made);
                     done(Ok(()));
                 }
-                Some((path, stored)) => match adopted(model, &path, &stored, &mut made) {
+                Some((path, stored)) => match guarded(&path, || adopted(model, &path, &stored, &mut made)) {
                     Ok(()) => self.work.push_front(Work::Adopt { slot, rest, made, done }),
                     Err(e) => done(Err(e)),
                 },
@@ -138,10 +139,12 @@ impl<'a> Residents<'a> {
                 let resident = self.held.get(&key.slot);
                 match (rest.pop(), resident) {
                     (None, _) => self.keep(key, Ok(Rc::new(Table { sites: made }))),
-                    (Some(path), Some(resident)) => match rescaled(model, &path, &mut made, resident) {
-                        Ok(()) => self.work.push_front(Work::Scale { key, rest, made }),
-                        Err(e) => self.keep(key, Err(e.to_string())),
-                    },
+                    (Some(path), Some(resident)) => {
+                        match guarded(&path, || rescaled(model, &path, &mut made, resident)) {
+                            Ok(()) => self.work.push_front(Work::Scale { key, rest, made }),
+                            Err(e) => self.keep(key, Err(e.to_string())),
+                        }
+                    }
                     // It was released meanwhile.
                     (Some(_), None) => {}
                 }
@@ -187,6 +190,23 @@ fn check(path: &str, factor: Option<&Array>) -> Result<()> {
     }
 }
 
+/// Runs a part of a work; a panic in it ends the work with an error, of which whoever waits for it is told.
+fn guarded(path: &str, part: impl FnOnce() -> Result<()>) -> Result<()> {
+    caught(|| Ok(part())).unwrap_or_else(|panic| Err(failed(path, &panic)))
+}
+
 fn failed(path: &str, why: &str) -> Error {
     Error::Array(Exception::custom(format!("{path}: {why}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_ends_its_work_and_is_told() {
+        let error = guarded("model.layers.0.x", || panic!("at {}", 3)).unwrap_err();
+        assert!(error.to_string().contains("model.layers.0.x: at 3"), "{error}");
+        assert!(guarded("x", || Ok(())).is_ok());
+    }
 }

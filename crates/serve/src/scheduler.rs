@@ -6,21 +6,24 @@
 //! wait, one whose adapter has the fewest running comes first, then one whose adapter began a sequence longest ago, then the
 //! oldest; one that was chosen and only lacks memory lets nobody pass.
 
+mod steps;
+
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use graft_adapters::Table;
+use graft_adapters::{Route, Table};
 use graft_model::{KvCache, Model, Sampler};
 
-use crate::engine::{Command, EngineConfig, Info};
+use crate::engine::Command;
 use crate::log::LogEvent;
-use crate::pass::{Ahead, begin, caught, chunk};
+use crate::pass::Ahead;
 use crate::prefixes::Prefixes;
 use crate::residents::{Found, Residents};
 use crate::sequence::{Sequence, Start};
+use crate::tokens::Vocabulary;
 use crate::{ApiError, EngineStats, Event, Job, Lease, LogSink};
 
 /// Pause when every sequence waits for its reader.
@@ -29,14 +32,31 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// An adapter on its way takes one linear a turn, or this part of the turn's time if that is more.
 const ADAPTING: u32 = 16;
 
+/// How much a scheduler takes on, and in which order.
+#[derive(Clone)]
+pub(crate) struct Limits {
+    /// Sequences that run at a time.
+    pub(crate) max_concurrent: usize,
+    /// Bytes that keys and values of all sequences, and of the prefixes that are kept, may take.
+    pub(crate) kv_memory: usize,
+    /// Of these, bytes that prefixes may take at most.
+    pub(crate) prefix_memory: usize,
+    /// All prompts are read before a token is decoded. The first tokens come later, and all of them sooner, since a pass over
+    /// few rows takes nearly as long as one over many.
+    pub(crate) prompts_first: bool,
+    /// How long a reader may take nothing before its sequence is ended.
+    pub(crate) stall_timeout: Duration,
+    /// Told of failures.
+    pub(crate) log: LogSink,
+}
+
 /// The engine's loop.
 pub(crate) struct Scheduler<'a> {
     model: &'a Model,
-    info: &'a Info,
-    max_concurrent: usize,
-    stall_timeout: Duration,
-    kv_memory: usize,
-    log: &'a LogSink,
+    words: Vocabulary<'a>,
+    /// What a sequence without an adapter of its own computes with.
+    base: Route<'a>,
+    limits: Limits,
     residents: Residents<'a>,
     prefixes: Prefixes,
     waiting: VecDeque<Job>,
@@ -52,14 +72,12 @@ pub(crate) struct Scheduler<'a> {
 }
 
 impl<'a> Scheduler<'a> {
-    pub(crate) fn new(model: &'a Model, info: &'a Info, config: &'a EngineConfig) -> Self {
+    pub(crate) fn new(model: &'a Model, words: Vocabulary<'a>, base: Route<'a>, limits: Limits) -> Self {
         Self {
             model,
-            info,
-            max_concurrent: config.max_concurrent,
-            stall_timeout: config.stall_timeout,
-            kv_memory: config.kv_memory,
-            log: &config.log,
+            words,
+            base,
+            limits,
             residents: Residents::new(model),
             prefixes: Prefixes::default(),
             waiting: VecDeque::new(),
@@ -94,21 +112,70 @@ impl<'a> Scheduler<'a> {
     }
 
     /// One step of everything. False if there was nothing to do but to wait.
-    fn turn(&mut self) -> bool {
-        self.waiting.retain(|job| !job.events.is_closed());
-        self.next = self.next.take().filter(|job| !job.events.is_closed());
-        let (now, patience) = (Instant::now(), self.stall_timeout);
-        self.active.retain_mut(|sequence| sequence.keep(now, patience));
+    pub(crate) fn turn(&mut self) -> bool {
+        let now = Instant::now();
+        self.sweep();
         self.start();
-        let decoded = self.decode();
+        // Those that begin are told so at once: nothing is done for one that still has something to be told.
+        self.deliver();
+        let waits = self.limits.prompts_first && self.active.iter().any(Sequence::reads);
+        let decoded = !waits && self.decode();
         let read = self.read();
         decoded | read | self.adapt(now.elapsed() / ADAPTING)
     }
 
+    /// Lets go of all whose reader has left, running or waiting, and of what is over.
+    pub(crate) fn sweep(&mut self) {
+        let waited = self.queued();
+        self.waiting.retain(|job| !job.events.is_closed());
+        self.next = self.next.take().filter(|job| !job.events.is_closed());
+        self.stats.canceled += (waited - self.queued()) as u64;
+        self.deliver();
+    }
+
+    /// Hands out what has been said, and lets go of sequences that are over.
+    pub(crate) fn deliver(&mut self) {
+        let (now, patience) = (Instant::now(), self.limits.stall_timeout);
+        let stats = &mut self.stats;
+        self.active.retain_mut(|sequence| {
+            let kept = sequence.keep(now, patience);
+            if !kept && !sequence.is_told() {
+                stats.canceled += 1;
+                stats.canceled_tokens += sequence.answer().len() as u64;
+            }
+            kept
+        });
+    }
+
+    /// Jobs that wait.
+    fn queued(&self) -> usize {
+        self.waiting.len() + usize::from(self.next.is_some())
+    }
+
+    /// What it has done so far.
+    pub(crate) fn stats(&self) -> EngineStats {
+        self.stats
+    }
+
+    /// Takes a job in.
+    pub(crate) fn queue(&mut self, job: Job) {
+        self.waiting.push_back(job);
+    }
+
+    /// The sequences that run.
+    pub(crate) fn running(&self) -> &[Sequence] {
+        &self.active
+    }
+
+    /// Bytes that prefixes may take beside sequences that have reserved `reserved`.
+    fn room(&self, reserved: usize) -> usize {
+        self.limits.kv_memory.saturating_sub(reserved).min(self.limits.prefix_memory)
+    }
+
     fn tell(&mut self, stats: &Mutex<EngineStats>) {
-        self.stats.waiting = self.waiting.len() + usize::from(self.next.is_some());
+        self.stats.waiting = self.queued();
         self.stats.running = self.active.len();
-        self.stats.kv_budget = self.kv_memory;
+        self.stats.kv_budget = self.limits.kv_memory;
         self.stats.kv_reserved = self.reserved();
         self.stats.kv_cached = self.prefixes.bytes();
         self.stats.prefixes = self.prefixes.len();
@@ -135,7 +202,7 @@ impl<'a> Scheduler<'a> {
 
     fn obey(&mut self, command: Command) {
         match command {
-            Command::Run(job) => self.waiting.push_back(*job),
+            Command::Run(job) => self.queue(*job),
             Command::Adopt(slot, stored, done) => self.residents.adopt(slot, stored, done),
             Command::Release(slot) => {
                 self.residents.release(slot);
@@ -146,7 +213,8 @@ impl<'a> Scheduler<'a> {
                 for job in self.waiting.drain(..).chain(self.next.take()) {
                     refuse(&job, error.clone());
                 }
-                for sequence in &mut self.active {
+                // One that has ended and is only read slowly has nothing to lose.
+                for sequence in self.active.iter_mut().filter(|sequence| !sequence.is_over()) {
                     sequence.fail(error.clone());
                 }
             }
@@ -160,7 +228,7 @@ impl<'a> Scheduler<'a> {
 
     /// Lets waiting sequences run.
     fn start(&mut self) {
-        while self.active.len() < self.max_concurrent {
+        while self.active.len() < self.limits.max_concurrent {
             let Some(job) = self.next.take().or_else(|| self.choose()) else { return };
             let sampler = match Sampler::new(&job.params.sampling) {
                 Ok(sampler) if !job.prompt.is_empty() => sampler,
@@ -187,21 +255,22 @@ impl<'a> Scheduler<'a> {
             };
             let reserved = KvCache::bytes_for(self.model, job.prompt.len() + job.params.max_tokens);
             let taken = self.reserved();
-            if reserved > self.kv_memory {
+            if reserved > self.limits.kv_memory {
                 let message =
                     "The prompt and `max_tokens` need more memory than this server has for a sequence.";
                 refuse(&job, ApiError { param: Some("max_tokens".into()), ..ApiError::invalid("", message) });
                 continue;
             }
-            if taken + reserved > self.kv_memory {
+            if taken + reserved > self.limits.kv_memory {
                 self.next = Some(job);
                 return;
             }
-            self.prefixes.shrink(self.kv_memory - taken - reserved);
+            let room = self.room(taken + reserved);
+            self.prefixes.shrink(room);
             self.begun += 1;
             self.last.insert(slot(&job), self.begun);
             let start = Start { job, sampler, table, reserved };
-            self.active.push(Sequence::new(self.model, self.info, start, self.begun));
+            self.active.push(Sequence::new(self.model, &self.words, start, self.begun));
         }
     }
 
@@ -226,7 +295,7 @@ impl<'a> Scheduler<'a> {
             Found::Ready(table) => Ok(Some(Some(table))),
             Found::Soon => Ok(None),
             Found::Never(why) => {
-                (self.log)(LogEvent::Failure { message: format!("an adapter cannot be used: {why}") });
+                (self.limits.log)(LogEvent::Failure { message: format!("an adapter cannot be used: {why}") });
                 Err(ApiError::server("The adapter cannot be used; the server's log says why."))
             }
         }
@@ -237,159 +306,12 @@ impl<'a> Scheduler<'a> {
         let began = Instant::now();
         let mut any = false;
         loop {
-            match caught(|| Ok(self.residents.advance())) {
-                Ok(false) => return any,
-                Ok(true) => any = true,
-                // What was in work is dropped, and so is whoever waited for it.
-                Err(message) => (self.log)(LogEvent::Failure { message }),
+            if !self.residents.advance() {
+                return any;
             }
+            any = true;
             if began.elapsed() >= time {
                 return true;
-            }
-        }
-    }
-
-    /// Which sequences take a token together: all but those that a failure has set apart, those of one adapter with one scale
-    /// side by side.
-    fn groups(&self) -> Vec<Vec<u64>> {
-        let decodes = self.active.iter().filter(|sequence| sequence.decodes());
-        let (alone, mut shared): (Vec<&Sequence>, Vec<&Sequence>) = decodes.partition(|s| s.alone);
-        shared.sort_by_key(|sequence| (sequence.key(), sequence.id));
-        let mut groups: Vec<Vec<u64>> = alone.iter().map(|sequence| vec![sequence.id]).collect();
-        if !shared.is_empty() {
-            groups.push(shared.iter().map(|sequence| sequence.id).collect());
-        }
-        groups
-    }
-
-    /// One token for each sequence that can take one.
-    fn decode(&mut self) -> bool {
-        // While a prompt is read each step is awaited, or its tokens would wait for the chunk as well.
-        let onward = !self.active.iter().any(Sequence::reads);
-        let mut groups = self.groups();
-        let known = |ahead: &Ahead| onward && groups.contains(&ahead.members);
-        let (mut going, ended): (Vec<Ahead>, Vec<Ahead>) = self.ahead.drain(..).partition(known);
-        let any = !groups.is_empty() || !ended.is_empty();
-        // Where somebody came or left, what is being computed is taken as it is, and a new pass begins.
-        for last in &ended {
-            let rows = self.timed(|_| last.read());
-            self.settle(&last.members, &rows);
-        }
-        if !ended.is_empty() {
-            groups = self.groups();
-        }
-        for members in &groups {
-            let at = going.iter().position(|ahead| ahead.members == *members);
-            let last = at.map(|at| going.swap_remove(at));
-            if let Some(rows) = self.timed(|own| own.step(members, last, onward)) {
-                self.settle(members, &rows);
-            }
-        }
-        any
-    }
-
-    /// Counts the time of a part of a turn as spent in a pass.
-    fn timed<T>(&mut self, part: impl FnOnce(&mut Self) -> T) -> T {
-        let began = Instant::now();
-        let made = part(self);
-        self.stats.pass_seconds += began.elapsed().as_secs_f64();
-        made
-    }
-
-    /// Begins the next pass of a group, where it has one, and gives the logits of the last one; none yet if it has just
-    /// begun and need not be awaited.
-    fn step(
-        &mut self,
-        members: &[u64],
-        last: Option<Ahead>,
-        onward: bool,
-    ) -> Option<Result<Vec<f32>, String>> {
-        let mut group: Vec<&mut Sequence> =
-            self.active.iter_mut().filter(|sequence| members.contains(&sequence.id)).collect();
-        group.sort_by_key(|sequence| members.iter().position(|id| *id == sequence.id));
-        let plain = onward && group.iter().all(|sequence| sequence.plain());
-        let begins = last.is_none() || group.iter().all(|sequence| sequence.goes_on());
-        let next = begins.then(|| begin(self.model, &mut group, last.as_ref(), plain)).transpose();
-        self.stats.steps += u64::from(begins);
-        match (last, next) {
-            (_, Err(message)) => Some(Err(message)),
-            (Some(last), Ok(next)) => {
-                self.ahead.extend(next);
-                Some(last.read())
-            }
-            (None, Ok(Some(next))) if !plain => Some(next.read()),
-            (None, Ok(next)) => {
-                self.ahead.extend(next);
-                None
-            }
-        }
-    }
-
-    /// One chunk of the prompt whose turn it is.
-    fn read(&mut self) -> bool {
-        let room = self.kv_memory.saturating_sub(self.reserved());
-        let Some(sequence) = self.active.iter_mut().filter(|s| s.reads()).min_by_key(|s| s.turn) else {
-            return false;
-        };
-        self.turn += 1;
-        sequence.turn = self.turn;
-        let (id, key) = (sequence.id, sequence.key());
-        let known = usize::try_from(sequence.cache.len()).unwrap_or(0);
-        // One that a failure has set apart takes nothing from others and gives them nothing.
-        if !sequence.alone
-            && let Some(cache) = self.prefixes.find(key, sequence.prompt(), known)
-        {
-            self.stats.prefix_hits += u64::from(!sequence.has_skipped());
-            self.stats.prefix_tokens += sequence.skip(cache) as u64;
-        }
-        let (start, began) = (sequence.cache.len(), Instant::now());
-        let result = chunk(self.model, sequence);
-        self.stats.pass_seconds += began.elapsed().as_secs_f64();
-        self.stats.chunks += 1;
-        self.stats.prompt_tokens += u64::try_from(sequence.cache.len() - start).unwrap_or(0);
-        if result.is_ok() && !sequence.alone {
-            let Sequence { history, prompt, cache, .. } = sequence;
-            self.prefixes.keep(key, &history[..*prompt], cache, room);
-        }
-        if let Some(rows) = result.transpose() {
-            self.settle(&[id], &rows);
-        }
-        true
-    }
-
-    /// Hands each sequence of a pass its logits. If the pass failed, those that shared it go on alone, since one of them
-    /// may be the cause; one that was alone ends.
-    fn settle(&mut self, members: &[u64], rows: &Result<Vec<f32>, String>) {
-        let (model, info) = (self.model, self.info);
-        let shared = members.len() > 1;
-        if rows.is_err() {
-            self.stats.failures += 1;
-            self.ahead.retain(|ahead| !ahead.members.iter().any(|id| members.contains(id)));
-        }
-        for (place, id) in members.iter().enumerate() {
-            // One that has ended, or whose client has left, needs no more.
-            let Some(sequence) = self.active.iter_mut().find(|s| s.id == *id && !s.is_over()) else {
-                continue;
-            };
-            let failed = match rows {
-                Ok(rows) => {
-                    let row = rows.chunks_exact(info.vocab).nth(place);
-                    let row = row.ok_or_else(|| "a pass has too few rows".to_owned());
-                    let chosen = row.and_then(|row| caught(|| sequence.choose(row, info)));
-                    self.stats.completion_tokens += u64::from(chosen.is_ok());
-                    chosen.err()
-                }
-                Err(_) if shared => {
-                    sequence.restart(model);
-                    None
-                }
-                Err(message) => Some(message.clone()),
-            };
-            if let Some(message) = failed {
-                self.stats.failures += u64::from(rows.is_ok());
-                (self.log)(LogEvent::Failure { message });
-                sequence
-                    .fail(ApiError::server("The model failed on this request; the server's log says why."));
             }
         }
     }
@@ -401,7 +323,7 @@ fn slot(job: &Job) -> Option<u64> {
 }
 
 fn refuse(job: &Job, error: ApiError) {
-    // The channel is empty: nothing was sent before. If it is closed, nobody is left to tell.
+    // If the channel is closed, nobody is left to tell; if other choices have filled it, its end will tell.
     let _left = job.events.try_send((job.index, Event::Failed(error)));
 }
 
@@ -418,11 +340,10 @@ mod tests {
 
     use super::*;
     use crate::Params;
-    use crate::engine::load;
+    use crate::engine::{EngineConfig, load};
 
-    /// Runs three sequences side by side; before turn `failing` the shared pass "fails". Their texts and how they ended.
-    fn texts(dir: &Path, temperature: f32, failing: Option<usize>) -> BTreeMap<usize, (String, bool)> {
-        let config = EngineConfig {
+    fn config(dir: &Path) -> EngineConfig {
+        EngineConfig {
             model_dir: dir.to_path_buf(),
             dtype: Dtype::Float32,
             adapters: Vec::new(),
@@ -434,27 +355,37 @@ mod tests {
             max_queue: 0,
             stall_timeout: Duration::from_secs(1),
             log: Arc::new(|_| {}),
-        };
-        let (model, info) = load(&config).unwrap();
-        let mut scheduler = Scheduler::new(&model, &info, &config);
-        let places = Arc::new(Semaphore::new(3));
-        let (sender, mut events) = mpsc::channel(256);
-        for index in 0..3 {
-            let prompt = vec![5 + index as u32; 3 + 2 * index];
-            let sampling = Sampling { seed: Some(1), temperature, ..Sampling::greedy() };
-            let params = Params { max_tokens: 20, sampling, stop: Vec::new() };
-            let (permit, events) = (places.clone().try_acquire_owned().unwrap(), sender.clone());
-            scheduler.waiting.push_back(Job {
-                prompt,
-                params,
-                guide: None,
-                adapter: None,
-                index,
-                events,
-                permit,
-            });
         }
-        for turn in 0..60 {
+    }
+
+    /// What a sequence said: its text, the bits of its log-probabilities, and whether it came to its end.
+    type Said = (String, Vec<u32>, bool);
+
+    /// Runs three sequences side by side; before turn `failing` the shared pass "fails". What they said.
+    fn said(
+        dir: &Path,
+        temperature: f32,
+        logprobs: Option<usize>,
+        failing: Option<usize>,
+    ) -> BTreeMap<usize, Said> {
+        let config = config(dir);
+        let (model, info) = load(&config).unwrap();
+        let mut scheduler = Scheduler::new(&model, info.words(), Route::Base, config.limits());
+        let places = Arc::new(Semaphore::new(3));
+        let (sender, mut events) = mpsc::channel(1024);
+        for index in 0..3 {
+            let prompt = vec![5 + index as u32; 3 + 40 * index];
+            let mut sampling = Sampling { seed: Some(1), temperature, logprobs, ..Sampling::greedy() };
+            if logprobs.is_some() {
+                let ends = info.tokenizer.eos_ids().iter();
+                sampling.logit_bias = ends.map(|id| (*id, f32::NEG_INFINITY)).collect();
+            }
+            let params = Params { max_tokens: 60, sampling, stop: Vec::new(), stop_ids: [].into() };
+            let (permit, events) = (places.clone().try_acquire_owned().unwrap(), sender.clone());
+            let tally = Arc::default();
+            scheduler.queue(Job { prompt, params, guide: None, adapter: None, index, events, tally, permit });
+        }
+        for turn in 0..250 {
             if failing == Some(turn) {
                 let members: Vec<u64> = scheduler.active.iter().map(|s| s.id).collect();
                 assert_eq!(members.len(), 3);
@@ -464,27 +395,73 @@ mod tests {
         }
         assert!(scheduler.active.is_empty());
         assert_eq!(places.available_permits(), 3, "every place is given back");
-        let mut texts = BTreeMap::new();
+        let mut all = BTreeMap::new();
         while let Ok((index, event)) = events.try_recv() {
-            let (text, done) = texts.entry(index).or_insert((String::new(), false));
+            let (text, bits, done) = all.entry(index).or_insert((String::new(), Vec::new(), false));
             match event {
                 Event::Accepted => {}
-                Event::Piece { text: piece, .. } => text.push_str(&piece),
+                Event::Piece { text: piece, logprobs } => {
+                    text.push_str(&piece);
+                    bits.extend(logprobs.iter().map(|token| token.logprob.to_bits()));
+                }
                 Event::Done { .. } => *done = true,
                 Event::Failed(error) => panic!("{error:?}"),
             }
         }
-        texts
+        all
     }
 
     #[test]
     fn sequences_that_shared_a_failed_pass_go_on_alone_where_they_were() {
         let dir = tiny_model(&Tiny { packed: Some((4, 32)), ..Tiny::new(Family::Qwen3) });
-        // Drawn tokens need the logits; the most probable ones are computed ahead.
-        for temperature in [1.0, 0.0] {
-            let undisturbed = mlx(|| texts(dir.path(), temperature, None));
-            assert!(undisturbed.len() == 3 && undisturbed.values().all(|(_, done)| *done));
-            assert_eq!(mlx(|| texts(dir.path(), temperature, Some(8))), undisturbed);
+        // Drawn tokens need the logits; the most probable ones are computed ahead. By turn 45 more has been said than a pass
+        // of few rows takes, and its last bits would tell.
+        for (temperature, logprobs, turns) in
+            [(1.0, None, &[8][..]), (0.0, None, &[8]), (1.0, Some(0), &[8, 45])]
+        {
+            let undisturbed = mlx(|| said(dir.path(), temperature, logprobs, None));
+            assert!(undisturbed.len() == 3 && undisturbed.values().all(|(.., done)| *done));
+            for turn in turns {
+                assert_eq!(
+                    mlx(|| said(dir.path(), temperature, logprobs, Some(*turn))),
+                    undisturbed,
+                    "{turn}"
+                );
+            }
         }
+    }
+
+    #[test]
+    fn what_has_ended_does_not_fail_when_all_is_ended() {
+        let dir = tiny_model(&Tiny::new(Family::Qwen3));
+        let config = config(dir.path());
+        mlx(|| {
+            let (model, info) = load(&config).unwrap();
+            let mut scheduler = Scheduler::new(&model, info.words(), Route::Base, config.limits());
+            let places = Arc::new(Semaphore::new(1));
+            // A reader that takes one event and then nothing more.
+            let (events, mut reader) = mpsc::channel(1);
+            let (permit, tally) = (places.clone().try_acquire_owned().unwrap(), Arc::default());
+            let sampling = Sampling { logit_bias: vec![(40, 100.0)], ..Sampling::greedy() };
+            let params = Params { max_tokens: 1, sampling, stop: Vec::new(), stop_ids: [].into() };
+            let (prompt, index) = (vec![5], 0);
+            scheduler.queue(Job { prompt, params, guide: None, adapter: None, index, events, tally, permit });
+            for _ in 0..3 {
+                scheduler.turn();
+            }
+            assert_eq!(reader.try_recv(), Ok((0, Event::Accepted)));
+            for _ in 0..3 {
+                scheduler.turn();
+            }
+            scheduler.obey(Command::Abort(ApiError::server("over")));
+            let mut ends = Vec::new();
+            for _ in 0..6 {
+                scheduler.turn();
+                ends.extend(
+                    reader.try_recv().ok().filter(|(_, event)| !matches!(event, Event::Piece { .. })),
+                );
+            }
+            assert!(matches!(ends[..], [(0, Event::Done { .. })]), "{ends:?}");
+        });
     }
 }

@@ -8,9 +8,9 @@ use graft_adapters::Table;
 use graft_model::{KvCache, Model, Sampler, TextStream};
 use tokio::sync::mpsc::error::TrySendError;
 
-use crate::engine::Info;
 use crate::generation::Key;
 use crate::stop::StopMatcher;
+use crate::tokens::Vocabulary;
 use crate::{ApiError, Event, Finish, Job, Lease, TokenLogprob, Usage};
 
 /// What a sequence starts with.
@@ -57,7 +57,7 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     /// Starts a job; nothing is computed yet.
-    pub(crate) fn new(model: &Model, info: &Info, start: Start, id: u64) -> Self {
+    pub(crate) fn new(model: &Model, words: &Vocabulary, start: Start, id: u64) -> Self {
         let Start { job, sampler, table, reserved } = start;
         Self {
             id,
@@ -70,7 +70,7 @@ impl Sequence {
             prompt: job.prompt.len(),
             cached: 0,
             sampler,
-            text: info.tokenizer.stream(),
+            text: words.tokenizer.stream(),
             stop: StopMatcher::new(&job.params.stop),
             logprobs: VecDeque::new(),
             said: 0,
@@ -85,6 +85,11 @@ impl Sequence {
     /// Which update its passes apply.
     pub(crate) fn key(&self) -> Option<Key> {
         self.job.adapter.as_ref().and_then(Lease::key)
+    }
+
+    /// The tokens that it has said.
+    pub(crate) fn answer(&self) -> &[u32] {
+        &self.history[self.prompt..]
     }
 
     /// The tokens that it was given.
@@ -113,7 +118,7 @@ impl Sequence {
 
     /// The largest logit is all that it asks for, so that its next token is known without the host.
     pub(crate) fn plain(&self) -> bool {
-        self.job.params.sampling.is_plain_greedy() && self.job.guide.is_none()
+        self.job.params.sampling.is_plain_greedy() && self.job.guide.is_none() && self.unread() <= 1
     }
 
     /// After the token that is being computed it takes one more, unless that ends it.
@@ -126,15 +131,26 @@ impl Sequence {
         self.history.len().saturating_sub(self.cache.len().max(0) as usize)
     }
 
-    /// The next pass reads (more of) the prompt, or reads all again after a failure.
+    /// The next pass reads (more of) the prompt.
     pub(crate) fn reads(&self) -> bool {
         self.runs() && !self.decodes()
     }
 
-    /// The next pass takes the last token and gives one more. The last one may still be computed; then all that is known is
-    /// in the cache.
+    /// The next pass takes the first token that is not in the cache, usually the last one, and gives one more. The last one
+    /// may still be computed; then all that is known is in the cache.
     pub(crate) fn decodes(&self) -> bool {
-        self.runs() && self.history.len() > self.prompt && self.unread() <= 1
+        let read = usize::try_from(self.cache.len()).is_ok_and(|read| read >= self.prompt);
+        self.runs() && self.history.len() > self.prompt && read
+    }
+
+    /// The last pass took a token behind which others have been said already, so that nothing is to be chosen.
+    pub(crate) fn repeats(&self) -> bool {
+        self.unread() > 0
+    }
+
+    /// The token that the next pass takes, if it is known.
+    pub(crate) fn next(&self) -> Option<u32> {
+        self.history.get(usize::try_from(self.cache.len()).ok()?).copied()
     }
 
     /// A reader that is behind makes its own sequence wait, no other.
@@ -162,7 +178,7 @@ impl Sequence {
     }
 
     /// Chooses the next token from its logits (V,).
-    pub(crate) fn choose(&mut self, logits: &[f32], info: &Info) -> Result<(), String> {
+    pub(crate) fn choose(&mut self, logits: &[f32], words: &Vocabulary) -> Result<(), String> {
         let allowed;
         let logits = match self.job.guide.as_mut().map(|guide| guide.allowed(logits)) {
             None => logits,
@@ -180,7 +196,18 @@ impl Sequence {
         } else {
             self.sampler.sample(logits, &self.history).map_err(|e| e.to_string())?
         };
+        self.say(id, logprob, words)
+    }
+
+    /// Takes the token of the largest logit as its next one.
+    pub(crate) fn take(&mut self, (id, best): (u32, f32), words: &Vocabulary) -> Result<(), String> {
+        let id = Sampler::best_of(id, best).map_err(|e| e.to_string())?;
+        self.say(id, 0.0, words)
+    }
+
+    fn say(&mut self, id: u32, logprob: f32, words: &Vocabulary) -> Result<(), String> {
         self.history.push(id);
+        self.job.tally.set(self.usage());
         let complete = match self.job.guide.as_mut().map(|guide| guide.take(id)) {
             None => false,
             Some(Ok(complete)) => complete,
@@ -189,13 +216,13 @@ impl Sequence {
                 return Ok(());
             }
         };
-        if info.tokenizer.eos_ids().contains(&id) {
+        if words.tokenizer.eos_ids().contains(&id) || self.job.params.stop_ids.contains(&id) {
             return self.finish(String::new(), Finish::Stop);
         }
         let piece = self.text.push(id).map_err(|e| e.to_string())?;
         self.said += piece.len();
         if self.job.params.sampling.logprobs.is_some() {
-            let text = |id: u32| info.texts.get(&info.tokenizer, id);
+            let text = |id: u32| words.texts.get(words.tokenizer, id);
             let top = self.sampler.alternatives().iter().map(|(id, logprob)| (text(*id), *logprob)).collect();
             self.logprobs.push_back((self.said, TokenLogprob { token: text(id), logprob, top }));
         }
@@ -255,10 +282,26 @@ impl Sequence {
     }
 
     fn done(&mut self, finish: Finish) {
-        let completion = self.history.len() - self.prompt;
-        let usage = Usage { prompt: self.prompt, completion, cached: self.cached };
-        self.outbox.push_back(Event::Done { finish, usage });
+        self.outbox.push_back(Event::Done { finish, usage: self.usage() });
         self.ended = true;
+    }
+
+    /// What it has taken so far. A prompt of which a token has followed is read, whatever is read again.
+    fn usage(&self) -> Usage {
+        let completion = self.history.len() - self.prompt;
+        let read = usize::try_from(self.cache.len()).unwrap_or(0).min(self.prompt);
+        let prompt = if completion > 0 { self.prompt } else { read };
+        Usage { prompt, completion, cached: self.cached }
+    }
+
+    /// More of its prompt has been read.
+    pub(crate) fn has_read(&self) {
+        self.job.tally.set(self.usage());
+    }
+
+    /// Its reader has been told how it ended.
+    pub(crate) fn is_told(&self) -> bool {
+        self.ended && self.outbox.is_empty()
     }
 
     /// It cannot go on.
@@ -268,7 +311,8 @@ impl Sequence {
     }
 
     /// Forgets what it computed, which a failed pass may have left half-written, and goes on by itself from what it
-    /// has read and said.
+    /// has read and said. It reads its prompt again as a prompt, and what it has said token by token: read in one piece, that
+    /// would differ in its last bits, and the answer would depend on who has failed beside it.
     pub(crate) fn restart(&mut self, model: &Model) {
         self.cache = KvCache::new(model);
         self.cached = 0;

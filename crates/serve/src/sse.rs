@@ -86,7 +86,7 @@ impl Writer {
             Event::Done { finish, usage } => {
                 let parts = choice.splitter.finish();
                 self.parts(index, &parts, &[], out);
-                self.usage.add(self.reply.counted(index, *usage));
+                self.usage.add(usage.counted(index, self.reply.choices));
                 self.close(index, *finish, out);
                 self.open -= 1;
                 return self.open == 0;
@@ -201,10 +201,10 @@ impl Stream {
         match happened {
             Event::Piece { .. } => self.record.first(),
             Event::Done { finish, .. } => self.record.log.finishes.push(*finish),
-            Event::Failed(error) => self.record.log.error = Some(error.label()),
+            Event::Failed(error) => self.record.failed(error),
             Event::Accepted => {}
         }
-        if self.complete {
+        if self.complete && self.record.log.error.is_none() {
             self.record.complete(self.writer.usage);
         }
     }

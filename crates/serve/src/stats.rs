@@ -39,6 +39,10 @@ pub struct EngineStats {
     pub prompt_tokens: u64,
     /// Tokens that were answered.
     pub completion_tokens: u64,
+    /// Sequences that ended before they were over, running or waiting, since their reader left or stood still.
+    pub canceled: u64,
+    /// Of the tokens that were answered, those of such sequences.
+    pub canceled_tokens: u64,
     /// Passes, and choices of a token, that failed.
     pub failures: u64,
     /// Seconds that the engine's thread had work.
@@ -51,7 +55,7 @@ impl EngineStats {
     /// The body of `/v1/stats`.
     pub(crate) fn body(&self) -> Value {
         json!({
-            "sequences": {"running": self.running, "waiting": self.waiting},
+            "sequences": {"running": self.running, "waiting": self.waiting, "canceled": self.canceled},
             "kv_bytes": {"budget": self.kv_budget, "reserved": self.kv_reserved, "cached": self.kv_cached},
             "prefixes": {"kept": self.prefixes, "hits": self.prefix_hits, "tokens": self.prefix_tokens},
             "adapters": {
@@ -59,7 +63,10 @@ impl EngineStats {
                 "leases": self.leases, "bytes": self.adapter_bytes,
             },
             "passes": {"steps": self.steps, "chunks": self.chunks, "failures": self.failures},
-            "tokens": {"prompt": self.prompt_tokens, "completion": self.completion_tokens},
+            "tokens": {
+                "prompt": self.prompt_tokens, "completion": self.completion_tokens,
+                "canceled": self.canceled_tokens,
+            },
             "seconds": {"busy": self.busy_seconds, "in_passes": self.pass_seconds},
         })
     }

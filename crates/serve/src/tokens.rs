@@ -7,6 +7,20 @@ use graft_model::Tokenizer;
 
 use crate::TokenText;
 
+/// What turns a sequence's ids into text.
+pub(crate) struct Vocabulary<'a> {
+    pub(crate) tokenizer: &'a Tokenizer,
+    pub(crate) texts: TokenTexts,
+    /// V: a pass gives so many logits for each row.
+    pub(crate) size: usize,
+}
+
+impl<'a> Vocabulary<'a> {
+    pub(crate) fn new(tokenizer: &'a Tokenizer, size: usize) -> Self {
+        Self { tokenizer, texts: TokenTexts::new(tokenizer), size }
+    }
+}
+
 /// Knows how a vocabulary spells bytes.
 #[derive(Debug)]
 pub(crate) struct TokenTexts {

@@ -4,10 +4,9 @@ use super::load::Loaded;
 use crate::args::SamplingArgs;
 use crate::ui;
 use anyhow::{Result, bail};
-use graft_adapters::Route;
-use graft_model::{GenerateOptions, Generator, Sampling};
+use graft_model::Sampling;
+use graft_serve::{Ask, Event, Local, Params};
 use std::collections::BTreeSet;
-use std::time::Instant;
 
 /// What was generated and how fast.
 pub(crate) struct Answer {
@@ -43,53 +42,44 @@ pub(crate) fn sampling(args: &SamplingArgs, loaded: &Loaded, seed: Option<u64>) 
     })
 }
 
-/// mlx_lm's `--max-tokens`, where a negative number is no limit.
-pub(crate) fn max_tokens(given: i64) -> usize {
-    usize::try_from(given).unwrap_or(usize::MAX)
-}
-
-/// The ids that end an answer: the model's, and tokens given by number or text; a number is an id, as in mlx_lm.
-pub(crate) fn stop_ids(loaded: &Loaded, extra: &[String]) -> Result<BTreeSet<u32>> {
-    let mut ids = loaded.tokenizer.eos_ids().clone();
-    for token in extra {
+/// What is asked: `max_tokens` as mlx_lm means it, a negative number being no limit; ids that end the answer beside the
+/// model's own, given by number or text (a number is an id, as in mlx_lm).
+pub(crate) fn params(
+    loaded: &Loaded,
+    max_tokens: i64,
+    stop_tokens: &[String],
+    sampling: Sampling,
+) -> Result<Params> {
+    sampling.check()?;
+    let mut stop_ids = BTreeSet::new();
+    for token in stop_tokens {
         match token.trim().parse().ok().or_else(|| loaded.tokenizer.token_to_id(token)) {
-            Some(id) => ids.insert(id),
+            Some(id) => stop_ids.insert(id),
             None => bail!(
                 "--extra-eos-token {token}: the vocabulary of {} has no such token",
                 loaded.dir.display()
             ),
         };
     }
-    Ok(ids)
+    let max_tokens = usize::try_from(max_tokens).unwrap_or(usize::MAX);
+    Ok(Params { max_tokens, sampling, stop: Vec::new(), stop_ids })
 }
 
-/// Generates, printing `opening` once nothing stands in the way, then the text as it comes.
-pub(crate) fn answer(
-    loaded: &Loaded,
-    route: Route<'_>,
-    prompt: &[u32],
-    options: GenerateOptions,
-    opening: &str,
-) -> Result<Answer> {
-    let start = Instant::now();
-    let mut generator = Generator::new(&loaded.model, prompt, options, route)?;
-    ui::print(opening);
-    let mut stream = loaded.tokenizer.stream();
-    let mut text = String::new();
-    let mut show = |piece: String| {
-        ui::print(&piece);
-        text.push_str(&piece);
+/// Asks, printing `opening` once nothing stands in the way, then the text as it comes.
+pub(crate) fn answer(engine: &mut Local, ask: Ask, opening: &str) -> Result<Answer> {
+    let prompt_tokens = ask.prompt.len();
+    let mut show = |_: usize, event: &Event| match event {
+        Event::Accepted => ui::print(opening),
+        Event::Piece { text, .. } => ui::print(text),
+        Event::Done { .. } | Event::Failed(_) => {}
     };
-    let (mut tokens, mut first) = (0, None);
-    while let Some(token) = generator.step()? {
-        first.get_or_insert_with(|| start.elapsed().as_secs_f64());
-        tokens += 1;
-        if !token.stop {
-            show(stream.push(token.id)?);
-        }
-    }
-    show(stream.finish()?);
-    let total = start.elapsed().as_secs_f64();
-    let prompt_seconds = first.unwrap_or(total);
-    Ok(Answer { text, prompt_tokens: prompt.len(), prompt_seconds, tokens, seconds: total - prompt_seconds })
+    let found = engine.answer(&[ask], &mut show, &mut |_| true)?;
+    let Some(found) = found.and_then(|mut all| all.pop()) else { bail!("there is no answer") };
+    Ok(Answer {
+        text: found.text,
+        prompt_tokens,
+        prompt_seconds: found.first.as_secs_f64(),
+        tokens: found.tokens.len(),
+        seconds: (found.total - found.first).as_secs_f64(),
+    })
 }

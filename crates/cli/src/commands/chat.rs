@@ -1,11 +1,11 @@
 //! `graft chat`: a conversation in the terminal.
 
-use super::answer::{answer, max_tokens, sampling, stop_ids};
+use super::answer::{answer, params, sampling};
 use super::load::Loaded;
 use crate::args::ChatArgs;
 use crate::ui;
 use anyhow::Result;
-use graft_model::GenerateOptions;
+use graft_serve::{Ask, Local};
 use serde_json::{Value, json};
 use std::io::{BufRead, IsTerminal};
 
@@ -15,11 +15,10 @@ const HELP: &str = "The commands: q quits, r forgets the conversation, h shows t
 pub(crate) fn chat(args: &ChatArgs) -> Result<()> {
     let loaded = Loaded::open(&args.model)?;
     let route = loaded.route(args.adapter_path.as_deref())?;
-    let options = GenerateOptions {
-        max_tokens: max_tokens(args.max_tokens),
-        stop_ids: stop_ids(&loaded, &[])?,
-        sampling: sampling(&args.sampling, &loaded, Some(args.seed))?,
-    };
+    let params = params(&loaded, args.max_tokens, &[], sampling(&args.sampling, &loaded, Some(args.seed))?)?;
+    // What was read of a conversation is not read again; one that was forgotten makes room for the next.
+    let kept = 2 * usize::try_from(loaded.model.config().max_positions).unwrap_or(0);
+    let mut engine = Local::new(&loaded.model, &loaded.tokenizer, route.route(), 1, kept);
     ui::note(&format!("Chatting with {}. {HELP}", args.model));
     let shown = std::io::stdin().is_terminal();
     let opening: Vec<Value> =
@@ -41,7 +40,7 @@ pub(crate) fn chat(args: &ChatArgs) -> Result<()> {
             }
             query => {
                 messages.push(json!({"role": "user", "content": query}));
-                let ids = match &loaded.template {
+                let prompt = match &loaded.template {
                     Some(template) => {
                         let text =
                             template.render(&messages, None, true, &loaded.tokenizer.template_variables())?;
@@ -49,7 +48,7 @@ pub(crate) fn chat(args: &ChatArgs) -> Result<()> {
                     }
                     None => loaded.tokenizer.encode(query, true)?,
                 };
-                let answer = answer(&loaded, route.route(), &ids, options.clone(), "")?;
+                let answer = answer(&mut engine, Ask { prompt, params: params.clone() }, "")?;
                 ui::out("");
                 if shown {
                     ui::note(&format!("{} tokens, {:.1} tokens-per-sec", answer.tokens, answer.speed()));

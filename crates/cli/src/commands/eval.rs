@@ -1,14 +1,14 @@
 //! `graft eval`: what a model answers to held-out rows, with adapters and fused models beside the base.
 
-use super::answer::stop_ids;
 use super::load::{self, Loaded};
+use super::score::{Scored, Scorer};
 use crate::args::{EvalArgs, MetricArgs};
 use crate::errors::{Interrupted, Usage};
 use crate::hub::{self, What};
 use crate::{host, report, ui};
 use anyhow::{Result, bail};
 use graft_adapters::Route;
-use graft_model::{GenerateOptions, MAX_TOGETHER, Sampling, generate_all};
+use graft_model::{MAX_TOGETHER, Sampling};
 use graft_train::{
     DataConfig, Estimate, Example, Metric, Question, Row, Split, bootstrap, evaluate, mix, read_rows,
 };
@@ -182,25 +182,15 @@ impl Task<'_> {
         let form = DataConfig::new(false, usize::MAX);
         let questions = Question::from_rows(&self.file, &self.rows, &loaded.encoder(), &form)?;
         let context = loaded.model.config().max_positions as usize;
-        let stop_ids = stop_ids(&loaded, &[])?;
-        let mut prompts = Vec::new();
-        for question in &questions {
-            let at = format!("{}:{}", self.file.display(), question.line);
-            let Some(room) = context.checked_sub(question.prompt.len()).filter(|room| *room > 0) else {
-                bail!("{at}: its prompt has {} tokens, the model takes {context}", question.prompt.len());
-            };
-            let options = GenerateOptions {
-                max_tokens: room.min(self.args.metric.max_tokens),
-                stop_ids: stop_ids.clone(),
-                sampling: sampling(self.args, &question.prompt),
-            };
-            prompts.push((question.prompt.clone(), options));
+        if let Some(long) = questions.iter().find(|question| question.prompt.len() >= context) {
+            let (at, tokens) = (format!("{}:{}", self.file.display(), long.line), long.prompt.len());
+            bail!("{at}: its prompt has {tokens} tokens, the model takes {context}");
         }
         if asked.is_empty() {
             asked.clone_from(&questions);
         }
         for (subject, route) in subjects.iter_mut().zip(&routes) {
-            self.answers(&loaded, metric, (&questions, &prompts), &route.route(), subject)?;
+            self.answers(&loaded, metric, &questions, route.route(), subject)?;
         }
         Ok(())
     }
@@ -209,22 +199,21 @@ impl Task<'_> {
         &self,
         loaded: &Loaded,
         metric: &Metric,
-        (questions, prompts): (&[Question], &[(Vec<u32>, GenerateOptions)]),
-        route: &Route,
+        questions: &[Question],
+        route: Route,
         subject: &mut Subject,
     ) -> Result<()> {
-        let (start, progress) = (Instant::now(), ui::Progress::new(prompts.len() as u64, &subject.name));
-        let found = generate_all(&loaded.model, prompts, self.args.batch_size, route, &mut |done| {
-            progress.at(done as u64, String::new());
-            !self.stop.load(Ordering::Relaxed)
-        })?;
-        progress.done();
-        let Some(found) = found else { bail!(stopped()) };
-        for (question, completion) in questions.iter().zip(found) {
-            let answer = loaded.tokenizer.decode(&completion.tokens, false)?;
-            let score = f64::from(u8::from(metric.is_right(&answer, &question.answer)));
-            subject.outcomes.push(Outcome { answer: Some(answer), score, weight: 1.0 });
-        }
+        let start = Instant::now();
+        let scorer = Scorer {
+            metric,
+            max_tokens: self.args.metric.max_tokens,
+            together: self.args.batch_size,
+            sampling: &|prompt| sampling(self.args, prompt),
+            stop: self.stop,
+        };
+        let Some(found) = scorer.score(loaded, route, questions, &subject.name)? else { bail!(stopped()) };
+        let outcome = |found: Scored| Outcome { answer: Some(found.answer), score: found.score, weight: 1.0 };
+        subject.outcomes.extend(found.into_iter().map(outcome));
         subject.seconds = start.elapsed().as_secs_f64();
         Ok(())
     }

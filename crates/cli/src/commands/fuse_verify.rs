@@ -1,15 +1,15 @@
 //! `--verify model`: the adapter on its base, the base and the fused model on rows that were not trained on, one model in
 //! memory at a time.
 
-use super::answer::stop_ids;
 use super::fuse_rows::Rows;
 use super::load::Loaded;
+use super::score::Scorer;
 use crate::errors::Interrupted;
 use crate::ui;
 use anyhow::{Result, bail};
 use graft_adapters::Route;
 use graft_merge::{Distance, Estimated, ModelReport, Scores, Three};
-use graft_model::{Gap, GenerateOptions, Run, Sampling, compare, generate_all};
+use graft_model::{Gap, Run, Sampling, compare};
 use graft_train::{DataConfig, Metric, Question, bootstrap, quantile};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -128,29 +128,16 @@ impl Verify<'_> {
         let Some((_, metric, limit)) = &self.metric else { return Ok(Vec::new()) };
         let form = DataConfig { mask_prompt: false, max_seq_length: usize::MAX, ..self.rows.form.clone() };
         let questions = Question::from_rows(&self.rows.file, &self.rows.rows, &loaded.encoder(), &form)?;
-        let stop_ids = stop_ids(loaded, &[])?;
-        let context = loaded.model.config().max_positions as usize;
-        let prompts: Vec<_> = questions
-            .iter()
-            .map(|question| {
-                let max_tokens = context.saturating_sub(question.prompt.len()).clamp(1, *limit);
-                let options =
-                    GenerateOptions { max_tokens, stop_ids: stop_ids.clone(), sampling: Sampling::greedy() };
-                (question.prompt.clone(), options)
-            })
-            .collect();
-        let progress = ui::Progress::new(prompts.len() as u64, &format!("answering: {name}"));
-        let found = generate_all(&loaded.model, &prompts, TOGETHER, route, &mut |done| {
-            progress.at(done as u64, String::new());
-            !self.stop.load(Ordering::Relaxed)
-        })?;
-        progress.done();
-        let Some(found) = found else { bail!(stopped()) };
-        let right = |(question, completion): (&Question, graft_model::Completion)| -> Result<f64> {
-            let answer = loaded.tokenizer.decode(&completion.tokens, false)?;
-            Ok(f64::from(u8::from(metric.is_right(&answer, &question.answer))))
+        let scorer = Scorer {
+            metric,
+            max_tokens: *limit,
+            together: TOGETHER,
+            sampling: &|_| Sampling::greedy(),
+            stop: self.stop,
         };
-        questions.iter().zip(found).map(right).collect()
+        let found = scorer.score(loaded, *route, &questions, &format!("answering: {name}"))?;
+        let Some(found) = found else { bail!(stopped()) };
+        Ok(found.into_iter().map(|found| found.score).collect())
     }
 
     fn scores(&self, [base, adapter, fused]: [Vec<f64>; 3]) -> Option<Scores> {

@@ -1,12 +1,13 @@
 //! `graft generate`: one prompt, one answer.
 
-use super::answer::{answer, max_tokens, sampling, stop_ids};
+use super::answer::{answer, params, sampling};
 use super::load::Loaded;
 use crate::args::GenerateArgs;
 use crate::errors::Usage;
 use crate::{host, ui};
 use anyhow::{Context, Result, bail};
-use graft_model::{GenerateOptions, Sampling};
+use graft_model::Sampling;
+use graft_serve::{Ask, Local};
 use serde_json::{Map, Value, json};
 use std::io::Read;
 
@@ -34,18 +35,17 @@ pub(crate) fn generate(args: &GenerateArgs) -> Result<()> {
     let templated = loaded.template.is_some() && !args.ignore_chat_template;
     let text = if templated { render(args, &loaded, &prompt, extra)? } else { prompt };
     let ids = loaded.tokenizer.encode(&text, !templated)?;
-    let options = GenerateOptions {
-        max_tokens: max_tokens(args.max_tokens),
-        stop_ids: stop_ids(&loaded, &args.extra_eos_token)?,
-        sampling: Sampling {
-            min_p: args.min_p,
-            top_k: args.top_k,
-            min_tokens_to_keep: args.min_tokens_to_keep,
-            ..sampling(&args.sampling, &loaded, args.seed)?
-        },
+    let sampling = Sampling {
+        min_p: args.min_p,
+        top_k: args.top_k,
+        min_tokens_to_keep: args.min_tokens_to_keep,
+        ..sampling(&args.sampling, &loaded, args.seed)?
     };
+    let ask = Ask { prompt: ids, params: params(&loaded, args.max_tokens, &args.extra_eos_token, sampling)? };
     let opening = if verbose { "==========\n" } else { "" };
-    let answer = answer(&loaded, route.route(), &ids, options, opening)?;
+    // Nobody comes after it, so nothing of the prompt is kept.
+    let mut engine = Local::new(&loaded.model, &loaded.tokenizer, route.route(), 1, 0);
+    let answer = answer(&mut engine, ask, opening)?;
     ui::out("");
     if !verbose {
         return Ok(());

@@ -21,6 +21,7 @@ mod lora;
 mod merge;
 mod perplexity;
 mod plot;
+mod score;
 mod server;
 
 pub(crate) use chat::chat;

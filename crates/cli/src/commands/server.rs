@@ -240,8 +240,10 @@ fn log_sink(level: &str, as_json: bool) -> LogSink {
 fn request_text(r: &RequestLog) -> String {
     let error = r.error.as_ref().map(|e| format!(" ({e})")).unwrap_or_default();
     let canceled = if r.canceled { " canceled" } else { "" };
+    // As much of a version as tells it from others in a log.
+    let generation = r.generation.as_ref().map(|g| format!("@{g:.12}")).unwrap_or_default();
     format!(
-        "{} {} {}{canceled}{error} model={} {:.3}s id={}",
+        "{} {} {}{canceled}{error} model={}{generation} {:.3}s id={}",
         r.method,
         r.path,
         r.status,
@@ -261,6 +263,7 @@ fn request_json(r: &RequestLog) -> Value {
         "route": r.route,
         "status": r.status,
         "model": r.model,
+        "adapter_generation": r.generation,
         "error": r.error,
         "finish": r.finishes.iter().map(|finish| finish.as_str()).collect::<Vec<_>>(),
         "canceled": r.canceled,

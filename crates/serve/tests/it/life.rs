@@ -1,5 +1,6 @@
 //! How servers begin and end, and clients that leave.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use graft_model::Sampling;
@@ -61,6 +62,60 @@ fn a_full_queue_says_so_and_a_client_that_leaves_makes_room() {
     assert!(requests.iter().filter(|r| r.canceled).count() >= 2, "{requests:?}");
     assert!(requests.iter().any(|r| r.canceled && r.status == 499));
     assert!(requests.iter().any(|r| r.status == 429 && r.error.is_some()));
+}
+
+#[test]
+fn tokens_of_a_client_that_left_are_counted_and_versions_are_logged() {
+    let server = start(|engine, _| (engine.max_concurrent, engine.max_queue) = (1, 4));
+    let card = get(server.addr, "/v1/models/lora").json();
+    let mut body = endless(true);
+    body["model"] = "lora".into();
+    let mut client = Client::new(server.addr);
+    client.send("POST", "/v1/completions", &[JSON], Some(body.to_string().as_bytes()));
+    assert_eq!(client.head().0, 200);
+    for _ in 0..5 {
+        assert!(client.chunk().is_some());
+    }
+    // One that waits has taken nothing.
+    let mut other = Client::new(server.addr);
+    other.send("POST", "/v1/completions", &[JSON], Some(endless(true).to_string().as_bytes()));
+    let stats = || get(server.addr, "/v1/stats").json();
+    while stats()["sequences"]["waiting"] != 1 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    drop((client, other));
+    let left = Instant::now();
+    while stats()["sequences"]["canceled"] != 2 {
+        assert!(left.elapsed() < Duration::from_secs(5), "{}", stats());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let logged = server.requests();
+    let find = |model: &str| {
+        logged
+            .iter()
+            .find(|r| r.canceled && r.model.as_deref() == Some(model))
+            .unwrap_or_else(|| panic!("{logged:?}"))
+    };
+    let (ran, waited) = (find("lora"), find("org/tiny"));
+    assert_eq!(ran.generation.as_deref(), card["adapter_generation"].as_str());
+    assert!(ran.usage.prompt > 0 && ran.usage.completion >= 4, "{ran:?}");
+    assert_eq!((waited.usage, &waited.generation), (graft_serve::Usage::ZERO, &None));
+    let made = stats()["tokens"]["canceled"].as_u64().unwrap() as usize;
+    // The pass that runs when the client is seen to leave may end after that.
+    assert!((ran.usage.completion..=ran.usage.completion + 2).contains(&made), "{made} {ran:?}");
+    let metrics = get(server.addr, "/metrics").text();
+    for line in [
+        format!("vllm:generation_tokens_total{{model_name=\"lora\"}} {}", ran.usage.completion),
+        format!("vllm:prompt_tokens_total{{model_name=\"lora\"}} {}", ran.usage.prompt),
+        format!("graft_canceled_tokens {made}"),
+        "graft_sequences_canceled 2".to_owned(),
+    ] {
+        assert!(metrics.lines().any(|own| own == line), "{line} in\n{metrics}");
+    }
+    assert!(
+        !metrics.contains("vllm:e2e_request_latency_seconds_count{model_name=\"lora\"}"),
+        "it was not answered"
+    );
 }
 
 #[test]
@@ -189,11 +244,12 @@ fn a_reader_that_is_stuck_holds_nobody_up_and_is_ended() {
     let engine = Engine::start(engine).unwrap();
     let job = |events, max_tokens| Job {
         prompt: vec![1, 2, 3],
-        params: Params { max_tokens, sampling: Sampling::greedy(), stop: Vec::new() },
+        params: Params { max_tokens, sampling: Sampling::greedy(), stop: Vec::new(), stop_ids: [].into() },
         guide: None,
         adapter: None,
         index: 0,
         events,
+        tally: Arc::default(),
         permit: engine.admit(1).unwrap().remove(0),
     };
     let (sender, mut stuck) = tokio::sync::mpsc::channel(1);

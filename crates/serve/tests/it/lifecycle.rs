@@ -150,6 +150,59 @@ fn an_adapter_comes_is_replaced_and_goes_and_each_answer_says_which_version_it_i
 }
 
 #[test]
+fn answers_that_are_not_streamed_hold_their_version_once_each() {
+    let (server, root) = with_root(|_| {});
+    let addr = server.addr;
+    publish(root.path(), "a", false, 31);
+    assert_eq!(load(addr, "a", "a", false).status, 200);
+    let body = json!({"model": "a", "prompt": "once", "max_tokens": 20_000, "ignore_eos": true, "n": 2});
+    let mut client = Client::new(addr);
+    client.send("POST", "/v1/completions", &[JSON], Some(body.to_string().as_bytes()));
+    let began = Instant::now();
+    while get(addr, "/v1/stats").json()["sequences"]["running"] != 2 {
+        assert!(began.elapsed() < Duration::from_secs(5));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // The share of the queue that an adapter may fill is counted in these.
+    assert_eq!(get(addr, "/v1/lora_adapters").json()["data"][0]["active_leases"], 2);
+    drop(client);
+    while get(addr, "/v1/lora_adapters").json()["data"][0]["active_leases"] != 0 {
+        assert!(began.elapsed() < Duration::from_secs(10));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn what_can_be_asked_can_be_counted() {
+    let (server, root) = with_root(|_| {});
+    publish(root.path(), "a", false, 31);
+    for (model, status) in [("a", 200), ("org/tiny", 200), ("nobody", 404)] {
+        let body = json!({"model": model, "messages": [{"role": "user", "content": "hello"}]});
+        let reply = post(server.addr, "/v1/messages/count_tokens", &body);
+        assert_eq!(reply.status, status, "{model}: {}", reply.text());
+    }
+}
+
+#[test]
+fn the_administrators_key_is_read_as_other_keys_are() {
+    let (server, root) = with_root(|_| {});
+    publish(root.path(), "a", false, 31);
+    let body = json!({"lora_name": "a", "lora_path": "a", "load_inplace": true}).to_string();
+    for (name, value, status) in [
+        ("Authorization", "Bearer let me in", 200),
+        ("Authorization", "bearer let me in", 200),
+        ("Authorization", "Basic let me in", 401),
+        ("Authorization", "Bearer let me", 401),
+        ("X-Admin-Key", "let me in", 200),
+        ("X-Admin-Key", "", 401),
+    ] {
+        let mut client = Client::new(server.addr);
+        client.send("POST", "/v1/load_lora_adapter", &[JSON, (name, value)], Some(body.as_bytes()));
+        assert_eq!(client.receive(false).status, status, "{name}: {value}");
+    }
+}
+
+#[test]
 fn a_stream_keeps_the_version_it_began_with() {
     let (server, root) = with_root(|_| {});
     let addr = server.addr;

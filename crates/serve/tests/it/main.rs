@@ -8,6 +8,7 @@ mod dialect;
 mod guarded;
 mod life;
 mod lifecycle;
+mod local;
 mod refusals;
 mod server;
 mod shaped;
