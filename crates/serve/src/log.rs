@@ -9,7 +9,7 @@ use crate::{ApiError, Finish, Tally, Usage};
 #[derive(Debug, Clone)]
 pub enum LogEvent {
     /// A request ended, however it did.
-    Request(RequestLog),
+    Request(Box<RequestLog>),
     /// The engine failed on a sequence; the request was told less.
     Failure {
         /// What the model or the array library said.
@@ -124,6 +124,6 @@ impl Drop for Record {
                 self.log.usage.add(tally.usage().counted(index, self.choices));
             }
         }
-        (self.sink)(LogEvent::Request(self.log.clone()));
+        (self.sink)(LogEvent::Request(Box::new(self.log.clone())));
     }
 }

@@ -66,7 +66,7 @@ impl Server {
         let logs = self.logs.lock().unwrap();
         logs.iter()
             .filter_map(|event| match event {
-                LogEvent::Request(request) => Some(request.clone()),
+                LogEvent::Request(request) => Some((**request).clone()),
                 LogEvent::Failure { .. } => None,
             })
             .collect()
