@@ -23,15 +23,36 @@ pub(crate) fn matrix(tensor: &Tensor) -> Matrix {
     Matrix { columns, values: tensor.to_f32().unwrap().into_iter().map(f64::from).collect() }
 }
 
-/// The weight of module `path`, unpacked by hand: code i in bits [i b, (i + 1) b) of its row, w = scale code + bias.
+/// A number of a sign, bits of exponent and bits of fraction.
+fn small(code: u32, exponent: u32, fraction: u32) -> f64 {
+    let power = (code >> fraction & ((1 << exponent) - 1)) as i32;
+    let part = f64::from(code & ((1 << fraction) - 1)) / f64::from(1 << fraction);
+    let size = if power == 0 { part } else { 1.0 + part };
+    let sign = if code >> (exponent + fraction) & 1 == 1 { -1.0 } else { 1.0 };
+    sign * size * 2.0_f64.powi(power.max(1) + 1 - (1 << (exponent - 1)))
+}
+
+/// Scales, which have eight bits where codes are floats.
+fn levels(scales: &Tensor, group: usize) -> Matrix {
+    if scales.dtype != StoredDtype::U8 {
+        return matrix(scales);
+    }
+    let level = |byte: &u8| {
+        if group == 16 { small((*byte).into(), 4, 3) } else { 2.0_f64.powi(i32::from(*byte) - 127) }
+    };
+    Matrix { columns: scales.shape[1], values: scales.data.iter().map(level).collect() }
+}
+
+/// The weight of module `path`, unpacked by hand: code i in bits [i b, (i + 1) b) of its row, w = scale code + bias, or w = scale
+/// times the float that the code is.
 pub(crate) fn weight(dir: &Path, all: &Tensors, path: &str) -> Matrix {
     let stored = &all[&format!("{path}.weight")];
     let Some(scales) = all.get(&format!("{path}.scales")) else { return matrix(stored) };
-    let (scales, biases) = (matrix(scales), matrix(&all[&format!("{path}.biases")]));
     let block = &read_json(&dir.join("config.json"))["quantization"];
     let own = if block[path].is_object() { &block[path] } else { block };
     let number = |key: &str| own[key].as_u64().unwrap() as usize;
     let (bits, group) = (number("bits"), number("group_size"));
+    let (scales, biases) = (levels(scales, group), all.get(&format!("{path}.biases")).map(matrix));
     let columns = stored.shape[1] * 32 / bits;
     assert_eq!(columns, scales.columns * group, "{path}");
     let mut values = Vec::new();
@@ -40,9 +61,13 @@ pub(crate) fn weight(dir: &Path, all: &Tensors, path: &str) -> Matrix {
             let at = i * bits;
             let next = bytes.get(at / 8 + 1).copied().unwrap_or_default();
             let pair = u16::from_le_bytes([bytes[at / 8], next]) >> (at % 8);
-            let code = f64::from(pair & ((1 << bits) - 1));
+            let code = u32::from(pair & ((1 << bits) - 1));
             let level = row * scales.columns + i / group;
-            values.push(scales.values[level] * code + biases.values[level]);
+            values.push(match &biases {
+                Some(biases) => scales.values[level] * f64::from(code) + biases.values[level],
+                None if bits == 4 => scales.values[level] * small(code, 2, 1),
+                None => scales.values[level] * small(code, 4, 3),
+            });
         }
     }
     Matrix { columns, values }

@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::ops::Range;
 
+use super::few_rows;
 use super::gemm::{LeftRows, Matrix, product};
 use super::level::dispatch;
 use super::packed::{self, Layout, Packed, Plain, UnpackRow};
@@ -102,7 +103,7 @@ impl<'a> Weights<'a> {
     /// y = x W^T for x (m, in). `many` takes the path of many rows whatever their number.
     pub(crate) fn times_transpose(self, x: &[f32], y: &mut [f32], precision: Precision, many: bool) {
         match self {
-            Weights::Dense { w, inputs } => packed::dense_times_transpose(x, w, inputs, y, precision, many),
+            Weights::Dense { w, inputs } => few_rows::dense_times_transpose(x, w, inputs, y, precision, many),
             Weights::Packed(w) => packed::times_transpose(x, &w, y, precision, many),
             Weights::Arranged(w) => panels::times_transpose(x, &w, y, precision),
         }
