@@ -25,12 +25,17 @@ impl fmt::Display for Interrupted {
 }
 impl std::error::Error for Interrupted {}
 
-/// 1, 2 or 130.
+/// The status of a run whose loss stopped being a number: `graft compare --find-lr` tells it from other failures.
+pub(crate) const NOT_FINITE: u8 = 3;
+
+/// 1, 2, 3 or 130.
 pub(crate) fn status(error: &Error) -> u8 {
     let sampling = matches!(error.downcast_ref(), Some(graft_model::Error::Sampling { .. }));
     let setting = matches!(error.downcast_ref(), Some(graft_train::Error::Setting { .. }));
     if error.is::<Usage>() || sampling || setting {
         2
+    } else if matches!(error.downcast_ref(), Some(graft_train::Error::NonFinite { .. })) {
+        NOT_FINITE
     } else if error.is::<Interrupted>() {
         130
     } else {

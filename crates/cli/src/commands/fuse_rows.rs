@@ -5,7 +5,7 @@ use crate::commands::load;
 use anyhow::{Result, bail};
 use graft_adapters::{AdapterConfig, file_hash};
 use graft_model::Text;
-use graft_train::{DataConfig, Form, Row, Split, read_rows};
+use graft_train::{DataConfig, Row, Split, read_rows};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -47,12 +47,7 @@ pub(crate) fn find(args: &FuseArgs, config: &AdapterConfig, model: &Path) -> Res
     let form = form(config);
     let (tokenizer, template) = load::text(model)?;
     let encoder = load::encoder(&tokenizer, template.as_ref());
-    let split = |file: &Path, rows: &[Row]| {
-        // Rows of plain text have no prompt to mask, whatever the recipe says of others.
-        let texts = rows.iter().all(|row| graft_train::form(row, &form) == Some(Form::Text));
-        let form = DataConfig { mask_prompt: form.mask_prompt && !texts, ..form.clone() };
-        Split::from_rows(file, rows, &encoder, &form)
-    };
+    let split = |file: &Path, rows: &[Row]| Split::from_rows(file, rows, &encoder, &form);
     let mut observed = Vec::new();
     let mut others = Vec::new();
     let valid = match valid {
@@ -129,6 +124,8 @@ fn form(config: &AdapterConfig) -> DataConfig {
     let get = |key: &str| config.raw.get(key);
     let limit = get("max_seq_length").and_then(Value::as_u64).unwrap_or(2048) as usize;
     let mut form = DataConfig::new(get("mask_prompt").and_then(Value::as_bool).unwrap_or(false), limit);
+    // What training took is taken here, too.
+    form.whole_texts = true;
     for (name, key) in [
         ("prompt_feature", &mut form.prompt_feature),
         ("completion_feature", &mut form.completion_feature),

@@ -325,7 +325,7 @@ fn settings_out_of_range_and_runs_that_blow_up_write_nothing() {
     folder.fails(2, &format!("{SHORT} --model gone -c odd.yaml"), &["optimizer_config.adam.speed"]);
     let blown = format!("{SHORT} --iters 9 --learning-rate 1e30 --optimizer sgd --adapter-path new");
     let run = folder.run(&blown);
-    assert_eq!(run.status, Some(1), "{run:?}");
+    assert_eq!(run.status, Some(3), "{run:?}");
     assert!(
         run.err.contains("is not finite at iteration") && run.err.contains("train.jsonl lines"),
         "{run:?}"
