@@ -98,6 +98,21 @@ pub(crate) fn sparkline(values: &[f64], width: usize) -> String {
     means.iter().map(|v| BLOCKS[(((v - low) / step) * 7.0).round().clamp(0.0, 7.0) as usize]).collect()
 }
 
+/// A text whose line ends can be seen, and whose control characters and marks of direction do nothing: they would show
+/// it otherwise than the model reads it.
+pub(crate) fn visible(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\n' => out += "↵\n",
+            c if graft_train::is_invisible(c) => out.extend(c.escape_unicode()),
+            c if c.is_control() => out.extend(c.escape_default()),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
 /// Rows in aligned columns: the first to the left, the others to the right.
 pub(crate) fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or_default();
@@ -132,6 +147,14 @@ mod tests {
         assert_eq!(sparkline(&[4.0, 4.0, 1.0, 1.0], 2), "█▁");
         assert_eq!(sparkline(&[1.0, 1.0], 8), "▁▁");
         assert_eq!(sparkline(&[f64::NAN], 8), "");
+    }
+
+    #[test]
+    fn nothing_of_a_text_is_hidden() {
+        assert_eq!(
+            visible("a\nb\u{1b}[2J\u{202e}\u{61c}\u{200b}\u{200d}\u{feff}é한"),
+            "a↵\nb\\u{1b}[2J\\u{202e}\\u{61c}\\u{200b}\\u{200d}\\u{feff}é한"
+        );
     }
 
     #[test]

@@ -13,7 +13,7 @@ use graft_train::{Batch, Example, Optimizer, Params, Schedule, Split, Trainer, T
 fn split() -> Split {
     let example = |line: usize| {
         let tokens: Vec<u32> = (0..64 + line).map(|i| ((i * 7 + line * 13) % 288) as u32).collect();
-        Example { line, full_length: tokens.len(), tokens, offset: 0 }
+        Example::whole(line, tokens, 0)
     };
     let examples = (0..4).map(example).collect();
     Split { file: "train.jsonl".into(), examples, skipped: vec![], warnings: vec![], found: true }

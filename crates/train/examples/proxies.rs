@@ -90,12 +90,7 @@ fn decode(model: &Model) -> Result<Vec<Evaluation>, Box<dyn Error>> {
 
 /// The evaluations of some steps.
 fn train(model: &Rc<Model>, rows: &[Vec<u32>], dora: bool) -> Result<Vec<Evaluation>, Box<dyn Error>> {
-    let example = |(i, tokens): (usize, &Vec<u32>)| Example {
-        line: i + 1,
-        full_length: tokens.len(),
-        tokens: tokens.clone(),
-        offset: 0,
-    };
+    let example = |(i, tokens): (usize, &Vec<u32>)| Example::whole(i + 1, tokens.clone(), 0);
     let split = Split {
         file: "rows".into(),
         examples: rows.iter().enumerate().map(example).collect(),

@@ -11,8 +11,9 @@ use std::path::Path;
 use graft_model::THINKING;
 use serde_json::{Value, json};
 
-use crate::data::{Data, DataConfig, Encoded, Encoder, Example, Form, Marks, Split, is_from, unparsed};
+use crate::data::{Data, DataConfig, Encoded, Encoder, Example, Form, Marks, Split};
 use crate::fault::{Fault, Warning};
+use crate::message::{is_from, is_invisible, unparsed};
 
 /// Lines of the rows with a fault, and what of them is worth naming.
 #[derive(Default)]
@@ -107,7 +108,7 @@ impl<'a> Checks<'a> {
     fn text(&mut self, row: &Encoded, line: usize) {
         let tokens = &row.example.tokens;
         let typed = row.text.trim_end();
-        if typed.trim_start().is_empty() {
+        if is_blank(typed) {
             self.add(Fault::EmptyText, line, "");
         }
         let Some(eos) = self.encoder.eos().filter(|_| !row.example.is_cut()) else { return };
@@ -123,8 +124,8 @@ impl<'a> Checks<'a> {
         if !is_from(last, "assistant") {
             self.add(Fault::NoAnswer, line, "");
         } else if !row.example.is_cut() {
-            let tail = row.example.tokens.iter().rev().take(END_WITHIN);
-            if !tail.into_iter().any(|id| self.marks.ends.contains(id)) {
+            let answer = row.example.tokens.get(self.answer_at(row, before)..).unwrap_or_default();
+            if !answer.iter().rev().take(END_WITHIN).any(|id| self.marks.ends.contains(id)) {
                 self.add(Fault::NoEndOfTurn, line, "");
             }
         }
@@ -146,6 +147,18 @@ impl<'a> Checks<'a> {
         self.tools(row, bare.as_deref());
     }
 
+    /// The token at which the last message begins, as an end before it is another message's; 0 where the template does
+    /// not tell.
+    fn answer_at(&self, row: &Encoded, before: &[Value]) -> usize {
+        if row.shifted || row.prompt.is_some() {
+            return if row.shifted { 0 } else { row.example.offset };
+        }
+        let prompt = self.encoder.render(before, row.tools, true).ok();
+        let answer = prompt.and_then(|prompt| row.text.strip_prefix(prompt.as_str()));
+        let answer = answer.and_then(|answer| self.encoder.encode(answer, false).ok());
+        answer.map_or(0, |answer| row.example.tokens.len().saturating_sub(answer.len()))
+    }
+
     /// `special` are the special tokens of the row, `bare` its text without tools.
     fn message(&mut self, row: &Encoded, at: usize, message: &Value, special: &[String], bare: Option<&str>) {
         let line = row.example.line;
@@ -156,7 +169,7 @@ impl<'a> Checks<'a> {
         let content = message.get("content").unwrap_or(&Value::Null);
         let calls = calls(message);
         match content {
-            Value::String(text) if !text.trim().is_empty() => {
+            Value::String(text) if !is_blank(text) => {
                 if let Some(token) = special.iter().find(|token| text.contains(*token)) {
                     self.add(Fault::SpecialInContent, line, token);
                 }
@@ -306,15 +319,14 @@ impl Data {
     pub fn warnings(&self, batch_size: usize, validates: bool) -> Vec<Warning> {
         let splits = [&self.train, &self.valid, &self.test];
         let mut all: Vec<Warning> = splits.iter().flat_map(|split| split.warnings.clone()).collect();
-        // By tokens and length, as what is cut off may differ, each with split, number and line.
-        let mut seen: HashMap<(&[u32], usize), (usize, usize, usize)> = HashMap::new();
+        // Each with split, number and line.
+        let mut seen: HashMap<u64, (usize, usize, usize)> = HashMap::new();
         for (at, split) in splits.into_iter().enumerate() {
             // Lines that repeat a row of each split up to this one, and the first row they repeat.
             let mut repeated: [(Vec<usize>, usize); 3] = Default::default();
             // A split of several data sets has a line more than once.
             for (number, example) in split.examples.iter().enumerate() {
-                let key = (example.tokens.as_slice(), example.full_length);
-                let (other, first, line) = *seen.entry(key).or_insert((at, number, example.line));
+                let (other, first, line) = *seen.entry(example.hash).or_insert((at, number, example.line));
                 if (other, first) != (at, number) {
                     let (lines, first) = &mut repeated[other];
                     *first = if lines.is_empty() { line } else { *first };
@@ -340,6 +352,11 @@ impl Data {
         }
         all
     }
+}
+
+/// Whether nothing of a text can be seen.
+fn is_blank(text: &str) -> bool {
+    text.chars().all(|c| c.is_whitespace() || is_invisible(c))
 }
 
 /// The names of tools, or of calls: in `function`, or by themselves.

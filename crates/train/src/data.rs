@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 use crate::check::Checks;
 use crate::error::io;
 use crate::fault::{Warning, lines};
+use crate::message::{is_from, messages, render, text};
 use crate::rng::mix;
 use crate::{Error, Result};
 
@@ -58,6 +59,8 @@ pub struct Marks {
 pub struct DataConfig {
     /// Train on the last message (or the completion) only.
     pub mask_prompt: bool,
+    /// With `mask_prompt`: a row of plain text, which has no prompt, is trained on whole instead of being refused.
+    pub whole_texts: bool,
     /// Tokens of a row that are kept, from its start.
     pub max_seq_length: usize,
     /// Key of the prompt; mlx-lm's default is `prompt`.
@@ -75,7 +78,15 @@ impl DataConfig {
     pub fn new(mask_prompt: bool, max_seq_length: usize) -> Self {
         let [prompt_feature, completion_feature, chat_feature, text_feature] =
             ["prompt", "completion", "messages", "text"].map(str::to_owned);
-        Self { mask_prompt, max_seq_length, prompt_feature, completion_feature, chat_feature, text_feature }
+        Self {
+            mask_prompt,
+            whole_texts: false,
+            max_seq_length,
+            prompt_feature,
+            completion_feature,
+            chat_feature,
+            text_feature,
+        }
     }
 }
 
@@ -99,12 +110,15 @@ pub struct Example {
     pub offset: usize,
     /// Tokens before the cut.
     pub full_length: usize,
+    /// Of all tokens before the cut: equal for equal rows.
+    pub hash: u64,
 }
 
 impl Example {
-    /// Before it is cut, and without its line.
-    fn whole(tokens: Vec<u32>, offset: usize) -> Self {
-        Self { line: 0, full_length: tokens.len(), tokens, offset }
+    /// A row before it is cut.
+    pub fn whole(line: usize, tokens: Vec<u32>, offset: usize) -> Self {
+        let words: Vec<u64> = tokens.iter().map(|id| u64::from(*id)).collect();
+        Self { line, full_length: tokens.len(), hash: mix(&words), tokens, offset }
     }
 
     /// The positions of the targets: from `max(1, offset)` on, since nothing comes before the first token.
@@ -179,14 +193,24 @@ pub fn read_rows(file: &Path) -> Result<Vec<Row>> {
         if line.trim().is_empty() {
             continue;
         }
-        let fail = |problem: String| Error::Row { file: file.to_path_buf(), line: index + 1, problem };
-        match serde_json::from_str(line) {
-            Ok(Value::Object(value)) => rows.push(Row { line: index + 1, value }),
-            Ok(_) => {
-                return Err(fail("expected a JSON object on each line, found another JSON value".into()));
+        let problem = match serde_json::from_str(line) {
+            Ok(Value::Object(value)) => {
+                rows.push(Row { line: index + 1, value });
+                continue;
             }
-            Err(e) => return Err(fail(format!("not valid JSON: {e}"))),
-        }
+            _ if rows.is_empty() && line.trim_start().starts_with('[') => {
+                "expected a JSON object on each line; this is one JSON list: write one object a line"
+                    .to_owned()
+            }
+            Ok(_) => "expected a JSON object on each line, found another JSON value".to_owned(),
+            // Its line is always 1, as it sees one line.
+            Err(e) => {
+                let place = format!(" at line {} column {}", e.line(), e.column());
+                let what = e.to_string().replace(&place, "");
+                format!("not valid JSON: {what} at column {}", e.column())
+            }
+        };
+        return Err(Error::Row { file: file.to_path_buf(), line: index + 1, problem });
     }
     Ok(rows)
 }
@@ -283,7 +307,7 @@ impl Split {
 
 /// Which of the forms a row has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Form {
+pub(crate) enum Form {
     /// A text by itself.
     Text,
     /// A prompt and its completion.
@@ -294,7 +318,7 @@ pub enum Form {
 
 /// A row's form by its keys; none where they are those of no form. Of several forms the first counts: prompt and
 /// completion, messages, text.
-pub fn form(row: &Row, config: &DataConfig) -> Option<Form> {
+pub(crate) fn form(row: &Row, config: &DataConfig) -> Option<Form> {
     let has = |key: &String| row.value.contains_key(key);
     if has(&config.prompt_feature) && has(&config.completion_feature) {
         Some(Form::Completion)
@@ -329,11 +353,11 @@ fn encode<'a>(row: &'a Row, encoder: &dyn Encoder, config: &DataConfig) -> RowRe
             json!({"role": "user", "content": text(row, &config.prompt_feature)?}),
             json!({"role": "assistant", "content": text(row, &config.completion_feature)?}),
         ];
-        Encoded { form: Form::Completion, ..chat(messages.into(), tools, encoder, config.mask_prompt)? }
+        Encoded { form: Form::Completion, ..chat(messages.into(), tools, encoder, config)? }
     } else if form == Some(Form::Chat) {
-        chat(messages(row, &config.chat_feature)?.into(), tools, encoder, config.mask_prompt)?
+        chat(messages(row, &config.chat_feature)?.into(), tools, encoder, config)?
     } else if form == Some(Form::Text) {
-        if config.mask_prompt {
+        if config.mask_prompt && !config.whole_texts {
             return Err(
                 "a text row has no prompt to mask: use messages or prompt and completion, or no mask_prompt"
                     .into(),
@@ -354,7 +378,7 @@ fn encode<'a>(row: &'a Row, encoder: &dyn Encoder, config: &DataConfig) -> RowRe
             text: text.into(),
             prompt: None,
             shifted: false,
-            example: Example::whole(tokens, 0),
+            example: Example::whole(row.line, tokens, 0),
         }
     } else {
         let keys: Vec<String> = row.value.keys().map(|k| format!("{k:?}")).collect();
@@ -371,74 +395,22 @@ fn encode<'a>(row: &'a Row, encoder: &dyn Encoder, config: &DataConfig) -> RowRe
     Ok(encoded)
 }
 
-pub(crate) fn text<'a>(row: &'a Row, key: &str) -> RowResult<&'a str> {
-    let value = row.value.get(key).unwrap_or(&Value::Null);
-    value.as_str().ok_or_else(|| format!("{key:?}: expected a string, found {}", kind(value)))
-}
-
-pub(crate) fn messages<'a>(row: &'a Row, key: &str) -> RowResult<&'a [Value]> {
-    let value = row.value.get(key).unwrap_or(&Value::Null);
-    let list = value
-        .as_array()
-        .ok_or_else(|| format!("{key:?}: expected a list of messages, found {}", kind(value)))?;
-    if list.is_empty() {
-        return Err(format!("{key:?}: the list of messages is empty"));
-    }
-    for (i, message) in list.iter().enumerate() {
-        if message.get("role").and_then(Value::as_str).is_none() {
-            return Err(format!(
-                "{key:?}[{i}]: expected an object with \"role\" and \"content\", found {}",
-                kind(message)
-            ));
-        }
-    }
-    Ok(list)
-}
-
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "true or false",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object without them",
-    }
-}
-
-/// A conversation, with `mask` trained on the last message alone.
+/// A conversation, with `mask_prompt` trained on the last message alone.
 fn chat<'a>(
-    messages: Cow<'a, [Value]>,
+    mut messages: Cow<'a, [Value]>,
     tools: Option<&'a Value>,
     encoder: &dyn Encoder,
-    mask: bool,
+    config: &DataConfig,
 ) -> RowResult<Encoded<'a>> {
-    let text =
-        encoder.render(&messages, tools, false).map_err(|problem| match unparsed(&messages, tools) {
-            Some(key) => format!("{key:?}: expected a list, found a string: parse it ({problem})"),
-            None => problem,
-        })?;
+    let text = render(&mut messages, tools, encoder, (&config.chat_feature, false))?;
     // The template writes the special tokens itself.
     let tokens = encoder.encode(&text, false)?;
     let (mut prompt, mut shifted, mut offset) = (None, false, 0);
-    if let Some((last, before)) = messages.split_last().filter(|_| mask) {
+    if let Some((last, before)) = messages.split_last().filter(|_| config.mask_prompt) {
         let rendered = encoder.render(before, tools, is_from(last, "assistant"))?;
         let start = encoder.encode(&rendered, false)?;
         (offset, shifted, prompt) = (start.len(), !tokens.starts_with(&start), Some(rendered));
     }
-    let example = Example::whole(tokens, offset);
+    let example = Example::whole(0, tokens, offset);
     Ok(Encoded { form: Form::Chat, messages, tools, text: text.into(), prompt, shifted, example })
-}
-
-/// The key of tools or calls that are JSON in a string, which templates refuse or print letter by letter.
-pub(crate) fn unparsed(messages: &[Value], tools: Option<&Value>) -> Option<&'static str> {
-    if tools.is_some_and(Value::is_string) {
-        return Some("tools");
-    }
-    messages.iter().any(|m| m.get("tool_calls").is_some_and(Value::is_string)).then_some("tool_calls")
-}
-
-/// Whether a message has this role.
-pub(crate) fn is_from(message: &Value, role: &str) -> bool {
-    message.get("role").and_then(Value::as_str) == Some(role)
 }

@@ -5,6 +5,9 @@ use std::path::PathBuf;
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// What every [`Error::NonFinite`] says, for whoever reads the words of a run in another process.
+pub const NOT_FINITE: &str = "is not finite";
+
 /// A run that cannot start, or must not go on.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -53,7 +56,7 @@ pub enum Error {
     },
     /// The loss, a gradient or an updated tensor is infinite or not a number.
     #[error(
-        "the {what} is not finite at iteration {iter}; the batch held {rows}; nothing after the last save was written: \
+        "the {what} {NOT_FINITE} at iteration {iter}; the batch held {rows}; nothing after the last save was written: \
          lower the learning rate, set --max-grad-norm, or look at those rows"
     )]
     NonFinite {

@@ -207,6 +207,14 @@ pub struct Warning {
 }
 
 impl Warning {
+    /// The sentence without what to do, which is said to one who trains.
+    pub fn finding(&self) -> &str {
+        let advice = self.fault.words().2;
+        self.text.strip_suffix(advice).map_or(&*self.text, |found| found.trim_end_matches(": "))
+    }
+}
+
+impl Warning {
     /// `detail` is what the sentence says in brackets before the lines.
     pub(crate) fn new(fault: Fault, file: &Path, rows: usize, lines: Vec<usize>, detail: &str) -> Self {
         let (name, what, advice) = fault.words();

@@ -11,6 +11,13 @@ pub struct Estimate {
     pub interval: [f64; 2],
 }
 
+impl Estimate {
+    /// The interval; none where it has no width: values that are all the same do not tell what others would be.
+    pub fn range(&self) -> Option<[f64; 2]> {
+        Some(self.interval).filter(|[low, high]| low < high)
+    }
+}
+
 /// The weighted mean of (value, weight) pairs, `sum(v w) / sum(w)`, with the 2.5 % and 97.5 % quantiles of the means of
 /// `resamples` samples of as many pairs, drawn with replacement. For a paired comparison the values are differences.
 ///
@@ -77,6 +84,9 @@ mod tests {
         // Weights count, and what does not vary has no spread.
         assert_eq!(bootstrap(&[(1.0, 3.0), (5.0, 1.0)], 10, 0).value, 2.0);
         assert_eq!(bootstrap(&[(0.0, 1.0); 9], 100, 0).interval, [0.0, 0.0]);
+        // 9 of 9 may be 95 of 100.
+        assert_eq!(bootstrap(&[(1.0, 1.0); 9], 100, 0).range(), None);
+        assert_eq!(found.range(), Some(found.interval));
         assert_eq!(bootstrap(&[], 10, 0), Estimate { value: 0.0, interval: [0.0, 0.0] });
     }
 

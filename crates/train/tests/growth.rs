@@ -49,7 +49,7 @@ fn steps_leave_nothing_behind() {
         let mut rng = Rng::new(5);
         let examples = (6..22).enumerate().map(|(i, n)| {
             let tokens = (0..n).map(|_| rng.below(288) as u32).collect();
-            Example { line: i + 1, tokens, offset: i % 3, full_length: n }
+            Example::whole(i + 1, tokens, i % 3)
         });
         let split = Split {
             file: "train.jsonl".into(),

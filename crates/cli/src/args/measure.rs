@@ -90,6 +90,14 @@ pub(crate) struct MetricArgs {
     pub(crate) max_tokens: usize,
 }
 
+/// Settings of `lora` that `compare` decides itself, and why.
+pub(crate) const NOT_COMPARED: [(&str, &str); 4] = [
+    ("test", "--metric scores the legs on test.jsonl"),
+    ("resume", "each leg is trained from its start"),
+    ("adapter_path", "the adapters are written to --output"),
+    ("steps_per_report", "every step is reported"),
+];
+
 /// `compare`.
 #[derive(Args, Debug)]
 pub(crate) struct CompareArgs {
@@ -118,7 +126,7 @@ pub(crate) struct CompareArgs {
     pub(crate) find_lr: Option<Vec<f64>>,
     #[command(flatten)]
     pub(crate) metric: MetricArgs,
-    /// Where bases, adapters, compare.json and compare.html are written; must not exist
+    /// Where bases, adapters, compare.json and compare.html are written; must not exist, but for a try that came to nothing
     #[arg(long, default_value = "compare", help_heading = "The comparison")]
     pub(crate) output: String,
     /// Print the report as JSON

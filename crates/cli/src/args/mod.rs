@@ -13,7 +13,7 @@ pub(crate) use adapters::{
     AdapterCommand, AdapterInspectArgs, ExportArgs, ExtractArgs, ImportArgs, MergeArgs, ResizeArgs,
 };
 pub(crate) use files::{ConvertArgs, DoctorArgs, ExportCommand, ExportGgufArgs, FuseArgs, InspectArgs};
-pub(crate) use measure::{CompareArgs, EvalArgs, MetricArgs, PlotArgs};
+pub(crate) use measure::{CompareArgs, EvalArgs, MetricArgs, NOT_COMPARED, PlotArgs};
 pub(crate) use refused::advice;
 pub(crate) use run::{
     ChatArgs, DEFAULT_DATA, GenerateArgs, PerplexityArgs, SamplingArgs, ServerArgs, XTC_THRESHOLD,
@@ -95,12 +95,18 @@ pub(crate) enum Command {
 
 /// The whole command, the refused flags of mlx_lm included as hidden ones.
 pub(crate) fn command() -> clap::Command {
-    refused::add(Cli::command()).mut_subcommands(negative_numbers).mut_subcommand("data", |data| {
+    let all = refused::add(Cli::command()).mut_subcommands(negative_numbers).mut_subcommand("data", |data| {
         // All of `lora`'s flags are taken, so that its command line can be looked at; help names those that matter.
         data.mut_subcommands(|show| {
             show.mut_args(|arg| if train::is_idle(&arg) { arg.hide(true) } else { arg })
         })
-    })
+    });
+    // `compare` takes `lora`'s flags, too, and refuses these by name, with the reason.
+    let hidden = |arg: clap::Arg| {
+        let refused = measure::NOT_COMPARED.iter().any(|(id, _)| *id == arg.get_id().as_str());
+        if refused || arg.get_id() == "fine_tune_type" { arg.hide(true) } else { arg }
+    };
+    all.mut_subcommand("compare", |compare| compare.mut_args(hidden))
 }
 
 /// argparse reads `--num-layers -1` as a value.

@@ -2,7 +2,8 @@
 
 use super::convert::packing;
 use super::plot::Metrics;
-use crate::args::CompareArgs;
+use super::{data, load};
+use crate::args::{CompareArgs, NOT_COMPARED};
 use crate::errors::{Interrupted, Usage};
 use crate::hub::{self, What};
 use crate::settings::{Defaults, Settings, file_of, merge};
@@ -10,13 +11,16 @@ use crate::ui;
 use anyhow::{Context, Result, bail};
 use graft_quant::convert::{ConvertOptions, Packing, convert};
 use graft_quant::{Checkpoint, Mode};
+use graft_train::Walk;
 use serde_json::{Map, Value, json};
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 /// Iterations of a run where none are given, as in the lesson's exercise.
 const ITERS: i64 = 50;
@@ -34,6 +38,17 @@ impl Drop for Process {
         let _reaped = self.0.wait();
     }
 }
+
+/// A run whose loss stopped being a number.
+#[derive(Debug)]
+pub(super) struct Blown(String);
+
+impl std::fmt::Display for Blown {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+impl std::error::Error for Blown {}
 
 /// What a leg stands on.
 #[derive(Clone, Copy, PartialEq)]
@@ -113,6 +128,8 @@ pub(super) struct Bench<'a> {
     pub(super) stop: &'a AtomicBool,
     pub(super) dense: Option<Made>,
     pub(super) packed: Option<Made>,
+    /// Warnings that were said, which each leg would repeat.
+    said: RefCell<BTreeSet<String>>,
 }
 
 /// What one run came to.
@@ -129,12 +146,7 @@ pub(super) struct Run {
 pub(super) fn common(args: &CompareArgs, legs: &[Leg]) -> Result<Map<String, Value>> {
     let mut all = file_of(args.run.config.as_deref())?;
     lay(&mut all, args.run.as_file());
-    for (key, why) in [
-        ("test", "--metric scores the legs on test.jsonl"),
-        ("resume", "each leg is trained from its start"),
-        ("adapter_path", "the adapters are written to --output"),
-        ("steps_per_report", "every step is reported"),
-    ] {
+    for (key, why) in NOT_COMPARED {
         if all.contains_key(key) || legs.iter().any(|leg| leg.own.contains_key(key)) {
             bail!(Usage(format!("--{}: {why}; leave it out", key.replace('_', "-"))));
         }
@@ -176,7 +188,82 @@ fn lay(under: &mut Map<String, Value>, over: Map<String, Value>) {
     merge(under, over);
 }
 
+/// Whether a directory holds no more than what a comparison leaves that did not come to a result: bases, and legs'
+/// settings and logs. The next one goes on with it.
+pub(super) fn is_unfinished(out: &Path) -> Result<bool> {
+    let entries = |dir: &Path| -> Result<Vec<PathBuf>> {
+        let all = std::fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
+        Ok(all.collect::<std::io::Result<Vec<_>>>()?.iter().map(std::fs::DirEntry::path).collect())
+    };
+    if !out.is_dir() {
+        return Ok(false);
+    }
+    let spare = |file: &PathBuf| {
+        let name = file.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        (name.starts_with("seed-") || name.starts_with("lr-"))
+            && (name.ends_with(".yaml") || name.ends_with(".log"))
+    };
+    for dir in entries(out)? {
+        if !dir.is_dir() || (!dir.ends_with("bases") && !entries(&dir)?.iter().all(spare)) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+impl<'a> Bench<'a> {
+    /// Without bases yet.
+    pub(super) fn new(
+        out: &Path,
+        common: Map<String, Value>,
+        globals: Vec<String>,
+        stop: &'a AtomicBool,
+    ) -> Self {
+        let said = RefCell::default();
+        Self { out: out.to_path_buf(), common, globals, stop, dense: None, packed: None, said }
+    }
+}
+
 impl Bench<'_> {
+    /// The seed of each leg's first run.
+    pub(super) fn first_seed(&self) -> i64 {
+        self.common.get("seed").and_then(Value::as_i64).unwrap_or_default()
+    }
+
+    /// The seeds of a leg's runs.
+    pub(super) fn seeds(&self, count: u32) -> Vec<i64> {
+        (self.first_seed()..).take(count as usize).collect()
+    }
+
+    /// Whether a line of a run is a warning that was not said yet.
+    pub(super) fn is_new_warning(&self, line: &str) -> bool {
+        line.starts_with("warning: ") && self.said.borrow_mut().insert(line.to_owned())
+    }
+
+    /// Reads the legs' rows as their runs will and says what is wrong with them; a base of its own makes no difference,
+    /// since it has the tokenizer of the model that it is made of.
+    pub(super) fn check_rows(&self, legs: &[Leg], seed: i64) -> Result<()> {
+        let shared = legs.iter().find(|leg| leg.base != Base::Own);
+        for leg in legs.iter().filter(|leg| leg.base == Base::Own).chain(shared) {
+            let settings = self.settings(leg, seed)?;
+            let model = settings.text("model").unwrap_or_default();
+            let (tokenizer, template) = load::text(&hub::resolve(model, What::Model)?)?;
+            let data = data::load(&settings, &load::encoder(&tokenizer, template.as_ref()))?;
+            let vocab = load::config(model)?.vocab as usize;
+            data.train.check_vocabulary(vocab)?;
+            data.valid.check_vocabulary(vocab)?;
+            let batch_size = usize::try_from(settings.int("batch_size")).unwrap_or_default();
+            Walk::new(&data.train, batch_size, 0)?;
+            for warning in data.warnings(batch_size, settings.int("val_batches") != 0) {
+                let line = format!("warning: {}", warning.text);
+                if self.is_new_warning(&line) {
+                    ui::note(&line);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Finds or makes the bases that the legs need.
     pub(super) fn make_bases(&mut self, args: &CompareArgs, legs: &[Leg]) -> Result<()> {
         let needs = |base| legs.iter().any(|leg| leg.base == base);
@@ -224,12 +311,26 @@ impl Bench<'_> {
 
     fn convert(&self, source: &Path, name: &str, pack: Option<Packing>, from: String) -> Result<Made> {
         let target = self.out.join("bases").join(name);
+        // What it was made of, written when it was whole.
+        let note = target.with_extension("from");
+        let changed =
+            |file: &Path| Some(file.metadata().ok()?.modified().ok()?.duration_since(UNIX_EPOCH).ok()?);
+        let times: Vec<_> = Checkpoint::open(source)?.files().map(changed).collect();
+        let made_of = format!("{from}\n{}\n{times:?}\n", source.canonicalize()?.display());
+        if target.is_dir() && std::fs::read_to_string(&note).is_ok_and(|text| text == made_of) {
+            ui::note(&format!("The {name} base is there from an earlier try: {from}"));
+            return Ok(Made { path: target.display().to_string(), from });
+        }
+        let _older = std::fs::remove_dir_all(&target);
         ui::note(&format!("Making the {name} base: {from}"));
         std::fs::create_dir_all(self.out.join("bases"))
             .with_context(|| format!("cannot make the directory {}", self.out.display()))?;
         let options = ConvertOptions { dequantize: pack.is_none(), pack, dtype: None };
         match convert(source, &target, &options, self.stop, &mut |_| {}) {
-            Ok(_) => Ok(Made { path: target.display().to_string(), from }),
+            Ok(_) => {
+                std::fs::write(&note, made_of).with_context(|| format!("cannot write {}", note.display()))?;
+                Ok(Made { path: target.display().to_string(), from })
+            }
             Err(error) => {
                 // What was made for it goes again, if it is empty.
                 let _in_use = std::fs::remove_dir(self.out.join("bases"));
@@ -285,6 +386,9 @@ impl Bench<'_> {
         let mut steps = 0;
         let words = ["train", "-c", &file.display().to_string()].map(str::to_owned);
         let done = self.child(&words, &folder.join(format!("{place}.log")), &mut |line| {
+            if self.is_new_warning(line) {
+                progress.line(line);
+            }
             if line.starts_with("Iter ") && line.contains(": Train loss ") {
                 steps += 1;
                 progress.at(steps, String::new());
@@ -355,12 +459,20 @@ impl Bench<'_> {
         }
         if !status.success() {
             let why = error.unwrap_or_else(|| format!("it ended with {status}"));
-            bail!("{why} (its log is {})", log.display());
+            let blown = why.contains(graft_train::NOT_FINITE);
+            let why = format!("{why} (its log is {})", log.display());
+            if blown {
+                bail!(Blown(why));
+            }
+            bail!(why);
         }
         Ok(())
     }
 
     fn interrupted(&self) -> Interrupted {
-        Interrupted(format!("Interrupted; what is done so far is in {}.", self.out.display()))
+        Interrupted(match self.out.exists() {
+            true => format!("Interrupted; what is done so far is in {}.", self.out.display()),
+            false => "Interrupted; nothing was written.".into(),
+        })
     }
 }

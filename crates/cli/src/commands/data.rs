@@ -4,7 +4,7 @@ use crate::errors::Usage;
 use crate::hub::{self, What};
 use crate::settings::Settings;
 use anyhow::{Result, bail};
-use graft_train::{Data, DataConfig, Encoder, Form, Row, Split, form, read_rows};
+use graft_train::{Data, DataConfig, Encoder, Row, Split, read_rows};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
@@ -26,11 +26,7 @@ pub(crate) fn load(settings: &Settings, encoder: &dyn Encoder) -> Result<Data> {
         });
     }
     let dir = hub::resolve(settings.text("data").unwrap_or_default(), What::Data)?;
-    let mut config = features(settings, &Map::new());
-    let train_file = dir.join("train.jsonl");
-    if settings.mask_is_default && train_file.exists() {
-        config.mask_prompt &= !text_rows(&read_rows(&train_file)?, &config);
-    }
+    let config = features(settings, &Map::new());
     let split = |name: &str, needed: bool| {
         let file = dir.join(format!("{name}.jsonl"));
         if needed { Split::load(&file, encoder, &config) } else { Ok(empty(name)) }
@@ -38,16 +34,13 @@ pub(crate) fn load(settings: &Settings, encoder: &dyn Encoder) -> Result<Data> {
     Ok(Data { train: split("train", train)?, valid: split("valid", train)?, test: split("test", test)? })
 }
 
-/// The recipe masks prompts where rows have prompts; rows of plain text have none.
-fn text_rows(rows: &[Row], config: &DataConfig) -> bool {
-    rows.first().is_some_and(|row| form(row, config) == Some(Form::Text))
-}
-
 /// How rows are read, as a data set's `own` settings say, else those of the run.
 pub(super) fn features(settings: &Settings, own: &Map<String, Value>) -> DataConfig {
     let mask = own.get("mask_prompt").and_then(Value::as_bool);
     let limit = usize::try_from(settings.int("max_seq_length")).unwrap_or_default();
     let mut config = DataConfig::new(mask.unwrap_or_else(|| settings.flag("mask_prompt")), limit);
+    // The recipe's own mask is for rows that have a prompt.
+    config.whole_texts = settings.mask_is_default && mask.is_none();
     for (name, key) in [
         ("prompt_feature", &mut config.prompt_feature),
         ("completion_feature", &mut config.completion_feature),
@@ -87,11 +80,7 @@ fn described_split(
         let spec = part.get(&format!("{name}_split")).and_then(Value::as_str).or(default);
         let Some(spec) = spec else { continue };
         let (file, rows) = slice(&hub::resolve(path, What::Data)?, spec)?;
-        let mut config = features(settings, part);
-        if settings.mask_is_default && !part.contains_key("mask_prompt") {
-            config.mask_prompt &= !text_rows(&rows, &config);
-        }
-        let split = Split::from_rows(&file, &rows, encoder, &config)?;
+        let split = Split::from_rows(&file, &rows, encoder, &features(settings, part))?;
         match &mut whole {
             None => whole = Some(split),
             Some(whole) => {

@@ -6,9 +6,10 @@ use super::{data, load};
 use crate::args::DataShowArgs;
 use crate::errors::Usage;
 use crate::hub::{self, What};
+use crate::report::{self, escape};
 use crate::settings::{Defaults, Settings};
-use crate::ui;
-use anyhow::{Context, Result, bail};
+use crate::ui::{self, visible};
+use anyhow::{Result, bail};
 use graft_model::Tokenizer;
 use graft_train::{Data, Example, Split, Warning};
 use serde_json::{Value, json};
@@ -32,6 +33,9 @@ pub(crate) fn data_show(args: &DataShowArgs) -> Result<()> {
     let (tokenizer, template) = load::text(&dir)?;
     let data = data::load(&settings, &load::encoder(&tokenizer, template.as_ref()))?;
     let splits = [("train", &data.train), ("valid", &data.valid), ("test", &data.test)];
+    let page = args.html.as_ref().map(|file| file.display().to_string());
+    let files = splits.map(|(_, split)| split.file.clone());
+    report::check(&page.iter().map(|file| ("--html", file)).collect::<Vec<_>>(), &files)?;
     for (_, split) in splits {
         split.check_vocabulary(vocab)?;
     }
@@ -42,10 +46,8 @@ pub(crate) fn data_show(args: &DataShowArgs) -> Result<()> {
     let batch_size = usize::try_from(settings.int("batch_size")).unwrap_or_default();
     let warnings = data.warnings(batch_size, settings.int("val_batches") != 0);
     let report = Report { split, rows, splits: sizes(&data), warnings };
-    if let Some(file) = &args.html {
-        graft_quant::write_atomic(file, report.html(model).as_bytes())
-            .with_context(|| format!("cannot write the page {}", file.display()))?;
-        ui::note(&format!("Wrote {}", file.display()));
+    if let Some(file) = &page {
+        report::write(file, &report.html(model))?;
     }
     if args.json {
         ui::out(&serde_json::to_string(&report.json())?);
@@ -153,23 +155,6 @@ impl<'a> Shown<'a> {
     }
 }
 
-/// A text whose line ends can be seen and whose control characters do nothing.
-fn visible(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '\n' => out += "↵\n",
-            // Marks of direction would show the text in another order than the model reads it.
-            '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
-                out.extend(c.escape_unicode());
-            }
-            c if c.is_control() => out.extend(c.escape_default()),
-            c => out.push(c),
-        }
-    }
-    out
-}
-
 /// The size of a split.
 struct Size<'a> {
     name: &'static str,
@@ -262,17 +247,16 @@ impl Report<'_> {
     fn html(&self, model: &str) -> String {
         let mut page = String::from(HEAD);
         let file = self.split.file.display().to_string();
-        let _ =
-            write!(page, "<h1>What is trained on</h1>\n<p>{} for {}</p>\n", escaped(&file), escaped(model));
+        let _ = write!(page, "<h1>What is trained on</h1>\n<p>{} for {}</p>\n", escape(&file), escape(model));
         page += "<div class=wide><table>\n<tr>";
         page.extend(COLUMNS.map(|name| format!("<th>{name}")));
         for size in &self.splits {
             page += "\n<tr>";
-            page.extend(size.cells().iter().map(|cell| format!("<td>{}", escaped(cell))));
+            page.extend(size.cells().iter().map(|cell| format!("<td>{}", escape(cell))));
         }
         page += "\n</table></div>\n<h2>Warnings</h2>\n<ul>\n";
         for warning in &self.warnings {
-            let _ = writeln!(page, "<li>{}", escaped(&warning.text));
+            let _ = writeln!(page, "<li>{}", escape(&warning.text));
         }
         page += if self.warnings.is_empty() { "<li>None.\n</ul>\n" } else { "</ul>\n" };
         page += "<h2>Rows</h2>\n<p><b>Underlined and shaded</b> tokens are trained on; <i>framed</i> ones are special. \
@@ -282,17 +266,13 @@ impl Report<'_> {
             for (at, piece) in row.pieces.iter().enumerate() {
                 let name = if piece.trained { "b" } else { "span" };
                 let class = if piece.special { " class=s" } else { "" };
-                let text = escaped(&visible(&piece.text));
+                let text = escape(&visible(&piece.text));
                 let _ = write!(page, "<{name}{class} title=\"token {at}, id {}\">{text}</{name}>", piece.id);
             }
             page += "</pre>\n";
         }
         page + "</main>\n"
     }
-}
-
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 /// The page's beginning: all that it looks like.

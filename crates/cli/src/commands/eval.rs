@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 use graft_adapters::Route;
 use graft_model::{MAX_TOGETHER, Sampling};
 use graft_train::{
-    DataConfig, Estimate, Example, Metric, Question, Row, Split, bootstrap, evaluate, mix, read_rows,
+    DataConfig, Estimate, Example, Fault, Metric, Question, Row, Split, bootstrap, evaluate, mix, read_rows,
 };
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -25,6 +25,8 @@ struct Outcome {
     score: f64,
     /// 1, or the number of targets.
     weight: f64,
+    /// The answer was ended by a limit.
+    cut: bool,
 }
 
 /// A model, or an adapter on one, and what it made of all rows.
@@ -48,7 +50,8 @@ struct Task<'a> {
 /// Answers or measures every row with every subject, then reports.
 pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
     let html = args.html.iter().map(|file| ("--html", file));
-    report::check(&std::iter::once(("--output", &args.output)).chain(html).collect::<Vec<_>>())?;
+    let files: Vec<_> = std::iter::once(("--output", &args.output)).chain(html).collect();
+    report::check(&files, &[data_file(&args.data)?])?;
     let (report, measured) = measure(args)?;
     // Printed first: should a file not be written after all, the answers are still there.
     if args.json {
@@ -136,12 +139,12 @@ pub(super) fn data_file(argument: &str) -> Result<PathBuf> {
     if path.is_file() {
         return Ok(path.to_path_buf());
     }
-    let file = hub::resolve(argument, What::Data)?.join("test.jsonl");
-    if !file.exists() {
-        bail!(
-            "{}: there is no such file; give --data FILE.jsonl or a directory with test.jsonl",
-            file.display()
-        );
+    let file = match path.extension().is_some_and(|end| end == "jsonl") {
+        true => path.to_path_buf(),
+        false => hub::resolve(argument, What::Data)?.join("test.jsonl"),
+    };
+    if !file.is_file() {
+        bail!("{}: there is no such file: give a .jsonl file or a directory with test.jsonl", file.display());
     }
     Ok(file)
 }
@@ -163,7 +166,7 @@ impl Task<'_> {
             routes.push(loaded.route(subject.adapter.as_deref())?);
         }
         let Some(metric) = &self.metric else {
-            let split = self.split(&loaded)?;
+            let split = self.split(&loaded, asked.is_empty())?;
             let whole =
                 |e: &Example| Question { line: e.line, prompt: e.tokens.clone(), ..Question::default() };
             let questions: Vec<Question> = split.examples.iter().map(whole).collect();
@@ -184,7 +187,7 @@ impl Task<'_> {
         let context = loaded.model.config().max_positions as usize;
         if let Some(long) = questions.iter().find(|question| question.prompt.len() >= context) {
             let (at, tokens) = (format!("{}:{}", self.file.display(), long.line), long.prompt.len());
-            bail!("{at}: its prompt has {tokens} tokens, the model takes {context}");
+            bail!("{at}: its prompt has {tokens} tokens, the model takes {context}: shorten or drop the row");
         }
         if asked.is_empty() {
             asked.clone_from(&questions);
@@ -212,21 +215,25 @@ impl Task<'_> {
             stop: self.stop,
         };
         let Some(found) = scorer.score(loaded, route, questions, &subject.name)? else { bail!(stopped()) };
-        let outcome = |found: Scored| Outcome { answer: Some(found.answer), score: found.score, weight: 1.0 };
+        let outcome = |found: Scored| Outcome {
+            answer: Some(found.answer),
+            score: found.score,
+            weight: 1.0,
+            cut: found.cut,
+        };
         subject.outcomes.extend(found.into_iter().map(outcome));
         subject.seconds = start.elapsed().as_secs_f64();
         Ok(())
     }
 
-    /// The rows with their answers as targets; all of a row of plain text.
-    fn split(&self, loaded: &Loaded) -> Result<Split> {
-        let mut form = DataConfig::new(true, self.args.max_seq_length);
-        form.mask_prompt =
-            !self.rows.iter().all(|row| graft_train::form(row, &form) == Some(graft_train::Form::Text));
+    /// The rows with their answers as targets; all of a row of plain text. What falsifies their loss is said if `warn`.
+    fn split(&self, loaded: &Loaded, warn: bool) -> Result<Split> {
+        let form = DataConfig { whole_texts: true, ..DataConfig::new(true, self.args.max_seq_length) };
         let split = Split::from_rows(&self.file, &self.rows, &loaded.encoder(), &form)?;
         split.check_vocabulary(loaded.model.config().vocab as usize)?;
-        for warning in &split.warnings {
-            ui::note(&format!("warning: {}", warning.text));
+        let tells = [Fault::Truncated, Fault::MaskShifted, Fault::EmptyAnswer, Fault::BrokenCharacters];
+        for warning in split.warnings.iter().filter(|w| warn && tells.contains(&w.fault)) {
+            ui::note(&format!("warning: {}", warning.finding()));
         }
         split.require()?;
         Ok(split)
@@ -242,7 +249,7 @@ impl Task<'_> {
                 bail!(stopped())
             };
             let (score, weight) = (found.loss, found.tokens as f64);
-            subject.outcomes.push(Outcome { answer: None, score, weight });
+            subject.outcomes.push(Outcome { answer: None, score, weight, cut: false });
             progress.at(index as u64 + 1, String::new());
         }
         progress.done();
@@ -264,7 +271,8 @@ impl Task<'_> {
                 let score = estimate(&pairs);
                 let mut value = json!({
                     "name": subject.name, "model": subject.model, "adapter": subject.adapter,
-                    "score": score.value, "interval": score.interval, "seconds": subject.seconds,
+                    "score": score.value, "interval": score.range(), "seconds": subject.seconds,
+                    "cut": answers.then(|| own.iter().filter(|o| o.cut).count()),
                     "right": answers.then(|| own.iter().filter(|o| o.score > 0.0).count()),
                 });
                 if index > 0 {
@@ -292,11 +300,36 @@ impl Task<'_> {
         json!({
             "schema": 1, "kind": "eval", "version": env!("CARGO_PKG_VERSION"),
             "data": self.file.display().to_string(), "rows": questions.len(),
+            "skipped": self.rows.len() - questions.len(), "notes": self.notes(&models, questions.len()),
             "metric": args.metric.metric.as_deref().unwrap_or("exact"), "pattern": args.metric.pattern,
             "max_tokens": args.metric.max_tokens, "temperature": args.temp, "top_p": args.top_p, "seed": args.seed,
             "resamples": args.resamples, "models": models,
             "examples": questions.iter().enumerate().map(row).collect::<Vec<_>>(),
         })
+    }
+}
+
+impl Task<'_> {
+    /// What a reader of the table must know, in sentences.
+    fn notes(&self, models: &[Value], rows: usize) -> Vec<String> {
+        let mut notes = Vec::new();
+        if self.rows.len() > rows {
+            let skipped = self.rows.len() - rows;
+            notes.push(format!("Skipped: {skipped} rows, of which no target is within --max-seq-length."));
+        }
+        for model in models.iter().filter(|model| model["cut"].as_u64() > Some(0)) {
+            let (name, limit) = (model["name"].as_str().unwrap_or_default(), self.args.metric.max_tokens);
+            notes.push(format!("{name}: {} answers were cut, at --max-tokens {limit} or where the model's context ends, and judged as they stood.", model["cut"]));
+        }
+        if models.iter().any(|m| {
+            m["interval"].is_null()
+                || m["against_base"]["interval"].is_null() && m.get("against_base").is_some()
+        }) {
+            notes.push(
+                "No interval: all rows say the same, which does not tell what others would say.".to_owned(),
+            );
+        }
+        notes
     }
 }
 
@@ -310,7 +343,7 @@ fn against(
     let both = || base.iter().zip(own);
     let differences: Vec<_> = both().map(|(b, o)| (o.score - b.score, o.weight)).collect();
     let found = estimate(&differences);
-    let mut value = json!({"difference": found.value, "interval": found.interval});
+    let mut value = json!({"difference": found.value, "interval": found.range()});
     if answers {
         let count = |test: fn(&Outcome, &Outcome) -> bool| both().filter(|(b, o)| test(b, o)).count();
         value["changed"] = count(|b, o| b.answer != o.answer).into();
@@ -328,7 +361,7 @@ fn stopped() -> Interrupted {
 fn say(report: &Value, show: usize) {
     let answers = report["metric"] != "loss";
     let (number, signed) = (report::As::Decimal, report::As::Signed);
-    let range = |v: &Value, form: report::As| format!("[{}, {}]", form.show(&v[0]), form.show(&v[1]));
+    let range = report::range;
     let head = [
         "",
         report["metric"].as_str().unwrap_or_default(),
@@ -353,18 +386,20 @@ fn say(report: &Value, show: usize) {
     }
     ui::out(&format!("{} rows of {}", report["rows"], report["data"].as_str().unwrap_or_default()));
     ui::out(&ui::table(&rows));
+    report["notes"].as_array().into_iter().flatten().filter_map(Value::as_str).for_each(ui::out);
+    let shown = |value: &Value| ui::visible(&value.to_string());
     let changed = |example: &&Value| {
         let results = example["results"].as_array().map_or(&[][..], Vec::as_slice);
         results.iter().any(|r| r["answer"] != results[0]["answer"])
     };
     let examples = report["examples"].as_array().map_or(&[][..], Vec::as_slice);
     for example in examples.iter().filter(changed).take(show) {
-        ui::out(&format!("\nline {}: {}", example["line"], example["question"]));
-        ui::out(&format!("  expected  {}", example["reference"]));
+        ui::out(&format!("\nline {}: {}", example["line"], shown(&example["question"])));
+        ui::out(&format!("  expected  {}", shown(&example["reference"])));
         for (model, result) in models.iter().zip(example["results"].as_array().into_iter().flatten()) {
             let right = if result["score"] == 1.0 { "right" } else { "wrong" };
             let name = model["name"].as_str().unwrap_or_default();
-            ui::out(&format!("  {right:<8}  {}  ({name})", result["answer"]));
+            ui::out(&format!("  {right:<8}  {}  ({name})", shown(&result["answer"])));
         }
     }
 }

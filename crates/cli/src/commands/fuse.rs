@@ -39,7 +39,10 @@ pub(crate) fn fuse(args: &FuseArgs) -> Result<()> {
                 .into()
         ));
     }
-    report::check(&args.html.iter().map(|file| ("--html", file)).collect::<Vec<_>>())?;
+    let splits = |data: &String| ["valid.jsonl", "train.jsonl"].map(|name| Path::new(data).join(name));
+    let mut inputs: Vec<PathBuf> = args.data.iter().flat_map(splits).collect();
+    inputs.extend(args.data.iter().map(PathBuf::from));
+    report::check(&args.html.iter().map(|file| ("--html", file)).collect::<Vec<_>>(), &inputs)?;
     let base = args.base.as_ref().unwrap_or(&args.model);
     let model = hub::resolve(base, What::Model)?;
     if gguf.is_some() {

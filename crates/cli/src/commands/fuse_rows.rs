@@ -5,7 +5,7 @@ use crate::commands::load;
 use anyhow::{Result, bail};
 use graft_adapters::{AdapterConfig, file_hash};
 use graft_model::Text;
-use graft_train::{DataConfig, Form, ModelEncoder, Row, Split, read_rows};
+use graft_train::{DataConfig, ModelEncoder, Row, Split, read_rows};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -57,7 +57,7 @@ pub(crate) fn find(args: &FuseArgs, config: &AdapterConfig, model: &Path) -> Res
             let all = read_rows(&file)?;
             let (rows, rest) = spread(all, args.verify_rows);
             others = rest;
-            let texts = texts(split(&file, &rows, &encoder, &form)?);
+            let texts = texts(Split::from_rows(&file, &rows, &encoder, &form)?);
             if texts.is_empty() {
                 Err(format!("{} has no row with a target", file.display()))
             } else {
@@ -71,7 +71,7 @@ pub(crate) fn find(args: &FuseArgs, config: &AdapterConfig, model: &Path) -> Res
             None => (PathBuf::from("--data"), others),
         };
         let mut tokens = 0;
-        for example in split(&file, &rows, &encoder, &form)?.examples {
+        for example in Split::from_rows(&file, &rows, &encoder, &form)?.examples {
             tokens += example.tokens.len();
             if tokens > OBSERVED {
                 break;
@@ -86,18 +86,11 @@ pub(crate) fn find(args: &FuseArgs, config: &AdapterConfig, model: &Path) -> Res
 pub(crate) fn of_data(given: &str, count: usize, encoder: &ModelEncoder) -> Result<(PathBuf, Vec<Text>)> {
     let file = named(given)?.0;
     let rows = spread(read_rows(&file)?, count).0;
-    let texts = texts(split(&file, &rows, encoder, &DataConfig::new(false, LENGTH))?);
+    let texts = texts(Split::from_rows(&file, &rows, encoder, &DataConfig::new(false, LENGTH))?);
     if texts.is_empty() {
         bail!("{} has no row with a target", file.display());
     }
     Ok((file, texts))
-}
-
-fn split(file: &Path, rows: &[Row], encoder: &ModelEncoder, form: &DataConfig) -> Result<Split> {
-    // Rows of plain text have no prompt to mask, whatever the recipe says of others.
-    let texts = rows.iter().all(|row| graft_train::form(row, form) == Some(Form::Text));
-    let form = DataConfig { mask_prompt: form.mask_prompt && !texts, ..form.clone() };
-    Ok(Split::from_rows(file, rows, encoder, &form)?)
 }
 
 /// The rows that have targets, until there are enough of them.
@@ -149,6 +142,8 @@ fn form(config: &AdapterConfig) -> DataConfig {
     let get = |key: &str| config.raw.get(key);
     let limit = get("max_seq_length").and_then(Value::as_u64).map_or(LENGTH, |n| n as usize);
     let mut form = DataConfig::new(get("mask_prompt").and_then(Value::as_bool).unwrap_or(false), limit);
+    // What training took is taken here, too.
+    form.whole_texts = true;
     for (name, key) in [
         ("prompt_feature", &mut form.prompt_feature),
         ("completion_feature", &mut form.completion_feature),

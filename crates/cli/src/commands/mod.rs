@@ -5,6 +5,7 @@ mod answer;
 mod chat;
 mod compare;
 mod compare_legs;
+mod compare_report;
 mod convert;
 mod data;
 mod data_show;

@@ -2,11 +2,12 @@
 
 use crate::args::PlotArgs;
 use crate::errors::Usage;
-use crate::report::{self, Chart, Series};
+use crate::report::{self, As, Chart, Series};
 use crate::ui;
 use anyhow::{Context, Result, anyhow, bail};
+use graft_train::read_rows;
 use resvg::{tiny_skia, usvg};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,26 +21,34 @@ pub(crate) struct Metrics {
 }
 
 impl Metrics {
+    /// The metrics of an adapter directory, or the file itself.
+    fn file(run: &Path) -> PathBuf {
+        if run.is_dir() { run.join("metrics.jsonl") } else { run.to_path_buf() }
+    }
+
     /// Reads the metrics of an adapter directory, or the file itself.
     pub(crate) fn read(run: &Path) -> Result<Self> {
-        let file = if run.is_dir() { run.join("metrics.jsonl") } else { run.to_path_buf() };
-        let text = std::fs::read_to_string(&file).with_context(|| {
-            format!(
-                "cannot read {}: give an adapter directory of `graft lora` or its metrics.jsonl",
-                file.display()
-            )
-        })?;
+        let file = Self::file(run);
+        let advice = "give an adapter directory of `graft lora` or its metrics.jsonl";
+        if !file.is_file() {
+            bail!("{}: there is no such file: {advice}", file.display());
+        }
         let (mut train, mut valid) = (Vec::new(), Vec::new());
-        for (number, line) in (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()) {
-            let value: Value = serde_json::from_str(line)
-                .with_context(|| format!("{}:{number}: not a line of metrics", file.display()))?;
-            match value["kind"].as_str() {
-                Some("train") => train.push(value),
-                Some("valid") => valid.push(value),
+        for row in read_rows(&file)? {
+            let value = Value::from(row.value);
+            let kept = match value["kind"].as_str() {
+                Some("train") => &mut train,
+                Some("valid") => &mut valid,
                 // A later graft may write more.
-                Some(_) => {}
-                None => bail!("{}:{number}: expected an object with \"kind\", found none", file.display()),
+                Some(_) => continue,
+                None => {
+                    bail!("{}:{}: expected an object with \"kind\", found none", file.display(), row.line)
+                }
+            };
+            if !value["iter"].is_number() {
+                bail!("{}:{}: expected a number as \"iter\", found none: {advice}", file.display(), row.line);
             }
+            kept.push(value);
         }
         if train.is_empty() && valid.is_empty() {
             bail!("{}: it holds no reports of a run", file.display());
@@ -74,22 +83,26 @@ pub(crate) fn plot(args: &PlotArgs) -> Result<()> {
     {
         bail!(Usage(format!("--output {file}: its name must end in .html, .svg or .png")));
     }
-    report::check(&args.output.iter().map(|file| ("--output", file)).collect::<Vec<_>>())?;
+    let inputs: Vec<PathBuf> = args.runs.iter().map(|run| Metrics::file(Path::new(run))).collect();
+    report::check(&args.output.iter().map(|file| ("--output", file)).collect::<Vec<_>>(), &inputs)?;
     let mut runs = Vec::new();
     for run in &args.runs {
         runs.push((run.clone(), Metrics::read(Path::new(run))?));
     }
     let charts = charts(&runs);
-    let mut rows = vec![["run", "iterations", "loss", "validation", "tokens/s"].map(str::to_owned).to_vec()];
+    let head = ["run", "iterations", "loss", "validation", "not finite", "tokens/s"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
     for (name, metrics) in &runs {
-        let last = |points: Vec<(f64, f64)>| points.last().copied();
-        let shown = |point: Option<(f64, f64)>| point.map_or_else(|| "–".into(), |p| format!("{:.4}", p.1));
-        let (loss, valid) = (last(metrics.train("loss")), last(metrics.valid("loss")));
+        let last = |points: &[(f64, f64)]| points.last().copied();
+        let shown = |point: Option<(f64, f64)>| As::Decimal.show(&json!(point.map(|p| p.1)));
+        let (losses, valids) = (metrics.train("loss"), metrics.valid("loss"));
+        let (loss, valid) = (last(&losses), last(&valids));
+        let lost = losses.iter().chain(&valids).filter(|p| !p.1.is_finite()).count().to_string();
         let done = loss.into_iter().chain(valid).map(|p| p.0).fold(0.0, f64::max);
         let speeds = metrics.train("tokens_per_second").into_iter().map(|p| p.1);
         let speeds: Vec<f64> = speeds.filter(|speed| speed.is_finite()).collect();
         let speed = graft_train::quantile(&speeds, 0.5).map_or_else(|| "–".into(), |s| format!("{s:.1}"));
-        rows.push(vec![name.clone(), format!("{done}"), shown(loss), shown(valid), speed]);
+        rows.push(vec![name.clone(), format!("{done}"), shown(loss), shown(valid), lost, speed]);
     }
     for file in &args.output {
         match form(file).as_str() {

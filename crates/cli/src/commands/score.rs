@@ -5,7 +5,7 @@ use crate::ui;
 use anyhow::Result;
 use graft_adapters::Route;
 use graft_model::Sampling;
-use graft_serve::{Ask, Local, Params};
+use graft_serve::{Ask, Finish, Local, Params};
 use graft_train::{Metric, Question};
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,10 +22,11 @@ pub(crate) struct Scorer<'a> {
     pub(crate) stop: &'a AtomicBool,
 }
 
-/// An answer, and 1 if it is right, else 0.
+/// An answer, 1 if it is right, else 0, and whether a limit ended it.
 pub(crate) struct Scored {
     pub(crate) answer: String,
     pub(crate) score: f64,
+    pub(crate) cut: bool,
 }
 
 impl Scorer<'_> {
@@ -61,6 +62,7 @@ impl Scorer<'_> {
         let judged = |(question, found): (&Question, graft_serve::Answered)| Scored {
             score: f64::from(u8::from(self.metric.is_right(&found.text, &question.answer))),
             answer: found.text,
+            cut: found.finish == Finish::Length,
         };
         Ok(found.map(|found| questions.iter().zip(found).map(judged).collect()))
     }

@@ -31,11 +31,22 @@ pub(crate) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
-/// Steps of 1, 2 or 5 times a power of ten within `low..high`, about `count` of them, and how the axis shows each.
-fn ticks(low: f64, high: f64, count: usize) -> Vec<(f64, String)> {
+/// A name of at most `most` characters. Its end is kept, since paths differ there.
+fn shortened(name: &str, most: usize) -> String {
+    let count = name.chars().count();
+    match count > most {
+        true => std::iter::once('…').chain(name.chars().skip(count + 1 - most)).collect(),
+        false => name.to_owned(),
+    }
+}
+
+/// Steps of 1, 2 or 5 times a power of ten within `low..high`, about `count` of them but none below `least`, and how the
+/// axis shows each.
+fn ticks(low: f64, high: f64, count: usize, least: f64) -> Vec<(f64, String)> {
     let rough = (high - low) / count as f64;
     let power = 10_f64.powf(rough.log10().floor());
     let step = [1.0, 2.0, 5.0, 10.0].map(|m| m * power).into_iter().find(|s| *s >= rough).unwrap_or(rough);
+    let step = step.max(least);
     let first = (low / step).ceil() as i64;
     let all = (first..).map(|i| i as f64 * step).take_while(|t| *t <= high + step * 1e-9);
     all.map(|t| (t, short(t, step))).collect()
@@ -110,20 +121,16 @@ impl Chart {
         )
     }
 
-    /// The legend, in as many lines as it takes: where each series' entry starts, its base line, and the name, of which
-    /// the end is kept where it is longer than a line, since paths differ there.
+    /// The legend, in as many lines as it takes: where each series' entry starts, its base line, and the name, shortened
+    /// to a line.
     fn legend(&self, width: f64) -> Vec<(f64, f64, String)> {
         // A letter is about 7 wide.
         const SAMPLE: f64 = 46.0;
         let most = ((width - SAMPLE) / 7.0) as usize;
         let (mut x, mut y) = (0.0, 14.0);
         let entry = |series: &Series| {
-            let count = series.name.chars().count();
-            let name: String = match count > most {
-                true => std::iter::once('…').chain(series.name.chars().skip(count + 1 - most)).collect(),
-                false => series.name.clone(),
-            };
-            let wide = SAMPLE + 7.0 * count.min(most) as f64;
+            let name = shortened(&series.name, most);
+            let wide = SAMPLE + 7.0 * name.chars().count() as f64;
             if x > 0.0 && x + wide > width {
                 (x, y) = (0.0, y + 18.0);
             }
@@ -163,7 +170,7 @@ impl Chart {
         let (left, right, top, bottom) = (52.0, width - 10.0, legend + 14.0, height - 36.0);
         let px = |x: f64| left + (along(x) - x0) / (x1 - x0) * (right - left);
         let py = |y: f64| bottom - (y - y0) / (y1 - y0) * (bottom - top);
-        for (y, label) in ticks(y0, y1, 5) {
+        for (y, label) in ticks(y0, y1, 5, 0.0) {
             let _ = write!(
                 out,
                 "<path d=\"M{left:.1} {0:.1}H{right:.1}\" class=\"grid\" stroke=\"#d0d7de\"/>{1}",
@@ -176,19 +183,33 @@ impl Chart {
             let label = |p: &(f64, f64)| (p.0, short(p.0, p.0 / 100.0));
             self.series.first().map(|s| s.points.iter().map(label).collect()).unwrap_or_default()
         } else {
-            ticks(x0, x1, if width < 400.0 { 5 } else { 8 })
+            // Steps and weights are whole.
+            ticks(x0, x1, if width < 400.0 { 5 } else { 8 }, 1.0)
         };
         for (x, label) in marks {
             out += &self.text(px(x), bottom + 16.0, "middle", "soft", &label);
         }
         out += &self.text((left + right) / 2.0, height - 4.0, "middle", "soft", self.x);
         for (index, series) in self.series.iter().enumerate() {
-            let finite = series.points.iter().filter(|p| p.0.is_finite() && p.1.is_finite());
-            let places: Vec<(f64, f64)> = finite.map(|p| (px(p.0), py(p.1))).collect();
-            let text: Vec<String> = places.iter().map(|(x, y)| format!("{x:.2},{y:.2}")).collect();
             out += &group(index);
-            out += &line(index, &text.join(" "));
+            // A curve ends where a value is not finite, and goes on behind it; a cross says where.
+            for part in series.points.split(|p| !p.1.is_finite()).filter(|part| !part.is_empty()) {
+                let text: Vec<String> =
+                    part.iter().map(|p| format!("{:.2},{:.2}", px(p.0), py(p.1))).collect();
+                out += &line(index, &text.join(" "));
+                if part.len() == 1 && series.points.len() > 1 {
+                    out += &mark(index, px(part[0].0), py(part[0].1));
+                }
+            }
+            for (x, _) in series.points.iter().filter(|p| !p.1.is_finite()) {
+                let (x, y) = (px(*x) - 4.0, top + 1.0);
+                out += &format!(
+                    "<path d=\"M{x:.1} {y:.1}l8 8m0-8l-8 8\" stroke=\"currentColor\" stroke-width=\"2\"/>"
+                );
+            }
             // Some marks are enough to tell a curve; those of different series stand at different places.
+            let places: Vec<(f64, f64)> =
+                series.points.iter().filter(|p| p.1.is_finite()).map(|p| (px(p.0), py(p.1))).collect();
             let every = places.len().div_ceil(8).max(1);
             for (x, y) in places.iter().skip(index * every / 3 % every).step_by(every) {
                 out += &mark(index, *x, *y);
@@ -243,30 +264,36 @@ pub(crate) fn picture(charts: &[Chart]) -> String {
     out + "</svg>\n"
 }
 
-/// Shares between 0 and 1 (or any numbers from 0) as bars with the ends of their intervals.
-pub(crate) fn bars(title: &str, items: &[(String, f64, [f64; 2])]) -> String {
-    let most = items.iter().map(|i| i.2[1].max(i.1)).fold(f64::MIN_POSITIVE, f64::max);
+/// Numbers from 0 as bars with the ends of their intervals; `full` (1 for shares) or the greatest is the whole width.
+pub(crate) fn bars(title: &str, items: &[(String, f64, Option<[f64; 2]>)], full: f64) -> String {
+    let end =
+        |(_, value, ends): &(String, f64, Option<[f64; 2]>)| ends.map_or(*value, |ends| ends[1].max(*value));
+    let most = items.iter().map(end).fold(full.max(f64::MIN_POSITIVE), f64::max);
     let svg = |class: &str, width: f64| {
         let mut out = String::new();
-        for (index, (name, value, [low, high])) in items.iter().enumerate() {
+        for (index, item) in items.iter().enumerate() {
             let (y, at) = (44.0 * index as f64, |v: f64| v.max(0.0) / most * (width - 70.0));
+            // A letter is about 7 wide.
+            let name = escape(&shortened(&item.0, (width / 7.0) as usize));
             let _ = write!(
                 out,
-                "<text y=\"{0:.1}\">{1}</text>{2}<rect y=\"{3:.1}\" width=\"{4:.1}\" height=\"14\" fill=\"currentColor\" \
-                 fill-opacity=\"0.55\"/><path d=\"M{5:.1} {6:.1}v10m0-5H{7:.1}m0-5v10\" stroke=\"currentColor\" \
-                 stroke-width=\"2\" fill=\"none\"/></g><text x=\"{8:.1}\" y=\"{9:.1}\">{10:.3}</text>",
+                "<text y=\"{:.1}\">{name}</text>{}<rect y=\"{:.1}\" width=\"{:.1}\" height=\"14\" fill=\"currentColor\" \
+                 fill-opacity=\"0.55\"/>",
                 y + 14.0,
-                escape(name),
                 group(index),
                 y + 20.0,
-                at(*value),
-                at(*low),
-                y + 22.0,
-                at(*high),
-                at(value.max(*high)) + 8.0,
-                y + 31.0,
-                value
+                at(item.1)
             );
+            if let Some([low, high]) = item.2 {
+                let (low, high, y) = (at(low), at(high), y + 22.0);
+                let _ = write!(
+                    out,
+                    "<path d=\"M{low:.1} {y:.1}v10m0-5H{high:.1}m0-5v10\" stroke=\"currentColor\" stroke-width=\"2\" \
+                     fill=\"none\"/>"
+                );
+            }
+            let (x, y) = (at(end(item)) + 8.0, y + 31.0);
+            let _ = write!(out, "</g><text x=\"{x:.1}\" y=\"{y:.1}\">{:.3}</text>", item.1);
         }
         let height = 44.0 * items.len() as f64;
         format!(
@@ -288,10 +315,13 @@ mod tests {
 
     #[test]
     fn axes_have_round_numbers() {
-        let labels = |low, high| ticks(low, high, 5).into_iter().map(|t| t.1).collect::<Vec<_>>();
+        let labels = |low, high| ticks(low, high, 5, 0.0).into_iter().map(|t| t.1).collect::<Vec<_>>();
         assert_eq!(labels(0.0, 50.0), ["0", "10", "20", "30", "40", "50"]);
         assert_eq!(labels(0.0, 2e-4), ["0", "5e-5", "1e-4", "1.5e-4", "2e-4"]);
-        assert_eq!(ticks(0.13, 0.92, 4).len(), 4);
+        assert_eq!(ticks(0.13, 0.92, 4, 0.0).len(), 4);
+        // There is no iteration 1.5.
+        let whole: Vec<String> = ticks(1.0, 3.0, 8, 1.0).into_iter().map(|t| t.1).collect();
+        assert_eq!(whole, ["1", "2", "3"]);
         let rates = [2.5e-4, 1.25e-4, 3e-4 / 7.0, 0.0025, 12.5].map(|v| short(v, v / 100.0));
         assert_eq!(rates, ["2.5e-4", "1.25e-4", "4.29e-5", "0.0025", "12.5"]);
     }
@@ -299,27 +329,29 @@ mod tests {
     #[test]
     fn no_two_ticks_have_the_same_label() {
         for (low, high) in [(5e-5, 2e-4), (9.5e-6, 1.05e-5), (1e5, 1.6e5), (2.30001, 2.30004), (-3.0, 4e5)] {
-            let labels: Vec<String> = ticks(low, high, 5).into_iter().map(|t| t.1).collect();
+            let labels: Vec<String> = ticks(low, high, 5, 0.0).into_iter().map(|t| t.1).collect();
             let distinct: std::collections::BTreeSet<&String> = labels.iter().collect();
             assert!(labels.len() > 1 && distinct.len() == labels.len(), "{low} to {high}: {labels:?}");
         }
     }
 
     #[test]
-    fn a_curve_goes_through_its_points_and_what_is_no_number_is_left_out() {
+    fn a_curve_goes_through_its_points_and_breaks_where_there_is_no_number() {
         let series =
             |name: &str, points: &[(f64, f64)]| Series { name: name.into(), points: points.to_vec() };
         let chart = Chart {
             title: "a < b".into(),
             series: vec![
-                series("one", &[(0.0, 1.0), (5.0, f64::NAN), (10.0, 3.0)]),
+                series("one", &[(0.0, 1.0), (5.0, 3.0), (6.0, f64::NAN), (8.0, 3.0), (10.0, 1.0)]),
                 series("two", &[(0.0, 2.0), (10.0, 2.0)]),
             ],
             ..Chart::default()
         };
         let text = chart.inside(560.0, 300.0);
         // y falls as values rise: 1 at the bottom (264), 3 at the top (28), 2 between them.
-        assert!(text.contains("points=\"52.00,264.00 550.00,28.00\""), "{text}");
+        assert!(text.contains("points=\"52.00,264.00 301.00,28.00\""), "{text}");
+        assert!(text.contains("points=\"450.40,28.00 550.00,264.00\""), "{text}");
+        assert!(text.contains("M346.8 29.0l8 8m0-8l-8 8"), "{text}");
         assert!(text.contains("points=\"52.00,146.00 550.00,146.00\""), "{text}");
         assert!(text.contains("stroke-dasharray=\"7 4\"") && chart.figure().contains("a &lt; b"));
         let empty = Chart { series: vec![Series::default()], ..Chart::default() };
@@ -342,5 +374,10 @@ mod tests {
         let chart = Chart { series: vec![Series { name, points: vec![] }], ..Chart::default() };
         let (_, _, name) = &chart.legend(350.0)[0];
         assert!(name.starts_with('…') && name.ends_with("/the-run") && name.chars().count() == 43, "{name}");
+        let item = |end: &str| (format!("{}/{end}", "long/".repeat(40)), 0.25, None);
+        let page = bars("Score", &[item("one"), item("two")], 1.0);
+        // Half of the names' ends are seen at each width, and a quarter of the width is 0.25.
+        assert_eq!((page.matches("/one</text>").count(), page.matches("/two</text>").count()), (2, 2));
+        assert!(page.contains("width=\"122.5\"") && page.contains("width=\"70.0\""), "{page}");
     }
 }

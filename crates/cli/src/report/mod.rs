@@ -6,9 +6,8 @@
 mod chart;
 mod pages;
 
-pub(crate) use chart::{Chart, Series, picture};
+pub(crate) use chart::{Chart, Series, escape, picture};
 
-use chart::escape;
 pub(crate) use pages::{COMPARED, compare, eval, fuse, runs};
 
 use crate::errors::Usage;
@@ -18,9 +17,9 @@ use graft_quant::{check_writable, write_atomic};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
-/// Refuses files that could not be written, or of which one would replace the other, before the work that they are to
-/// hold. Each comes with its flag.
-pub(crate) fn check(files: &[(&str, &String)]) -> Result<()> {
+/// Refuses files that could not be written, or that would replace one another or one of `inputs`, before the work that
+/// they are to hold. Each comes with its flag.
+pub(crate) fn check(files: &[(&str, &String)], inputs: &[PathBuf]) -> Result<()> {
     let mut places: Vec<PathBuf> = Vec::new();
     for (flag, file) in files {
         let path = Path::new(file.as_str());
@@ -34,6 +33,14 @@ pub(crate) fn check(files: &[(&str, &String)]) -> Result<()> {
             bail!(Usage(format!(
                 "{flag} {file}: another file is written there: give each a place of its own"
             )));
+        }
+        let is_there = |input: &PathBuf| {
+            let own = input.parent().and_then(|dir| Some(dir.canonicalize().ok()?.join(input.file_name()?)));
+            own.as_ref() == Some(&place)
+                || path.canonicalize().is_ok_and(|p| input.canonicalize().ok() == Some(p))
+        };
+        if inputs.iter().any(is_there) {
+            bail!(Usage(format!("{flag} {file}: that is the data: give the report a place of its own")));
         }
         places.push(place);
     }
@@ -55,6 +62,16 @@ pub(crate) fn write_bytes(file: &str, bytes: &[u8]) -> Result<()> {
 /// Writes a report as JSON.
 pub(crate) fn write_json(file: &str, report: &Value) -> Result<()> {
     write(file, &format!("{report:#}\n"))
+}
+
+/// `[from, to]` of an interval; a dash where there is none.
+pub(crate) fn range(interval: &Value, form: As) -> String {
+    match interval {
+        Value::Array(ends) if ends.len() == 2 => {
+            format!("[{}, {}]", form.show(&ends[0]), form.show(&ends[1]))
+        }
+        _ => form.show(&Value::Null),
+    }
 }
 
 /// The whole page around a body.
@@ -92,6 +109,9 @@ impl As {
             return value.as_str().map_or_else(|| "–".into(), str::to_owned);
         };
         match self {
+            // What blew up has digits that say nothing.
+            Self::Decimal if number.abs() >= 1e6 => format!("{number:.4e}"),
+            Self::Signed if number.abs() >= 1e6 => format!("{number:+.4e}"),
             Self::Decimal => format!("{number:.4}"),
             Self::Signed => format!("{number:+.4}"),
             Self::Milliseconds => format!("{:.1} ms", number * 1e3),

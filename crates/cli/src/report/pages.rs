@@ -13,13 +13,13 @@ pub(crate) const COMPARED: &[(&str, &str, As)] = &[
     ("base", "/base", As::Plain),
     ("trained", "/fine_tune_type", As::Plain),
     ("learning rate", "/learning_rate", As::Rate),
-    ("training loss, last 10 steps", "/train_loss", As::Decimal),
+    ("training loss at the end", "/train_loss", As::Decimal),
     ("validation loss", "/valid_loss", As::Decimal),
     ("score", "/score", As::Decimal),
     ("score of the base", "/base_score", As::Decimal),
     ("step, median", "/step_seconds/median", As::Milliseconds),
-    ("step, 10 % below", "/step_seconds/p10", As::Milliseconds),
-    ("step, 10 % above", "/step_seconds/p90", As::Milliseconds),
+    ("step, 10th percentile", "/step_seconds/p10", As::Milliseconds),
+    ("step, 90th percentile", "/step_seconds/p90", As::Milliseconds),
     ("peak memory", "/peak_memory_bytes", As::Bytes),
     ("base on the disk", "/base_bytes", As::Bytes),
     ("adapter on the disk", "/adapter_bytes", As::Bytes),
@@ -65,6 +65,9 @@ pub(crate) fn compare(report: &Value) -> String {
         ),
     );
     body += &say(doc.list("/sentences").iter().filter_map(Value::as_str));
+    if doc.at("/complete") == &Value::Bool(false) {
+        body += &format!("<p class=\"note\">{}</p>", missing(&doc));
+    }
     if doc.at("/same_batches") != &Value::Bool(true) {
         body += "<p class=\"note\">The legs did not see the same batches in the same order.</p>";
     }
@@ -134,7 +137,7 @@ pub(crate) fn compare(report: &Value) -> String {
         points: doc
             .list(&format!("/legs/{index}/sweep"))
             .iter()
-            .filter_map(|p| Some((p["learning_rate"].as_f64()?, p["loss"].as_f64()?)))
+            .filter_map(|p| Some((p["learning_rate"].as_f64()?, p["loss"].as_f64().unwrap_or(f64::NAN))))
             .collect(),
     });
     let sweeps: Vec<Series> = sweeps.filter(|s| !s.points.is_empty()).collect();
@@ -155,11 +158,28 @@ pub(crate) fn compare(report: &Value) -> String {
     page(&format!("graft compare: {}", names.join(", ")), &body)
 }
 
+/// What an incomplete comparison lacks.
+fn missing(doc: &Doc) -> String {
+    let seeds = |list: &Value| {
+        let all = list.as_array().into_iter().flatten().map(Value::to_string).collect::<Vec<_>>();
+        if all.is_empty() { "none".to_owned() } else { all.join(", ") }
+    };
+    let leg = |leg: &Value| {
+        let name = escape(leg["leg"].as_str().unwrap_or_default());
+        format!("{name} (not trained: {}; not scored: {})", seeds(&leg["runs"]), seeds(&leg["scores"]))
+    };
+    let legs: Vec<String> = doc.list("/missing").iter().map(leg).collect();
+    format!(
+        "<b>Not complete.</b> By seed, what is missing: {}. What is shown is of the seeds that all of its legs have.",
+        legs.join("; ")
+    )
+}
+
 /// The training losses as numbers.
 fn curve_table(doc: &Doc, names: &[String]) -> String {
     let mut rows =
         vec![std::iter::once("step".to_owned()).chain(names.iter().map(|n| escape(n))).collect::<Vec<_>>()];
-    // A leg lacks the steps whose loss was not finite.
+    // A leg of your own may have fewer steps.
     let mut steps: BTreeMap<u64, BTreeMap<usize, usize>> = BTreeMap::new();
     for leg in 0..names.len() {
         for (place, step) in doc.list(&format!("/legs/{leg}/curve/iter")).iter().enumerate() {
@@ -203,12 +223,18 @@ pub(crate) fn eval(report: &Value) -> String {
             }
         }
         rows.push(row);
-        let ends = [doc.number(&at("interval/0")), doc.number(&at("interval/1"))];
-        items.push((name(model), doc.number(&at("score")), ends));
+        let ends = |i: usize| doc.at(&at("interval")).get(i).and_then(Value::as_f64);
+        items.push((name(model), doc.number(&at("score")), ends(0).zip(ends(1)).map(|(a, b)| [a, b])));
     }
     body += &table(&rows);
     body += "<p class=\"note\">In brackets 95&nbsp;% intervals of the bootstrap over rows; those against the base are paired.</p>";
-    body += &format!("<div class=\"charts\">{}</div>", bars(if answers { "Score" } else { "Loss" }, &items));
+    for note in doc.list("/notes").iter().filter_map(Value::as_str) {
+        body += &format!("<p class=\"note\">{}</p>", escape(note));
+    }
+    body += &format!(
+        "<div class=\"charts\">{}</div>",
+        if answers { bars("Score", &items, 1.0) } else { bars("Loss", &items, 0.0) }
+    );
     if answers {
         body += &changed(&doc, models);
     }

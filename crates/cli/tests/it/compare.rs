@@ -1,5 +1,7 @@
 //! `graft compare` and `graft plot`: the legs differ only in what they should, and a page says what its JSON does.
 
+use std::io::{BufRead, BufReader};
+
 use serde_json::{Value, json};
 
 use crate::setting::{Folder, llama, row};
@@ -61,6 +63,12 @@ fn legs_differ_in_their_bases_and_kinds_alone_and_the_page_equals_the_json() {
     let run = folder.ok(flags);
     let report = folder.json("compare/compare.json");
     assert_eq!((&report["schema"], &report["same_batches"]), (&json!(1), &json!(true)));
+    assert_eq!(
+        (&report["complete"], &report["missing"], &report["seeds"]),
+        (&json!(true), &json!([]), &json!(2))
+    );
+    let notes = ["Training lora seed-3 (1 of 6)", "Training qdora seed-4 (6 of 6)", "Scoring qlora seed-3"];
+    assert!(notes.iter().all(|note| run.err.lines().any(|line| line == *note)), "{run:?}");
     assert_eq!(report["bases"]["packed"]["from"], "model, quantized: 4 bits, groups of 32");
     let legs = report["legs"].as_array().unwrap();
     let of = |key: &str| legs.iter().map(|leg| leg[key].clone()).collect::<Vec<Value>>();
@@ -126,6 +134,20 @@ fn legs_differ_in_their_bases_and_kinds_alone_and_the_page_equals_the_json() {
     folder.fails(2, "plot compare/lora/seed-3 -o a.jpg", &["must end in .html, .svg or .png"]);
     folder.fails(2, "plot compare/lora/seed-3 -o gone/a.svg", &["in a directory that exists"]);
     folder.fails(1, "plot data", &["data/metrics.jsonl", "adapter directory"]);
+    let metrics = "compare/lora/seed-3/metrics.jsonl";
+    std::fs::copy(folder.path(metrics), folder.path("m.html")).unwrap();
+    folder.fails(2, "plot m.html -o m.html", &["--output m.html: that is the data"]);
+    folder.write("odd.jsonl", "{\"kind\": \"train\", \"loss\": 1}\n");
+    folder.fails(1, "plot odd.jsonl", &["odd.jsonl:1: expected a number as \"iter\""]);
+    folder.write("odd.jsonl", "{\"kind\": \"train\", \"iter\": 1}\n{\"kind\" 1}\n");
+    let error = folder.fails(1, "plot odd.jsonl", &["odd.jsonl:2: not valid JSON", "at column 9"]);
+    assert!(!error.contains("line 1"), "{error}");
+    let lines = [(1, "2.5"), (2, "null"), (3, "5e30")]
+        .map(|(iter, loss)| format!("{{\"kind\": \"train\", \"iter\": {iter}, \"loss\": {loss}}}"));
+    folder.write("odd.jsonl", &lines.join("\n"));
+    let table = folder.ok("plot odd.jsonl").out;
+    let cells: Vec<&str> = table.lines().last().unwrap().split_whitespace().collect();
+    assert_eq!(cells, ["odd.jsonl", "3", "5.0000e30", "–", "1", "–"], "{table}");
     folder.fails(1, "plot data/train.jsonl", &["data/train.jsonl:1: expected an object with \"kind\""]);
     folder.fails(2, flags, &["--output compare exists already"]);
 }
@@ -161,9 +183,19 @@ fn a_packed_model_is_dequantized_rates_are_found_and_legs_may_be_files() {
     let schedule = "lr_schedule: {name: step_decay, arguments: [0.001, 0.5, 2]}";
     folder.write("big.yaml", &format!("lora_parameters: {{rank: 6}}\nfine_tune_type: dora\n{schedule}\n"));
     let flags = "compare --model model --data data --iters 3 --batch-size 2";
-    folder.ok(&format!(
+    let run = folder.ok(&format!(
         "{flags} --legs lora,qlora --find-lr 1e-3,1e-2,1e30 --optimizer sgd --max-grad-norm 0 --output a"
     ));
+    let said: Vec<&str> =
+        run.err.lines().filter(|line| line.starts_with("Trying ") || line.starts_with("  ")).collect();
+    // The legs take turns, so that each one's settings are tried before long.
+    let tried = |i: usize| said[2 * i];
+    assert_eq!(
+        (said.len(), tried(0), tried(1)),
+        (12, "Trying lora at 1e-3 (1 of 6)", "Trying qlora at 1e-3 (2 of 6)")
+    );
+    assert!(said[1].starts_with("  loss ") && said[11] == "  it blew up", "{said:?}");
+    assert!(!folder.names("a/lora").contains(&"lr-1e30".to_owned()), "{:?}", folder.names("a/lora"));
     let report = folder.json("a/compare.json");
     assert_eq!(report["bases"]["dense"]["from"], "model, dequantized");
     for leg in report["legs"].as_array().unwrap() {
@@ -204,6 +236,20 @@ fn a_comparison_that_cannot_be_made_is_refused_before_anything_is_written() {
     folder.fails(2, "compare --model model", &["--data is required"]);
     folder.fails(2, &format!("{flags} --pattern a"), &["--pattern belongs to --metric regex"]);
     folder.fails(1, &format!("{flags} --metric json"), &["data/test.jsonl:1: the answer", "is not JSON"]);
+    folder.write("named.yaml", "text_feature: q\n");
+    folder.fails(2, &format!("{flags} -c named.yaml --metric loss"), &["text_feature: --metric reads"]);
+    folder.copy("data", "bare");
+    folder.write("bare/test.jsonl", "\n");
+    let bare = "compare --model model --data bare --batch-size 2 --metric";
+    folder.fails(1, &format!("{bare} exact"), &["bare/test.jsonl: the file has no rows to measure"]);
+    folder.write("bare/test.jsonl", "{\"messages\": [{\"role\": \"assistant\", \"content\": \"a\"}]}\n");
+    folder.fails(1, &format!("{bare} exact"), &["bare/test.jsonl:1: there is no message before the answer"]);
+    // Bad rows show before a base is made.
+    folder.write("bare/valid.jsonl", "{\"text\": 1}\n");
+    let bare = "compare --model model --data bare --batch-size";
+    folder.fails(1, &format!("{bare} 2"), &["bare/valid.jsonl:1: \"text\": expected a string"]);
+    folder.write("bare/valid.jsonl", "");
+    folder.fails(1, &format!("{bare} 9"), &["bare/train.jsonl: 8 usable rows, but batch_size is 9"]);
     folder.write("named.yaml", "prompt_feature: q\n");
     folder.fails(2, &format!("{flags} -c named.yaml --metric exact"), &["prompt_feature: --metric reads"]);
     folder.fails(1, "compare --model model --data gone", &["there is no data directory `gone`"]);
@@ -218,6 +264,87 @@ fn a_comparison_that_cannot_be_made_is_refused_before_anything_is_written() {
     folder.fails(2, &format!("{flags} --legs lora,dora --q-bits 4"), &["no such leg is compared"]);
     folder.write("odd.yaml", "iters: soon\n");
     folder.fails(2, &format!("{flags} --leg odd.yaml"), &["leg odd: `iters` must be a whole number"]);
+}
+
+#[test]
+fn warnings_are_said_once_and_flags_that_are_refused_are_not_offered() {
+    let folder = Folder::with_model();
+    folder.rows("data/train.jsonl", &[row("a", "b"), row("a", "b")]);
+    let run =
+        folder.ok("compare --model model --data data --legs lora,dora --iters 1 --batch-size 1 --seeds 2");
+    assert_eq!(run.err.matches("duplicate: ").count(), 1, "{run:?}");
+    let help = folder.ok("compare --help").out;
+    for flag in ["--test ", "--resume ", "--adapter-path ", "--steps-per-report ", "--fine-tune-type "] {
+        assert!(!help.contains(flag), "{flag}");
+    }
+    assert!(help.contains("--learning-rate ") && help.contains("--find-lr "));
+}
+
+#[test]
+fn an_interrupted_comparison_says_what_it_lacks_and_compares_what_it_has() {
+    let folder = Folder::with_model();
+    folder.write("short.yaml", "{}\n");
+    folder.write("other.yaml", "fine_tune_type: dora\n");
+    folder.write("long.yaml", "iters: 1000000\n");
+    let flags = "compare --model model --data data --iters 2 --batch-size 2 --seeds 2";
+    // Ctrl-C as soon as that line is there.
+    let stopped = |flags: &str, at: &str| {
+        let mut running = folder.start(flags);
+        let mut lines = BufReader::new(running.0.stderr.take().unwrap()).lines();
+        assert!(lines.any(|line| line.unwrap().starts_with(at)), "{at}");
+        running.interrupt();
+        let rest: Vec<String> = lines.map(Result::unwrap).collect();
+        let run = running.end();
+        assert!(
+            run.status == Some(130) && rest.iter().any(|line| line.contains("what is done so far")),
+            "{rest:?}"
+        );
+    };
+    stopped(
+        &format!("{flags} --leg short.yaml --leg other.yaml --leg long.yaml --output a"),
+        "Training long seed-0 (3 of 6)",
+    );
+    let report = folder.json("a/compare.json");
+    let legs = report["legs"].as_array().unwrap();
+    assert_eq!((legs.len(), &report["complete"], &report["seeds"]), (2, &json!(false), &json!(1)));
+    let missing = [("short", json!([1])), ("other", json!([1])), ("long", json!([0, 1]))];
+    let missing = missing.map(|(leg, runs)| json!({"leg": leg, "runs": runs, "scores": []}));
+    assert_eq!(report["missing"], json!(missing));
+    let page = String::from_utf8(folder.read("a/compare.html")).unwrap();
+    assert!(page.contains("Not complete") && page.contains("long (not trained: 0, 1; not scored: none)"));
+
+    // A leg with more seeds than the other is compared by those that both have.
+    stopped(
+        &format!("{flags} --iters 300 --leg short.yaml --leg other.yaml --output c"),
+        "Training other seed-1 (4 of 4)",
+    );
+    let report = folder.json("c/compare.json");
+    assert_eq!((&report["seeds"], &report["legs"][0]["seeds"]), (&json!(1), &json!([0])));
+    assert!(report["legs"][0]["valid_losses"].as_array().unwrap().len() == 1);
+    let sentence = report["sentences"][0].as_str().unwrap();
+    assert!(!sentence.contains("seeds)") && sentence.contains("one seed cannot say"), "{sentence}");
+
+    // What a sweep found is kept.
+    stopped(
+        &format!("{flags} --leg short.yaml --leg long.yaml --find-lr 1e-4,1e-3 --output d"),
+        "Trying long at 1e-4 (2 of 4)",
+    );
+    let report = folder.json("d/compare.json");
+    let sweep = report["legs"][0]["sweep"].as_array().unwrap();
+    assert!(sweep.len() == 1 && sweep[0]["loss"].is_number() && report["sentences"] == json!([]), "{report}");
+    assert_eq!(folder.names("d/long").iter().filter(|name| name.ends_with("1e-4")).count(), 0);
+}
+
+#[test]
+fn a_base_of_a_try_that_came_to_nothing_is_used_again() {
+    let folder = Folder::with_model();
+    let flags = "compare --model model --data data --iters 1 --batch-size 2 --legs lora";
+    folder.write("odd.yaml", "lora_parameters: {keys: [no.such.weight]}\n");
+    let run = folder.run(&format!("{flags} -c odd.yaml"));
+    assert!(run.status == Some(1) && run.err.contains("Making the dense base"), "{run:?}");
+    let run = folder.ok(flags);
+    assert!(run.err.contains("The dense base is there from an earlier try"), "{run:?}");
+    folder.fails(2, flags, &["--output compare exists already"]);
 }
 
 #[test]

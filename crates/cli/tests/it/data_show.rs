@@ -36,7 +36,7 @@ fn in_the_loss(model: &Rc<Model>, ids: &[u32], offset: usize) -> Vec<bool> {
     let graph = Graph::new(Rc::clone(model), &params, false, 0.0, 1);
     let norms = params.norms(&params.values, model).unwrap();
     let loss = |length: usize| {
-        let example = Example { line: 1, tokens: ids[..length].to_vec(), offset, full_length: length };
+        let example = Example::whole(1, ids[..length].to_vec(), offset);
         let split = Split { examples: vec![example], ..Split::default() };
         let batch = Batch::new(&split, &[0], graft_ops::form());
         // A row without a target is never in a batch.
@@ -144,7 +144,7 @@ fn rows_are_shown_as_text_json_and_a_page() {
     assert_eq!((one["rows"].as_array().unwrap().len(), &one["rows"][0]["line"]), (1, &json!(3)));
     assert_eq!((&one["schema"], &one["splits"][0]["rows"]), (&json!(1), &json!(4)));
     let run = folder.ok(&format!("{flags} --html page.html"));
-    assert!(run.out.is_empty() && run.err.contains("Wrote page.html"), "{run:?}");
+    assert!(run.out.is_empty() && run.err.contains("written: page.html"), "{run:?}");
     let page = String::from_utf8(folder.read("page.html")).unwrap();
     assert!(!page.contains("hi <") && page.contains("&lt;|im_end|&gt;") && page.contains("empty-answer"));
     for outside in ["http:", "https:", "src=", "<script"] {
@@ -228,6 +228,28 @@ fn a_row_with_several_forms_has_the_one_that_it_is_trained_in() {
 }
 
 #[test]
+fn the_recipes_mask_is_for_rows_with_a_prompt_wherever_they_stand() {
+    let folder = Folder::with_model();
+    let (chat, text) = (row("Hi?", "the user"), json!({"text": "hello the user"}));
+    for rows in [[chat.clone(), text.clone()], [text, chat]] {
+        folder.rows("data/train.jsonl", &rows);
+        let show = "data show --model model --data data --json";
+        let report: Value = serde_json::from_str(&folder.ok(&format!("{show} --as train")).out).unwrap();
+        for (row, shown) in rows.iter().zip(report["rows"].as_array().unwrap()) {
+            let tokens = shown["tokens"].as_array().unwrap();
+            let first = tokens.iter().position(|token| token["trained"] == true).unwrap();
+            assert_eq!(first > 1, row.get("text").is_none(), "{shown}");
+        }
+        assert!(report["warnings"].to_string().contains("mixed-forms"));
+        let train =
+            "train --model model --data data --batch-size 2 --iters 1 --val-batches 0 --adapter-path new";
+        folder.ok(train);
+        // One that was asked for is another thing.
+        folder.fails(1, &format!("{show} --as train --mask-prompt"), &["a text row has no prompt to mask"]);
+    }
+}
+
+#[test]
 fn what_cannot_be_shown_is_named() {
     let folder = Folder::with_model();
     let show = "data show --model model --data data";
@@ -239,7 +261,17 @@ fn what_cannot_be_shown_is_named() {
     folder.fails(2, &format!("{show} --count -2"), &["--count must be at least 0, or -1 for all, not -2"]);
     folder.fails(1, "data show --model gone --data data", &["there is no model directory `gone`"]);
     folder.fails(1, "data show --model model --data gone", &["there is no data directory `gone`"]);
-    folder.fails(1, &format!("{show} --html gone/page.html"), &["cannot write the page gone/page.html"]);
+    folder.fails(
+        2,
+        &format!("{show} --html gone/page.html"),
+        &["--html gone/page.html", "directory that exists"],
+    );
+    // A page in the place of the rows would be the end of them.
+    std::os::unix::fs::symlink(folder.path("data"), folder.path("again")).unwrap();
+    for file in ["data/train.jsonl", "./data/../data/valid.jsonl", "again/test.jsonl"] {
+        folder.fails(2, &format!("{show} --html {file}"), &[&format!("--html {file}: that is the data")]);
+        assert_eq!(folder.read(file).iter().filter(|byte| **byte == b'\n').count(), 8);
+    }
     folder.write("data/train.jsonl", "{\"text\": 5}\n");
     folder.fails(1, show, &["data/train.jsonl:1: \"text\": expected a string, found a number"]);
     folder.write("data/train.jsonl", "{\"text\": \"a\"}\n");

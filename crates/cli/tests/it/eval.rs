@@ -53,7 +53,7 @@ fn the_planted_truth_is_found_and_neither_order_nor_company_matters() {
     assert!(end(0) > 0.28 && end(0) < 0.4 && end(1) > 0.4 && end(1) < 0.52, "{against}");
     // The base beside itself is nothing new.
     let same = &found["models"][2]["against_base"];
-    let nothing = json!({"difference": 0.0, "interval": [0.0, 0.0], "changed": 0, "fixed": 0, "broken": 0});
+    let nothing = json!({"difference": 0.0, "interval": null, "changed": 0, "fixed": 0, "broken": 0});
     assert_eq!(same, &nothing);
     let page = String::from_utf8(folder.read("eval.html")).unwrap();
     assert!(page.contains("@media print { details:not([open])"), "changed answers are not printed");
@@ -92,8 +92,22 @@ fn a_loss_is_that_of_lora_test_and_each_metric_reads_its_rows() {
         "{said} {adapter}"
     );
     assert!(adapter["right"].is_null() && adapter["against_base"].get("changed").is_none());
-    folder.write("texts.jsonl", "{\"text\": \"hello the user\"}\n");
-    folder.ok("eval --model model --data texts.jsonl --metric loss");
+    // Each row by its form; what has no target is counted, and what falsifies a loss is said once.
+    let long = row(&"hello ".repeat(99), "the user");
+    folder
+        .rows("mixed.jsonl", &[json!({"text": "hello the user"}), row("a", "the user"), long, row("b", "")]);
+    let run =
+        folder.ok("eval --model model --fused model --data mixed.jsonl --metric loss --max-seq-length 80");
+    let found = folder.json("eval.json");
+    assert_eq!((&found["rows"], &found["skipped"]), (&json!(3), &json!(1)));
+    assert!(found["models"][0]["cut"].is_null());
+    assert!(run.out.contains("Skipped: 1 rows, of which no target is within --max-seq-length"), "{run:?}");
+    let said: Vec<&str> = run.err.lines().filter(|line| line.starts_with("warning: ")).collect();
+    assert!(said.len() == 2 && said[1].ends_with(')'), "{said:?}");
+    assert!(
+        said.iter().any(|line| line.contains("empty-answer")) && !run.err.contains("mask_prompt"),
+        "{said:?}"
+    );
     for (metric, reference) in
         [("contains", ""), ("regex", "."), ("json", "{\"a\": 1}"), ("regex --pattern (u)", "user")]
     {
@@ -128,12 +142,51 @@ fn what_cannot_be_judged_is_named_by_file_and_line() {
         &["data/test.jsonl:1: the answer \"the user\" is not JSON"],
     );
     folder.fails(1, "eval --model model --data adapter", &["adapter/test.jsonl: there is no such file"]);
+    let gone = "gone.jsonl: there is no such file: give a .jsonl file or a directory with test.jsonl";
+    folder.fails(1, "eval --model model --data gone.jsonl", &[gone]);
+    folder.fails(
+        2,
+        &format!("{flags} --output data/test.jsonl"),
+        &["--output data/test.jsonl: that is the data"],
+    );
+    folder.fails(2, &format!("{flags} --html ./data/test.jsonl"), &["that is the data"]);
+    let call = json!({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "heat", "arguments": {}}}]});
+    folder
+        .rows("calls.jsonl", &[row("a", "b"), json!({"messages": [{"role": "user", "content": "a"}, call]})]);
+    folder.fails(1, "eval --model model --data calls.jsonl", &["calls.jsonl:2: the answer calls a tool"]);
     folder.rows("data/test.jsonl", &[json!({"text": "hello"})]);
     folder.fails(1, flags, &["data/test.jsonl:1: ", "only its loss can be measured"]);
     folder.rows("data/test.jsonl", &[row(&"hello ".repeat(3000), "a")]);
-    folder.fails(1, flags, &["data/test.jsonl:1: its prompt has", "the model takes"]);
+    folder.fails(1, flags, &["data/test.jsonl:1: its prompt has", "the model takes", "drop the row"]);
     folder.write("data/test.jsonl", "\n");
     folder.fails(1, flags, &["data/test.jsonl: the file has no rows to measure"]);
+}
+
+#[test]
+fn what_a_table_does_not_tell_is_said_below_it() {
+    let folder = Folder::with_model();
+    let asked = |i: i32| format!("hello {i} the\u{202e} user\u{200b}");
+    folder.rows("data/test.jsonl", &(0..20).map(|i| row(&asked(i), "the\u{61c} user")).collect::<Vec<_>>());
+    let flags = "eval --model model --adapter-path adapter --data data --max-tokens 12 --html eval.html";
+    let run = folder.ok(flags);
+    let report = folder.json("eval.json");
+    let base = &report["models"][0];
+    // All are wrong, which says little of other rows; and twelve tokens are no whole answer.
+    assert!(base["interval"].is_null() && base["score"] == 0.0 && base["cut"].as_u64() > Some(0), "{report}");
+    let notes = report["notes"].as_array().unwrap();
+    assert!(notes.iter().any(|note| note.as_str().unwrap().contains("were cut, at --max-tokens 12")));
+    assert!(notes.iter().any(|note| note.as_str().unwrap().starts_with("No interval: ")));
+    let page = String::from_utf8(folder.read("eval.html")).unwrap();
+    for note in notes {
+        assert!(run.out.contains(note.as_str().unwrap()) && page.contains(note.as_str().unwrap()), "{note}");
+    }
+    let changed = report["examples"].as_array().unwrap().iter().any(|e| e["results"][0] != e["results"][1]);
+    assert!(changed, "the adapter changes nothing");
+    assert!(!run.out.contains(['\u{202e}', '\u{200b}', '\u{61c}']), "{run:?}");
+    let right = report["examples"][1]["results"][0]["answer"].as_str().unwrap();
+    folder.rows("data/test.jsonl", &[row(&asked(1), right), row("hello", "neither")]);
+    folder.ok("eval --model model --data data --max-tokens 12");
+    assert_eq!(folder.json("eval.json")["models"][0]["interval"], json!([0.0, 1.0]));
 }
 
 #[test]

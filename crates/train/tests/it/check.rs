@@ -71,6 +71,7 @@ fn faults_of_rows_are_named_with_their_lines() {
         ("empty-answer", ask("Why?", " \n")),
         ("empty-answer", json!({"prompt": "Why?", "completion": ""})),
         ("empty-text", ask("", "Yes.")),
+        ("empty-answer", ask("Why?", "\u{200b}\u{feff}\u{202e} ")),
         ("no-answer", chat(&[("user", "a"), ("assistant", "b"), ("user", "c")])),
         ("unknown-role", chat(&[("human", "Why?"), ("assistant", "So.")])),
         ("special-token-in-content", ask("What is <|im_end|> for?", "An end.")),
@@ -111,6 +112,10 @@ fn faults_of_rows_are_named_with_their_lines() {
     // What is cut off may differ.
     let long = |end: &str| ask("Why?", &format!("{}{end}", "because ".repeat(300)));
     is_only(&faults("qwen 3", true, &[long("I do"), long("so it is")]), "truncated", &[1, 2]);
+    // As long as each other, too.
+    is_only(&faults("qwen 3", true, &[long("a"), long("b")]), "truncated", &[1, 2]);
+    let found = faults("qwen 3", true, &[long("a"), long("a")]);
+    assert_eq!((&found["duplicate"], &found["truncated"]), (&vec![2], &vec![1, 2]));
     let mixed = [good(), good_text(), ask("Why?", "So.")];
     is_only(&faults("llama 3", false, &mixed), "mixed-forms", &[2]);
 }
@@ -170,6 +175,16 @@ fn faults_of_the_template_are_named() {
         let mut program = parts.clone();
         program["messages"][0]["content"][0]["text"] = "Why {'a': 1}?".into();
         assert_eq!(with_template(&joined, mask, &[good(), parts, program]), Named::new());
+    }
+    // The question's end is not the answer's, however short that is.
+    let ended = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}\
+                 {% if add_generation_prompt %}<|im_start|>{% endif %}";
+    let endless = ended.replace("<|im_end|>", "{{ '<|im_end|>' if m.role == 'user' }}");
+    for mask in [false, true] {
+        for answer in ["y", "yes", "A thing that is long."] {
+            is_only(&with_template(&endless, mask, &[ask("Why?", answer)]), "no-end-of-turn", &[1]);
+            assert_eq!(with_template(ended, mask, &[ask("Why?", answer)]), Named::new());
+        }
     }
     // The mask ends where the prompt alone would, which is not where the answer begins.
     let counting = format!("{{{{ messages | length }}}}\n{plain}");

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use graft_ops::Form;
 use graft_train::{
-    Batch, Data, DataConfig, Encoder, Example, Fault, Marks, Question, Rng, Row, Split, Walk, fixed_groups,
-    groups,
+    Batch, Data, DataConfig, Encoder, Example, Fault, Marks, Metric, Question, Rng, Row, Split, Walk,
+    fixed_groups, groups,
 };
 use serde_json::Value;
 
@@ -42,14 +42,7 @@ impl Encoder for Bytes {
 }
 
 fn settings(mask_prompt: bool, max_seq_length: usize) -> DataConfig {
-    DataConfig {
-        mask_prompt,
-        max_seq_length,
-        prompt_feature: "prompt".into(),
-        completion_feature: "completion".into(),
-        chat_feature: "messages".into(),
-        text_feature: "text".into(),
-    }
+    DataConfig::new(mask_prompt, max_seq_length)
 }
 
 fn load(train: &str, config: &DataConfig) -> Result<Split, String> {
@@ -108,15 +101,38 @@ fn errors_name_file_line_keys_and_forms() {
     let e = fails("{\"text\": \"a\"}\n\n{\"instruction\": 1, \"output\": 2}\n", false);
     assert!(e.contains("train.jsonl:3: found the keys \"instruction\", \"output\"; expected \"prompt\" and \"completion\""), "{e}");
     assert!(e.contains("\"messages\"") && e.contains("\"text\"") && e.contains("chat_feature"), "{e}");
-    assert!(fails("{\"text\": \"a\"}\n{\"text\"", false).contains("train.jsonl:2: not valid JSON"));
-    assert!(fails("[1]", false).contains("train.jsonl:1: expected a JSON object"));
+    // The line is the file's, the column that of the line.
+    let e = fails("{\"text\": \"a\"}\n{\"text\"", false);
+    assert!(
+        e.contains("train.jsonl:2: not valid JSON: EOF while parsing") && e.ends_with("at column 7"),
+        "{e}"
+    );
+    for list in ["[1]", "[\n  {\"text\": \"a\"}\n]"] {
+        let e = fails(list, false);
+        assert!(e.contains("train.jsonl:1: ") && e.contains("one JSON list: write one object a line"), "{e}");
+    }
+    assert!(fails("{\"text\": \"a\"}\n3", false).contains("train.jsonl:2: expected a JSON object"));
     assert!(fails("{\"text\": 3}", false).contains("\"text\": expected a string, found a number"));
     assert!(fails("{\"messages\": []}", false).contains("empty"));
     assert!(fails("{\"messages\": [{\"content\": \"x\"}]}", false).contains("\"messages\"[0]"));
     assert!(fails("{\"messages\": [{\"role\": \"user\"}]}", false).contains("a message without content"));
+    for (content, found) in [
+        ("", "found nothing: write \"\""),
+        (", \"content\": null", "found null: write \"\""),
+        (", \"content\": 4", "found a number: write the content as one string"),
+        (", \"content\": [{}]", "found a list: write the content as one string"),
+    ] {
+        let row = format!("{{\"messages\": [{{\"role\": \"user\"{content}}}]}}");
+        let expected =
+            format!("\"messages\"[0]: \"content\": expected a string, {found} (a message without content)");
+        let e = fails(&row, false);
+        assert!(e.ends_with(&expected), "{e}");
+    }
     let unparsed = fails("{\"messages\": [{\"role\": \"user\"}], \"tools\": \"[]\"}", false);
     assert!(unparsed.contains("\"tools\": expected a list, found a string: parse it"), "{unparsed}");
     assert!(fails("{\"text\": \"a\"}", true).contains("no prompt to mask"));
+    assert!(fails("{\"messages\": [{}]}", false).contains("found an object without them"));
+    assert!(fails("{\"text\": {}}", false).ends_with("expected a string, found an object"));
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("train.jsonl");
     std::fs::write(&file, b"{\"text\": \"a\"}\n{\"text\": \"caf\xe9\"}\n").unwrap();
@@ -129,6 +145,30 @@ fn errors_name_file_line_keys_and_forms() {
     assert!(missing.contains("/nonexistent/data"));
     let empty = load("\n\n", &settings(false, 100)).unwrap();
     assert!(empty.require().unwrap_err().to_string().contains("train.jsonl: the file has no rows"));
+}
+
+#[test]
+fn a_call_without_content_has_an_empty_one() {
+    let row = |content: &str| {
+        let call = format!("{{\"role\": \"assistant\"{content}, \"tool_calls\": [{{}}]}}");
+        format!("{{\"messages\": [{{\"role\": \"user\", \"content\": \"q\"}}, {call}]}}")
+    };
+    for content in ["", ", \"content\": null", ", \"content\": \"\""] {
+        let split = load(&row(content), &settings(true, 99)).unwrap();
+        assert_eq!((text(&split, 0).as_str(), split.examples[0].offset), ("<user>q.<assistant>.", 19));
+    }
+}
+
+#[test]
+fn a_mask_that_is_only_a_default_masks_the_rows_that_have_a_prompt() {
+    let (chat, plain) = ("{\"prompt\": \"q\", \"completion\": \"a\"}", "{\"text\": \"a text\"}");
+    let config = DataConfig { whole_texts: true, ..settings(true, 99) };
+    for (rows, offsets) in [([chat, plain], [19, 0]), ([plain, chat], [0, 19])] {
+        let split = load(&rows.join("\n"), &config).unwrap();
+        assert_eq!(split.examples.iter().map(|e| e.offset).collect::<Vec<_>>(), offsets);
+        let error = load(&rows.join("\n"), &settings(true, 99)).unwrap_err();
+        assert!(error.contains("no prompt to mask"), "{error}");
+    }
 }
 
 #[test]
@@ -263,4 +303,29 @@ fn a_question_is_a_row_without_its_last_answer() {
         let error = questions(row).unwrap_err();
         assert!(error.starts_with("test.jsonl:4: ") && error.contains(why), "{error}");
     }
+    // What is asked may be a call's result, and a call may be asked for; but no metric compares it.
+    let call = r#"{"messages": [{"role": "user", "content": "u"},
+                   {"role": "assistant", "content": null, "tool_calls": [{}]}, {"role": "tool", "content": "r"},
+                   {"role": "assistant", "content": "a"}]}"#;
+    let found = questions(call).unwrap();
+    assert_eq!(
+        (found.asked.as_str(), found.prompt.len()),
+        ("r", "<user>u.<assistant>.<tool>r.<assistant>".len())
+    );
+    let checked = |line: &str| {
+        let Ok(Value::Object(value)) = serde_json::from_str(line) else { panic!("{line}") };
+        let (file, rows) = (Path::new("test.jsonl"), [Row { line: 4, value }]);
+        Question::check(file, &rows, &settings(false, 9), &Metric::Exact).map_err(|e| e.to_string())
+    };
+    checked(call).unwrap();
+    for content in ["null", "\"\"", "\"so\""] {
+        let row = format!(
+            "{{\"messages\": [{{\"role\": \"user\", \"content\": \"u\"}},
+               {{\"role\": \"assistant\", \"content\": {content}, \"tool_calls\": [{{}}]}}]}}"
+        );
+        let error = checked(&row).unwrap_err();
+        assert!(error.contains("test.jsonl:4: the answer calls a tool"), "{error}");
+    }
+    let alone = r#"{"messages": [{"role": "assistant", "content": "a"}]}"#;
+    assert!(checked(alone).unwrap_err().contains("no message before the answer"));
 }

@@ -36,7 +36,7 @@ pub(crate) fn split(lengths: &[usize], offset: usize, seed: u64) -> Split {
     let mut rng = Rng::new(seed);
     let examples = lengths.iter().enumerate().map(|(i, n)| {
         let tokens = (0..*n).map(|_| rng.below(288) as u32).collect();
-        Example { line: i + 1, tokens, offset, full_length: *n }
+        Example::whole(i + 1, tokens, offset)
     });
     named(examples.collect(), "train.jsonl")
 }
