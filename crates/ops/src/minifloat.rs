@@ -49,7 +49,7 @@ pub fn to_e2m1(x: f32) -> u8 {
 pub fn to_e4m3(x: f32) -> u8 {
     let sign = u8::from(x.is_sign_negative()) << 7;
     let magnitude = x.abs();
-    if !(magnitude < E4M3_MAX) {
+    if magnitude.is_nan() || magnitude >= E4M3_MAX {
         return sign | 0x7e;
     }
     // Below 2^-6 the step stays 2^-9: a sum with 2^14, whose last bit that is, rounds to it.
@@ -77,12 +77,12 @@ mod tests {
         for (code, numbers) in (0_u8..).zip(E2M1[..8].windows(2)) {
             let middle = (numbers[0] + numbers[1]) / 2.0;
             assert_eq!(to_e2m1(middle), code + code % 2, "{middle}");
-            assert_eq!(to_e2m1(-middle * 1.001), code + 1 | 8, "{middle}");
+            assert_eq!(to_e2m1(-middle * 1.001), (code + 1) | 8, "{middle}");
         }
         for code in 0..0x7e_u8 {
             let middle = (e4m3(code) + e4m3(code + 1)) / 2.0;
             assert_eq!(to_e4m3(middle), code + code % 2, "{middle}");
-            assert_eq!(to_e4m3(-middle * 1.001), code + 1 | 0x80, "{middle}");
+            assert_eq!(to_e4m3(-middle * 1.001), (code + 1) | 0x80, "{middle}");
         }
         assert_eq!([to_e2m1(1e9), to_e4m3(1e9), to_e4m3(460.0)], [7, 0x7e, 0x7e]);
         assert_eq!([e8m0(0), e8m0(127), e8m0(130)], [2.0_f32.powi(-127), 1.0, 8.0]);

@@ -34,10 +34,10 @@ fn tiny(mode: Mode) -> Tiny {
     Tiny::new(Family::Llama).in_mode(mode.name())
 }
 
-fn run(src: &Path, options: ConvertOptions) -> (tempfile::TempDir, Report) {
+fn run(src: &Path, options: &ConvertOptions) -> (tempfile::TempDir, Report) {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("out");
-    let report = graft_testkit::mlx(|| convert(src, &dir, &options, &false.into(), &mut |_| {})).unwrap();
+    let report = graft_testkit::mlx(|| convert(src, &dir, options, &false.into(), &mut |_| {})).unwrap();
     (temp, report)
 }
 
@@ -186,7 +186,7 @@ fn what_is_packed_has_mlxs_bytes_and_what_is_made_dense_its_values() {
     for mode in MODES {
         let src = tiny_model(&Tiny { tied: false, ..Tiny::new(Family::Qwen2) });
         let pack = Some(Packing { grid: Grid::of(mode), recipe: None });
-        let (once, report) = run(src.path(), ConvertOptions { pack, ..AS_IS });
+        let (once, report) = run(src.path(), &ConvertOptions { pack, ..AS_IS });
         assert_eq!(report.packed, 16);
         let once = once.path().join("out");
         let packed = Checkpoint::open(&once).unwrap();
@@ -194,7 +194,7 @@ fn what_is_packed_has_mlxs_bytes_and_what_is_made_dense_its_values() {
         assert_eq!(packed.config()["quantization"], block);
         assert_eq!(packed.config()["quantization_config"], block);
         assert!(packed.names().all(|name| !name.ends_with(".biases")));
-        let (dense, report) = run(&once, ConvertOptions { dequantize: true, ..AS_IS });
+        let (dense, report) = run(&once, &ConvertOptions { dequantize: true, ..AS_IS });
         assert_eq!(report.dequantized, 16);
         let dense = dense.path().join("out");
         let dense = Checkpoint::open(&dense).unwrap();
@@ -219,7 +219,7 @@ fn what_is_packed_has_mlxs_bytes_and_what_is_made_dense_its_values() {
             }
         });
         // As it is, whatever type its floats get.
-        let (copied, _) = run(&once, ConvertOptions { dtype: Some(StoredDtype::F16), ..AS_IS });
+        let (copied, _) = run(&once, &ConvertOptions { dtype: Some(StoredDtype::F16), ..AS_IS });
         let copied = Checkpoint::open(&copied.path().join("out")).unwrap();
         for name in packed.names().filter(|name| packed.info(name).unwrap().dtype != StoredDtype::F32) {
             assert_eq!(packed.read(name).unwrap(), copied.read(name).unwrap(), "{mode:?} {name}");

@@ -59,6 +59,9 @@ pub(crate) fn compare(args: &CompareArgs, threads: Option<usize>, exact: bool) -
     Ok(())
 }
 
+/// Writes what there is so far as the report.
+type Save<'a> = &'a dyn Fn(&[Leg], &[Results]) -> Result<Value>;
+
 /// Sweeps, trains and scores; what there is stays in `results` whatever fails.
 fn measure(
     args: &CompareArgs,
@@ -66,7 +69,7 @@ fn measure(
     legs: &mut [Leg],
     rates: &[f64],
     results: &mut [Results],
-    save: &dyn Fn(&[Leg], &[Results]) -> Result<Value>,
+    save: Save,
 ) -> Result<()> {
     sweep(bench, legs, rates, bench.first_seed(), results)?;
     train_all(bench, legs, &bench.seeds(args.seeds), results)?;

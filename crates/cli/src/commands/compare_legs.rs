@@ -313,8 +313,7 @@ impl Bench<'_> {
         let target = self.out.join("bases").join(name);
         // What it was made of, written when it was whole.
         let note = target.with_extension("from");
-        let changed =
-            |file: &Path| Some(file.metadata().ok()?.modified().ok()?.duration_since(UNIX_EPOCH).ok()?);
+        let changed = |file: &Path| file.metadata().ok()?.modified().ok()?.duration_since(UNIX_EPOCH).ok();
         let times: Vec<_> = Checkpoint::open(source)?.files().map(changed).collect();
         let made_of = format!("{from}\n{}\n{times:?}\n", source.canonicalize()?.display());
         if target.is_dir() && std::fs::read_to_string(&note).is_ok_and(|text| text == made_of) {
