@@ -117,10 +117,8 @@ impl Sample {
     }
 
     fn json(&self) -> Value {
-        let mut sample = json!({
-            "tokens_per_second": self.tokens_per_second,
-            "peak_memory_bytes": self.peak_memory,
-        });
+        let (speed, memory) = (self.tokens_per_second, self.peak_memory);
+        let mut sample = json!({"tokens_per_second": speed, "peak_memory_bytes": memory});
         if let Some(seconds) = self.first_token_seconds {
             sample["first_token_seconds"] = seconds.into();
         }

@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 
 use rustix::fs::FlockOperation;
 use serde_json::{Map, Value, json};
-use tempfile::{NamedTempFile, TempDir};
+use tempfile::{NamedTempFile, TempDir, TempPath};
 
 use crate::tensor::{Entry, header};
 use crate::{Error, Result, Tensor};
@@ -28,7 +28,9 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 /// A file in the making beside its place; dropped before [`AtomicFile::persist`], it leaves nothing behind.
 #[derive(Debug)]
 pub(crate) struct AtomicFile {
-    file: BufWriter<NamedTempFile>,
+    /// Apart from its name, which it would add to every error.
+    file: BufWriter<File>,
+    place: TempPath,
     path: PathBuf,
     written: u64,
     /// Whether what is there already may be replaced.
@@ -40,9 +42,10 @@ impl AtomicFile {
         let (dir, prefix) = (parent(path), prefix(path));
         remove_abandoned(dir, &prefix);
         let file = tempfile::Builder::new().prefix(&prefix).tempfile_in(dir).map_err(Error::io(path))?;
+        let (file, place) = file.into_parts();
         // As of a directory: it says that this process lives.
-        let _ = rustix::fs::flock(file.as_file(), FlockOperation::NonBlockingLockExclusive);
-        Ok(Self { file: BufWriter::new(file), path: path.to_path_buf(), written: 0, replace: true })
+        let _ = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
+        Ok(Self { file: BufWriter::new(file), place, path: path.to_path_buf(), written: 0, replace: true })
     }
 
     /// The same for a file that must not replace another.
@@ -62,9 +65,10 @@ impl AtomicFile {
 
     /// Synced and renamed to its place.
     pub(crate) fn persist(self) -> Result<()> {
-        let Self { file, path, written, replace } = self;
+        let Self { file, place, path, written, replace } = self;
         let file = file.into_inner().map_err(|error| Error::writing(&path, written)(error.into_error()))?;
-        file.as_file().sync_all().map_err(Error::writing(&path, written))?;
+        file.sync_all().map_err(Error::writing(&path, written))?;
+        let file = NamedTempFile::from_parts(file, place);
         readable_by_all(file.path())?;
         let placed = if replace { file.persist(&path) } else { file.persist_noclobber(&path) };
         let placed = match placed {

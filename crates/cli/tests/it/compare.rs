@@ -80,7 +80,8 @@ fn legs_differ_in_their_bases_and_kinds_alone_and_the_page_equals_the_json() {
     assert!(legs.iter().all(|leg| leg["curve"]["iter"] == json!([1, 2, 3, 4, 5, 6])), "{report}");
     assert!(legs.iter().all(|leg| leg["score"].is_number() && leg["valid_loss_interval"][1].is_number()));
     assert_eq!(legs[2]["against"]["leg"], "qlora");
-    assert!(legs[2]["against"]["score_interval"][0].is_number());
+    // Both are wrong in all rows, which says nothing of others.
+    assert!(legs[2]["against"]["score"] == 0.0 && legs[2]["against"]["score_interval"].is_null());
     let sentences = report["sentences"].as_array().unwrap();
     assert_eq!(sentences.len(), 2);
     assert!(
