@@ -56,7 +56,7 @@ impl Grid {
                 Ok(())
             } else {
                 Err(Error::Request(format!(
-                    "{} has {} bits in groups of {}, not {} in groups of {}",
+                    "{} has {} bits in groups of {}, not {} in groups of {}: give those, or neither",
                     self.mode.name(),
                     own.bits,
                     own.group_size,

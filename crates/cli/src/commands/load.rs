@@ -86,7 +86,8 @@ fn stored_dtype(checkpoint: &Checkpoint) -> Dtype {
 /// model and that adapter together.
 pub(crate) fn refuse_beside(dir: &Path, argument: &str) -> Result<()> {
     let file = dir.join(ADAPTER_FILE);
-    if file.is_file() {
+    // What has no config.json is no model, which whoever opens it says.
+    if file.is_file() && dir.join("config.json").is_file() {
         bail!(
             "{}: an adapter beside the model, which would be left out though the model may be half of what was fused: fuse \
              it first (graft fuse --model {argument} --adapter-path {argument} --save-path NEW), or move it elsewhere if the \

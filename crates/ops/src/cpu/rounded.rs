@@ -39,8 +39,20 @@ pub(crate) const HALVES: u8 = 2;
 /// 12 more than twice the float of each code: see [`super::panels`].
 pub(crate) const TABLE: [i8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 
+impl Rounded<'_> {
+    /// How the codes of W are read. Panics unless the sizes are those that the instructions rely on for rows `rows`.
+    pub(crate) fn reading(&self, w: &Panels, rows: &Range<usize>) -> u8 {
+        let inputs = w.arrangement.inputs;
+        assert!(self.inputs == inputs && self.q.len() * 2 == self.m * inputs && rows.end <= self.m);
+        assert!(self.factors.len() * BLOCK == self.m * inputs && self.sums.len() == self.factors.len());
+        let read = reading(w);
+        assert!(read != HALVES || self.halves.len() == 2 * self.sums.len());
+        read
+    }
+}
+
 /// How the codes of W are read.
-pub(crate) fn reading(w: &Panels) -> u8 {
+fn reading(w: &Panels) -> u8 {
     match (w.biases, w.arrangement.group < BLOCK) {
         (Some(_), _) => WHOLE,
         (None, false) => FLOATS,

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use super::panels::{BLOCK, Panels, ROWS};
 use super::primitive::Floats;
-use super::rounded::{AHEAD, FINE, FLOATS, HALVES, Rounded, TABLE, WHOLE, decoded, reading};
+use super::rounded::{AHEAD, FINE, FLOATS, HALVES, Rounded, TABLE, WHOLE, decoded};
 use crate::pool::Shares;
 use crate::{Level, cpu_level};
 
@@ -68,13 +68,9 @@ pub(crate) unsafe fn round_row(
 /// The processor must have the instructions, and nobody else may use these columns.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c")]
 pub(crate) unsafe fn multiply(w: &Panels, panel: usize, x: &Rounded, rows: Range<usize>, y: &Shares<f32>) {
-    let of = w.arrangement;
-    assert!(x.inputs == of.inputs && x.q.len() * 2 == x.m * of.inputs && x.sums.len() == x.factors.len());
-    assert!(x.factors.len() * BLOCK == x.m * of.inputs && rows.end <= x.m);
-    let read = reading(w);
-    assert!(read != HALVES || x.halves.len() == 2 * x.sums.len());
+    let read = x.reading(w, &rows);
     unsafe {
-        match (of.bits, read) {
+        match (w.arrangement.bits, read) {
             (8, _) => by_rows::<8, WHOLE>(w, panel, x, rows, y),
             (_, WHOLE) => by_rows::<4, WHOLE>(w, panel, x, rows, y),
             (_, FLOATS) => by_rows::<4, FLOATS>(w, panel, x, rows, y),
