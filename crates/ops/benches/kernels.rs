@@ -7,7 +7,7 @@ use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use graft_ops::ffi::{Mode, quantize};
-use graft_ops::{Array, KeyValues, PackedRef, Rows, WeightRef, ffi};
+use graft_ops::{Array, KeyValues, PackedRef, Precision, Rows, WeightRef, arrange, ffi, with_precision};
 use mlx_rs::random::{key, normal};
 
 const HEAD: graft_ops::Head<'static> = graft_ops::Head { dim: 64, scale: 0.125, rope: None };
@@ -57,6 +57,26 @@ fn products(c: &mut Criterion) {
                     });
                 });
             }
+        }
+    }
+    group.finish();
+    let mut group = c.benchmark_group("arranged matmul");
+    for (inputs, out, bits) in [(576, 1536, 4), (1536, 576, 4), (576, 49152, 8)] {
+        let w = Packed::new(out, inputs, bits);
+        let arranged = with_precision(Precision::Int16, || arrange(w.view())).unwrap();
+        let Some(arranged) = arranged else { continue };
+        for m in [1, 4, 16, 512] {
+            if out > 2000 && m > 16 {
+                continue;
+            }
+            let x = random(&[m, inputs]);
+            group.throughput(Throughput::Elements(2 * (m * inputs) as u64 * out as u64));
+            group.bench_function(format!("{bits} bits, {m} x {inputs} -> {out}"), |b| {
+                b.iter(|| {
+                    let product = || graft_ops::matmul(black_box(&x), WeightRef::Arranged(&arranged));
+                    with_precision(Precision::Int16, product).unwrap().eval().unwrap();
+                });
+            });
         }
     }
     group.finish();

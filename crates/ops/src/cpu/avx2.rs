@@ -13,9 +13,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::panels::{BLOCK, Panels, ROWS};
-use super::primitive::Floats;
-use super::rounded::{AHEAD, FINE, FLOATS, HALVES, Rounded, TABLE, WHOLE, decoded};
+use super::panels::{BLOCK, ROWS};
+use super::rounded::{AHEAD, FINE, FLOATS, HALVES, Panel, Rounded, TABLE, WHOLE};
 use crate::pool::Shares;
 
 /// Lanes of a vector: half a panel.
@@ -80,19 +79,19 @@ pub(crate) unsafe fn round_row(
     }
 }
 
-/// Columns `16 panel` and following of rows `rows` of y (m, out).
+/// The panel's columns of rows `rows` of y (m, out).
 ///
 /// # Safety
 /// The processor must have the instructions, and nobody else may use these columns.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(crate) unsafe fn multiply(w: &Panels, panel: usize, x: &Rounded, rows: Range<usize>, y: &Shares<f32>) {
-    let read = x.reading(w, &rows);
+pub(crate) unsafe fn multiply(panel: &Panel, x: &Rounded, rows: Range<usize>, y: &Shares<f32>) {
+    let read = x.reading(panel, &rows);
     unsafe {
-        match (w.arrangement.bits, read) {
-            (8, _) => by_rows::<8, WHOLE>(w, panel, x, rows, y),
-            (_, WHOLE) => by_rows::<4, WHOLE>(w, panel, x, rows, y),
-            (_, FLOATS) => by_rows::<4, FLOATS>(w, panel, x, rows, y),
-            _ => by_rows::<4, HALVES>(w, panel, x, rows, y),
+        match (panel.w.arrangement.bits, read) {
+            (8, _) => by_rows::<8, WHOLE>(panel, x, rows, y),
+            (_, WHOLE) => by_rows::<4, WHOLE>(panel, x, rows, y),
+            (_, FLOATS) => by_rows::<4, FLOATS>(panel, x, rows, y),
+            _ => by_rows::<4, HALVES>(panel, x, rows, y),
         }
     }
 }
@@ -100,8 +99,7 @@ pub(crate) unsafe fn multiply(w: &Panels, panel: usize, x: &Rounded, rows: Range
 /// Tiles of as many rows as the registers hold: four of them with half a panel, or one with the whole.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn by_rows<const BITS: usize, const READ: u8>(
-    w: &Panels,
-    panel: usize,
+    panel: &Panel,
     x: &Rounded,
     rows: Range<usize>,
     y: &Shares<f32>,
@@ -109,12 +107,12 @@ unsafe fn by_rows<const BITS: usize, const READ: u8>(
     let mut at = rows.start;
     unsafe {
         while rows.end - at >= 4 {
-            tile::<BITS, READ, 1, 4>(w, (panel, 0), x, at, y);
-            tile::<BITS, READ, 1, 4>(w, (panel, 1), x, at, y);
+            tile::<BITS, READ, 1, 4>(panel, 0, x, at, y);
+            tile::<BITS, READ, 1, 4>(panel, 1, x, at, y);
             at += 4;
         }
         while at < rows.end {
-            tile::<BITS, READ, 2, 1>(w, (panel, 0), x, at, y);
+            tile::<BITS, READ, 2, 1>(panel, 0, x, at, y);
             at += 1;
         }
     }
@@ -123,17 +121,17 @@ unsafe fn by_rows<const BITS: usize, const READ: u8>(
 /// H halves of a panel, from `half` on, times rows `at`..`at + C` of x. Each result is one chain of sums, whatever the tile.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn tile<const BITS: usize, const READ: u8, const H: usize, const C: usize>(
-    w: &Panels,
-    (panel, half): (usize, usize),
+    panel: &Panel,
+    half: usize,
     x: &Rounded,
     at: usize,
     y: &Shares<f32>,
 ) {
-    let of = w.arrangement;
+    let of = panel.w.arrangement;
     let (blocks, groups) = (of.inputs / BLOCK, of.inputs / of.group);
     let mut sums = [[_mm256_setzero_ps(); C]; H];
     unsafe {
-        let mut codes = w.panel(panel).as_ptr().add(half * 32);
+        let mut codes = panel.w.panel(panel.index).as_ptr().add(half * 32);
         // Pairs of numbers.
         let mut q = x.q.as_ptr().cast::<i32>().add(at * of.inputs / 2);
         let (mut factors, mut totals) =
@@ -142,11 +140,8 @@ unsafe fn tile<const BITS: usize, const READ: u8, const H: usize, const C: usize
         let each = if READ == HALVES { 2 } else { 1 };
         let mut halves = x.halves.as_ptr().wrapping_add(2 * at * blocks);
         for g in 0..groups {
-            let level = (panel * groups + g) * ROWS + half * HALF;
-            let mut levels = [(_mm256_setzero_ps(), _mm256_setzero_ps()); H];
-            for (h, levels) in levels.iter_mut().enumerate() {
-                *levels = self::levels::<READ>(w, level + h * HALF);
-            }
+            let level = g * ROWS + half * HALF;
+            let (scales, biases) = (panel.scales.as_ptr().add(level), panel.biases.as_ptr().add(level));
             for _ in 0..(of.group / BLOCK).max(1) {
                 let mut products = [[_mm256_setzero_si256(); C]; H];
                 for t in 0..BLOCK * BITS / 32 / each {
@@ -165,7 +160,8 @@ unsafe fn tile<const BITS: usize, const READ: u8, const H: usize, const C: usize
                 }
                 codes = codes.add(ROWS * BLOCK * BITS / 8 / each);
                 for (h, sums) in sums.iter_mut().enumerate() {
-                    let (scale, bias) = levels[h];
+                    let (scale, bias) =
+                        (_mm256_loadu_ps(scales.add(h * HALF)), _mm256_loadu_ps(biases.add(h * HALF)));
                     for (c, sum) in sums.iter_mut().enumerate() {
                         let whole = _mm256_cvtepi32_ps(products[h][c]);
                         let factor = _mm256_set1_ps(*factors.add(c * blocks));
@@ -188,7 +184,7 @@ unsafe fn tile<const BITS: usize, const READ: u8, const H: usize, const C: usize
             }
         }
         for (h, sums) in sums.into_iter().enumerate() {
-            let column = panel * ROWS + (half + h) * HALF;
+            let column = panel.index * ROWS + (half + h) * HALF;
             let columns = HALF.min(of.out.saturating_sub(column));
             for (c, sum) in sums.into_iter().enumerate() {
                 if columns == HALF {
@@ -231,40 +227,5 @@ unsafe fn words<const BITS: usize, const READ: u8>(line: __m256i, t: usize) -> (
     } else {
         let words = [_mm256_and_si256(line, _mm256_set1_epi16(255)), _mm256_srli_epi16::<8>(line)];
         ([words[0], words[1], words[0], words[1]], t / 2 * 4 + t % 2, 2)
-    }
-}
-
-/// Scales and biases of a group.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-unsafe fn levels<const READ: u8>(w: &Panels, at: usize) -> (__m256, __m256) {
-    unsafe {
-        let scale = eight(w.scales, at);
-        match w.biases {
-            Some(biases) if READ == WHOLE => (scale, eight(biases, at)),
-            _ => (_mm256_mul_ps(scale, _mm256_set1_ps(0.5)), _mm256_mul_ps(scale, _mm256_set1_ps(-6.0))),
-        }
-    }
-}
-
-/// Eight numbers as f32.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-unsafe fn eight(from: Floats, at: usize) -> __m256 {
-    unsafe {
-        match from {
-            Floats::F32(from) => _mm256_loadu_ps(from[at..][..HALF].as_ptr()),
-            Floats::F16(from) => _mm256_cvtph_ps(_mm_loadu_si128(from[at..][..HALF].as_ptr().cast())),
-            Floats::Bf16(from) => {
-                let halves = _mm_loadu_si128(from[at..][..HALF].as_ptr().cast());
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
-            }
-            Floats::E8m0(from) => {
-                // 2^-127, which has no exponent of its own in f32, is 0 here.
-                let bytes = _mm_loadl_epi64(from[at..][..HALF].as_ptr().cast());
-                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(bytes)))
-            }
-            Floats::E4m3(from) => _mm256_loadu_ps(decoded::<HALF>(&from[at..]).as_ptr()),
-        }
     }
 }

@@ -6,7 +6,7 @@
 
 use super::level::Instructions;
 use super::scratch::{LEFT, PANEL, scratch};
-use super::simd::{Kernel, Simd, Tile, vectors};
+use super::simd::{Kernel, Simd, Tile};
 use crate::Precision;
 use crate::pool::{self, Shares};
 
@@ -124,7 +124,7 @@ pub(crate) unsafe fn gemm<B: Right, const BF16: bool>(
     // Depth blocks of about one size, so that the last is not a stump.
     let unit = b.depth_unit().next_multiple_of(if BF16 { 2 } else { 1 });
     let deepest = if BF16 { BF16_DEPTH } else { DEPTH };
-    let depth = k.div_ceil(k.div_ceil(deepest).max(1)).next_multiple_of(unit).max(unit);
+    let depth = k.div_ceil(k.div_ceil(deepest).max(1)).next_multiple_of(unit).min(deepest / unit * unit);
     let span = depth * BLOCKS;
 
     for row in (0..m).step_by(ROWS) {
@@ -145,8 +145,7 @@ pub(crate) unsafe fn gemm<B: Right, const BF16: bool>(
                     // SAFETY: each panel has a part of its own in every depth block.
                     let out = unsafe { shares.part(start, tile_rows * steps::<BF16>(depth)) };
                     let factor = factor.map(|all| &all[begin + from..begin + from + depth]);
-                    let left = Left { a, row: at, valid, k: begin + from, depth, tile_rows, factor, out };
-                    if BF16 { with.run(PairLeft(left)) } else { left.pack() }
+                    with.run(Left::<BF16> { a, row: at, valid, k: begin + from, depth, factor, out });
                 }
             });
             let add = add || begin > 0;
@@ -221,80 +220,84 @@ impl Kernel for Shape {
 }
 
 /// Rows `row`..`row + valid` of A from column `k` on, to be laid out as (depth, tile_rows) with zeros for the rows that A
-/// does not have.
-struct Left<'a> {
+/// does not have; with BF16 as words of two neighbours, (depth / 2, tile_rows), of which the last of an odd depth is half zero.
+struct Left<'a, const BF16: bool> {
     a: Matrix,
     row: usize,
     valid: usize,
     k: usize,
     depth: usize,
-    tile_rows: usize,
     /// Of these columns.
     factor: Option<&'a [f32]>,
     out: &'a mut [f32],
 }
 
-impl Left<'_> {
-    fn pack(self) {
-        let Left { a, row, valid, k, depth: _, tile_rows, factor, out } = self;
-        if valid < tile_rows {
-            out.fill(0.0);
-        }
-        for i in 0..valid {
-            // SAFETY: within A by the caller's promise.
-            let from = unsafe { a.data.add((row + i) * a.row + k * a.column) };
-            // SAFETY: as above.
-            let x = |at: usize| unsafe { *from.add(at * a.column) };
-            let columns = out.chunks_exact_mut(tile_rows).enumerate();
-            match factor {
-                Some(factor) => {
-                    columns.zip(factor).for_each(|((at, column), factor)| column[i] = factor * x(at))
-                }
-                None => columns.for_each(|(at, column)| column[i] = x(at)),
-            }
-        }
-    }
-}
+/// Rows of a tile at most.
+const TALLEST: usize = 12;
 
-/// The same as words of two neighbours, (depth / 2, tile_rows); the last word of an odd depth is half zero.
-struct PairLeft<'a>(Left<'a>);
-
-impl Kernel for PairLeft<'_> {
+impl<const BF16: bool> Kernel for Left<'_, BF16> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Left { a, row, valid, k, depth, tile_rows, factor, out } = self.0;
-        if valid < tile_rows {
-            out.fill(0.0);
+        let Left { a, row, valid, k, depth, factor, out } = self;
+        // SAFETY: within A by the caller's promise.
+        let from = unsafe { a.data.add(row * a.row + k * a.column) };
+        if !BF16 && valid == S::LARGE_ROWS && a.column == 1 && factor.is_none() {
+            // SAFETY: whole rows of A.
+            unsafe { turn_rows(s, from, a.row, out) };
+            return;
         }
-        let mut words = [0_u32; BF16_DEPTH / 2];
-        let mut scaled = [0.0; BF16_DEPTH];
-        let whole = depth / S::LANES * S::LANES;
-        for i in 0..valid {
-            // SAFETY: row + i is a row of A, which has `depth` columns next to each other from k on.
-            unsafe {
-                let mut from = a.data.add((row + i) * a.row + k);
-                if let Some(factor) = factor {
-                    let row = std::slice::from_raw_parts(from, depth);
-                    scaled.iter_mut().zip(row).zip(factor).for_each(|((y, x), c)| *y = x * c);
-                    from = scaled.as_ptr();
-                }
-                for at in vectors::<S>(depth) {
-                    s.pair_neighbours(from.add(at), words.as_mut_ptr().add(at / 2));
-                }
-                if whole < depth {
-                    let mut rest = [0.0; 16];
-                    std::ptr::copy_nonoverlapping(from.add(whole), rest.as_mut_ptr(), depth - whole);
-                    let mut last = [0; 8];
-                    s.pair_neighbours(rest.as_ptr(), last.as_mut_ptr());
-                    let count = (depth - whole).div_ceil(2);
-                    words[whole / 2..whole / 2 + count].copy_from_slice(&last[..count]);
+        let mut rows = [[0.0; DEEPEST]; TALLEST];
+        for (i, to) in rows.iter_mut().enumerate().take(valid) {
+            // SAFETY: as above.
+            let from = unsafe { from.add(i * a.row) };
+            if a.column == 1 {
+                // SAFETY: as above.
+                to[..depth].copy_from_slice(unsafe { std::slice::from_raw_parts(from, depth) });
+            }
+            for (at, to) in to.iter_mut().enumerate().take(if a.column == 1 { 0 } else { depth }) {
+                // SAFETY: as above.
+                *to = unsafe { *from.add(at * a.column) };
+            }
+            for (to, factor) in to.iter_mut().zip(factor.unwrap_or_default()) {
+                *to *= factor;
+            }
+            if BF16 {
+                for at in (0..depth).step_by(S::LANES) {
+                    // SAFETY: vectors of a row, whose length is a multiple of them; half of each is written where it was read.
+                    unsafe {
+                        let words = to.as_mut_ptr().add(at / 2).cast();
+                        s.pair_neighbours(to.as_ptr().add(at), words);
+                    }
                 }
             }
-            for (at, word) in words[..depth.div_ceil(2)].iter().enumerate() {
-                out[at * tile_rows + i] = f32::from_bits(*word);
-            }
+        }
+        // SAFETY: the array has more rows than a tile, and longer ones.
+        unsafe { turn_rows(s, rows.as_ptr().cast(), DEEPEST, out) };
+    }
+}
+
+/// As many rows as a tile has, `row` apart, turned to (depth, rows).
+///
+/// # Safety
+/// The rows must be valid for reading as many numbers as `out` has columns.
+#[inline(always)]
+unsafe fn turn_rows<S: Simd>(s: S, from: *const f32, row: usize, out: &mut [f32]) {
+    let high = S::LARGE_ROWS;
+    let depth = out.len() / high;
+    for at in (0..depth / 4 * 4).step_by(4) {
+        for i in (0..high).step_by(4) {
+            // The last four overlap those before where rows are no multiple of four.
+            let i = i.min(high - 4);
+            // SAFETY: rows i..i + 4 and columns at..at + 4 of both.
+            unsafe { s.turn(from.add(i * row + at), row, out.as_mut_ptr().add(at * high + i), high) };
+        }
+    }
+    for at in depth / 4 * 4..depth {
+        for i in 0..high {
+            // SAFETY: an element of the rows.
+            out[at * high + i] = unsafe { *from.add(i * row + at) };
         }
     }
 }

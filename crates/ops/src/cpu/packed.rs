@@ -98,6 +98,12 @@ impl<'a> Packed<'a> {
         self.codes[row * self.layout.row_bytes() + k * self.layout.bits / 8..].as_ptr()
     }
 
+    /// The codes of row `row` in words of 32 bits, the first in the lowest bits.
+    pub(super) fn words(&self, row: usize) -> impl Iterator<Item = u32> + '_ {
+        let bytes = &self.codes[row * self.layout.row_bytes()..][..self.layout.row_bytes()];
+        bytes.as_chunks::<4>().0.iter().map(|&word| u32::from_le_bytes(word))
+    }
+
     /// Code `k` of row `row`.
     pub(super) fn code(&self, row: usize, k: usize) -> u8 {
         let (bits, row) =

@@ -69,7 +69,8 @@ impl Arrangement {
         ROWS * self.inputs * self.bits / 8
     }
 
-    fn groups(self) -> usize {
+    /// Groups of a row.
+    pub(crate) fn groups(self) -> usize {
         self.inputs / self.group
     }
 
@@ -107,6 +108,15 @@ fn aligned(memory: &[u8], len: usize) -> Range<usize> {
     from..from + len
 }
 
+/// Eight codes of 4 bits, c0 in the lowest, as the four bytes c0 + 16 c4 to c3 + 16 c7.
+fn fours(word: u32) -> u32 {
+    let bytes = |codes: u32| {
+        let pairs = (codes | codes << 8) & 0x00ff_00ff;
+        (pairs | pairs << 4) & 0x0f0f_0f0f
+    };
+    bytes(word & 0xffff) | bytes(word >> 16) << 4
+}
+
 struct Arrange {
     from: Layout,
     to: Arrangement,
@@ -128,9 +138,17 @@ impl Op for Arrange {
             let bytes = unsafe { codes.part(panel * to.panel_bytes(), to.panel_bytes()) };
             bytes.fill(0);
             for r in 0..ROWS.min(to.out - panel * ROWS) {
+                let row = panel * ROWS + r;
+                if self.from.bits == to.bits {
+                    for (i, word) in from.words(row).enumerate() {
+                        let word = if to.bits == 4 { fours(word) } else { word };
+                        bytes[LINE * i + 4 * r..][..4].copy_from_slice(&word.to_le_bytes());
+                    }
+                    continue;
+                }
                 for k in 0..to.inputs {
                     let (byte, shift) = to.place(r, k);
-                    bytes[byte] |= from.code(panel * ROWS + r, k) << shift;
+                    bytes[byte] |= from.code(row, k) << shift;
                 }
             }
         });

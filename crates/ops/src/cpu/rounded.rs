@@ -6,8 +6,9 @@
 use std::ops::Range;
 
 use super::level::dispatch;
+use super::packed::widen;
 use super::panels::{BLOCK, Panels, ROWS, by_parts};
-use super::scratch::{LEFT, scratch};
+use super::scratch::{self, LEFT, PANEL};
 use super::simd::{Kernel, Simd};
 use super::{avx2, vnni};
 use crate::pool::Shares;
@@ -41,8 +42,11 @@ pub(crate) const TABLE: [i8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 
 
 impl Rounded<'_> {
     /// How the codes of W are read. Panics unless the sizes are those that the instructions rely on for rows `rows`.
-    pub(crate) fn reading(&self, w: &Panels, rows: &Range<usize>) -> u8 {
+    pub(crate) fn reading(&self, panel: &Panel, rows: &Range<usize>) -> u8 {
+        let w = panel.w;
         let inputs = w.arrangement.inputs;
+        let levels = w.arrangement.groups() * ROWS;
+        assert!(panel.scales.len() == levels && panel.biases.len() == levels);
         assert!(self.inputs == inputs && self.q.len() * 2 == self.m * inputs && rows.end <= self.m);
         assert!(self.factors.len() * BLOCK == self.m * inputs && self.sums.len() == self.factors.len());
         let read = reading(w);
@@ -66,14 +70,39 @@ pub(crate) const FINE: f32 = 254.0;
 /// How far ahead of their use codes are asked for, in bytes.
 pub(crate) const AHEAD: usize = 2048;
 
-/// The first N scales of E4M3.
-#[inline(always)]
-pub(crate) fn decoded<const N: usize>(from: &[u8]) -> [f32; N] {
-    let mut to = [0.0; N];
-    for (to, code) in to.iter_mut().zip(&from[..N]) {
-        *to = crate::minifloat::e4m3(*code);
+/// A panel of W with its scales and biases as f32, (groups, 16): converted between the products of a tile they would drive its
+/// sums out of the registers.
+pub(crate) struct Panel<'a> {
+    pub(crate) w: &'a Panels<'a>,
+    pub(crate) index: usize,
+    pub(crate) scales: &'a [f32],
+    pub(crate) biases: &'a [f32],
+}
+
+/// Scales, then biases, of a panel.
+struct Levels<'a> {
+    w: &'a Panels<'a>,
+    panel: usize,
+    to: &'a mut [f32],
+}
+
+impl Kernel for Levels<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Levels { w, panel, to } = self;
+        let (scales, biases) = to.split_at_mut(to.len() / 2);
+        let at = panel * scales.len();
+        widen(s, w.scales, at, scales);
+        if let Some(own) = w.biases {
+            widen(s, own, at, biases);
+            return;
+        }
+        for (scale, bias) in scales.iter_mut().zip(biases) {
+            (*scale, *bias) = (0.5 * *scale, -6.0 * *scale);
+        }
     }
-    to
 }
 
 /// A product of x with one W, and what becomes of it.
@@ -117,7 +146,7 @@ pub(crate) fn products(x: &[f32], jobs: &[Job]) {
     // Another thread may choose another level meanwhile, and the order of the numbers depends on it.
     let wide = vnni::available();
     let halved = if jobs.iter().any(|job| reading(&job.w) == HALVES) { 2 * blocks } else { 0 };
-    let mut scratch = scratch(&LEFT, m * (words + 2 * blocks + halved));
+    let mut scratch = scratch::scratch(&LEFT, m * (words + 2 * blocks + halved));
     let (q, rest) = scratch.split_at_mut(m * words);
     let (factors, rest) = rest.split_at_mut(m * blocks);
     let (sums, halves) = rest.split_at_mut(m * blocks);
@@ -145,7 +174,9 @@ pub(crate) fn products(x: &[f32], jobs: &[Job]) {
     let x = Rounded { m, inputs, q, factors, sums, halves };
     // The panels of all W, one after another.
     let panels: usize = jobs.iter().map(|job| job.w.arrangement.panels()).sum();
+    let groups = jobs.iter().map(|job| job.w.arrangement.groups()).max().unwrap_or(0);
     by_parts(panels, m * panels * ROWS * inputs >= 1 << 15, |range| {
+        let mut scratch = scratch::scratch(&PANEL, 2 * groups * ROWS);
         for row in (0..m).step_by(BAND) {
             let rows = row..(row + BAND).min(m);
             let mut first = 0;
@@ -154,13 +185,17 @@ pub(crate) fn products(x: &[f32], jobs: &[Job]) {
                 let own = range.start.clamp(first, first + count) - first
                     ..range.end.clamp(first, first + count) - first;
                 first += count;
-                for panel in own.clone() {
+                let levels = &mut scratch[..2 * job.w.arrangement.groups() * ROWS];
+                for index in own.clone() {
+                    dispatch(Levels { w: &job.w, panel: index, to: levels });
+                    let (scales, biases) = levels.split_at(levels.len() / 2);
+                    let panel = Panel { w: &job.w, index, scales, biases };
                     // SAFETY: each panel's columns of y belong to one task; the processor has the instructions.
                     unsafe {
                         if wide {
-                            vnni::multiply(&job.w, panel, &x, rows.clone(), &job.y);
+                            vnni::multiply(&panel, &x, rows.clone(), &job.y);
                         } else {
-                            avx2::multiply(&job.w, panel, &x, rows.clone(), &job.y);
+                            avx2::multiply(&panel, &x, rows.clone(), &job.y);
                         }
                     }
                 }

@@ -102,6 +102,18 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         let _ = (even, odd, to);
         unreachable!("this level has no products of bf16");
     }
+    /// Turns four rows of four numbers, `row` apart, to four rows `to_row` apart.
+    /// # Safety
+    /// The pointers must be valid for reading and writing these.
+    #[inline(always)]
+    unsafe fn turn(self, from: *const f32, row: usize, to: *mut f32, to_row: usize) {
+        for i in 0..4 {
+            for j in 0..4 {
+                // SAFETY: the caller's promise.
+                unsafe { *to.add(j * to_row + i) = *from.add(i * row + j) };
+            }
+        }
+    }
     /// Rounds LANES f32 to bf16: neighbours become a word.
     /// # Safety
     /// The pointers must be valid for reading LANES f32, or writing half as many words.

@@ -215,6 +215,10 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn turn(self, from: *const f32, row: usize, to: *mut f32, to_row: usize) {
+        unsafe { turn(from, row, to, to_row) }
+    }
+    #[inline(always)]
     unsafe fn large_tile(self, t: Tile) {
         unsafe { tile::<Avx512, 12, 2>(self, Tile { a_row: 1, a_k: 12, b_k: 32, ..t }) }
     }
@@ -258,6 +262,21 @@ impl Simd for Avx512 {
                 pair_tile::<12, 2>(Tile { a_row: 1, a_k: 12, b_k: 32, ..t });
             }
         }
+    }
+}
+
+/// [`Simd::turn`].
+#[inline(always)]
+unsafe fn turn(from: *const f32, row: usize, to: *mut f32, to_row: usize) {
+    unsafe {
+        let (a, b) = (_mm_loadu_ps(from), _mm_loadu_ps(from.add(row)));
+        let (c, d) = (_mm_loadu_ps(from.add(2 * row)), _mm_loadu_ps(from.add(3 * row)));
+        let (ab, cd) = (_mm_unpacklo_ps(a, b), _mm_unpacklo_ps(c, d));
+        _mm_storeu_ps(to, _mm_movelh_ps(ab, cd));
+        _mm_storeu_ps(to.add(to_row), _mm_movehl_ps(cd, ab));
+        let (ab, cd) = (_mm_unpackhi_ps(a, b), _mm_unpackhi_ps(c, d));
+        _mm_storeu_ps(to.add(2 * to_row), _mm_movelh_ps(ab, cd));
+        _mm_storeu_ps(to.add(3 * to_row), _mm_movehl_ps(cd, ab));
     }
 }
 
@@ -524,6 +543,10 @@ impl Simd for Avx2 {
         }
     }
 
+    #[inline(always)]
+    unsafe fn turn(self, from: *const f32, row: usize, to: *mut f32, to_row: usize) {
+        unsafe { turn(from, row, to, to_row) }
+    }
     #[inline(always)]
     unsafe fn large_tile(self, t: Tile) {
         unsafe { tile::<Avx2, 6, 2>(self, Tile { a_row: 1, a_k: 6, b_k: 16, ..t }) }

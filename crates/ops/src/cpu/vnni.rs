@@ -8,9 +8,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::panels::{BLOCK, Panels, ROWS};
-use super::primitive::Floats;
-use super::rounded::{AHEAD, FINE, FLOATS, HALVES, Rounded, TABLE, WHOLE, decoded};
+use super::panels::{BLOCK, ROWS};
+use super::rounded::{AHEAD, FINE, FLOATS, HALVES, Panel, Rounded, TABLE, WHOLE};
 use crate::pool::Shares;
 use crate::{Level, cpu_level};
 
@@ -62,19 +61,19 @@ pub(crate) unsafe fn round_row(
     }
 }
 
-/// Columns `16 panel` and following of rows `rows` of y (m, out).
+/// The panel's columns of rows `rows` of y (m, out).
 ///
 /// # Safety
 /// The processor must have the instructions, and nobody else may use these columns.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c")]
-pub(crate) unsafe fn multiply(w: &Panels, panel: usize, x: &Rounded, rows: Range<usize>, y: &Shares<f32>) {
-    let read = x.reading(w, &rows);
+pub(crate) unsafe fn multiply(panel: &Panel, x: &Rounded, rows: Range<usize>, y: &Shares<f32>) {
+    let read = x.reading(panel, &rows);
     unsafe {
-        match (w.arrangement.bits, read) {
-            (8, _) => by_rows::<8, WHOLE>(w, panel, x, rows, y),
-            (_, WHOLE) => by_rows::<4, WHOLE>(w, panel, x, rows, y),
-            (_, FLOATS) => by_rows::<4, FLOATS>(w, panel, x, rows, y),
-            _ => by_rows::<4, HALVES>(w, panel, x, rows, y),
+        match (panel.w.arrangement.bits, read) {
+            (8, _) => by_rows::<8, WHOLE>(panel, x, rows, y),
+            (_, WHOLE) => by_rows::<4, WHOLE>(panel, x, rows, y),
+            (_, FLOATS) => by_rows::<4, FLOATS>(panel, x, rows, y),
+            _ => by_rows::<4, HALVES>(panel, x, rows, y),
         }
     }
 }
@@ -82,8 +81,7 @@ pub(crate) unsafe fn multiply(w: &Panels, panel: usize, x: &Rounded, rows: Range
 /// Tiles of as many rows as the registers hold.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c")]
 unsafe fn by_rows<const BITS: usize, const READ: u8>(
-    w: &Panels,
-    panel: usize,
+    panel: &Panel,
     x: &Rounded,
     rows: Range<usize>,
     y: &Shares<f32>,
@@ -91,15 +89,15 @@ unsafe fn by_rows<const BITS: usize, const READ: u8>(
     let mut at = rows.start;
     unsafe {
         while rows.end - at >= 8 {
-            tile::<BITS, READ, 8>(w, panel, x, at, y);
+            tile::<BITS, READ, 8>(panel, x, at, y);
             at += 8;
         }
         while rows.end - at >= 2 {
-            tile::<BITS, READ, 2>(w, panel, x, at, y);
+            tile::<BITS, READ, 2>(panel, x, at, y);
             at += 2;
         }
         if at < rows.end {
-            tile::<BITS, READ, 1>(w, panel, x, at, y);
+            tile::<BITS, READ, 1>(panel, x, at, y);
         }
     }
 }
@@ -107,17 +105,16 @@ unsafe fn by_rows<const BITS: usize, const READ: u8>(
 /// A panel times rows `at`..`at + C` of x. Each result is one chain of sums, whatever C.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c")]
 unsafe fn tile<const BITS: usize, const READ: u8, const C: usize>(
-    w: &Panels,
-    panel: usize,
+    panel: &Panel,
     x: &Rounded,
     at: usize,
     y: &Shares<f32>,
 ) {
-    let of = w.arrangement;
+    let of = panel.w.arrangement;
     let (blocks, groups) = (of.inputs / BLOCK, of.inputs / of.group);
     let mut sums = [_mm512_setzero_ps(); C];
     unsafe {
-        let mut codes = w.panel(panel).as_ptr();
+        let mut codes = panel.w.panel(panel.index).as_ptr();
         let mut q = x.q.as_ptr().cast::<i32>().add(at * of.inputs / 2);
         let (mut factors, mut totals) =
             (x.factors.as_ptr().add(at * blocks), x.sums.as_ptr().add(at * blocks));
@@ -125,12 +122,13 @@ unsafe fn tile<const BITS: usize, const READ: u8, const C: usize>(
         // Two groups at a time where a block has two.
         let together = if READ == HALVES { 2 } else { 1 };
         for g in (0..groups).step_by(together) {
-            let first = levels::<READ>(w, (panel * groups + g) * ROWS);
+            let (scales, biases) = (panel.scales.as_ptr().add(g * ROWS), panel.biases.as_ptr().add(g * ROWS));
+            let next = (together - 1) * ROWS;
             let both = [
-                first,
-                if READ == HALVES { levels::<READ>(w, (panel * groups + g + 1) * ROWS) } else { first },
+                (_mm512_loadu_ps(scales), _mm512_loadu_ps(biases)),
+                (_mm512_loadu_ps(scales.add(next)), _mm512_loadu_ps(biases.add(next))),
             ];
-            let (scale, bias) = first;
+            let (scale, bias) = both[0];
             for _ in 0..(of.group / BLOCK).max(1) {
                 let mut lines = [_mm512_setzero_si512(); 8];
                 // With few rows reading W is all there is to do, and it lies in one piece up to the task's last panel.
@@ -197,45 +195,10 @@ unsafe fn tile<const BITS: usize, const READ: u8, const C: usize>(
                 halves = halves.wrapping_add(2);
             }
         }
-        let column = panel * ROWS;
+        let column = panel.index * ROWS;
         let mask = ((1_u32 << ROWS.min(of.out - column)) - 1) as u16;
         for (c, sum) in sums.into_iter().enumerate() {
             _mm512_mask_storeu_ps(y.pointer().add((at + c) * of.out + column), mask, sum);
-        }
-    }
-}
-
-/// Scales and biases of a group.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
-#[inline]
-unsafe fn levels<const READ: u8>(w: &Panels, at: usize) -> (__m512, __m512) {
-    unsafe {
-        let scale = sixteen(w.scales, at);
-        match w.biases {
-            Some(biases) if READ == WHOLE => (scale, sixteen(biases, at)),
-            _ => (_mm512_mul_ps(scale, _mm512_set1_ps(0.5)), _mm512_mul_ps(scale, _mm512_set1_ps(-6.0))),
-        }
-    }
-}
-
-/// Sixteen numbers as f32.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,f16c")]
-#[inline]
-unsafe fn sixteen(from: Floats, at: usize) -> __m512 {
-    unsafe {
-        match from {
-            Floats::F32(from) => _mm512_loadu_ps(from[at..][..ROWS].as_ptr()),
-            Floats::F16(from) => _mm512_cvtph_ps(_mm256_loadu_si256(from[at..][..ROWS].as_ptr().cast())),
-            Floats::Bf16(from) => {
-                let halves = _mm256_loadu_si256(from[at..][..ROWS].as_ptr().cast());
-                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
-            }
-            Floats::E8m0(from) => {
-                // 2^-127, which has no exponent of its own in f32, is 0 here.
-                let bytes = _mm_loadu_si128(from[at..][..ROWS].as_ptr().cast());
-                _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(bytes)))
-            }
-            Floats::E4m3(from) => _mm512_loadu_ps(decoded::<ROWS>(&from[at..]).as_ptr()),
         }
     }
 }
