@@ -16,6 +16,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, RandomState};
 
+use graft_ops::exponentials;
+
 use crate::{Error, Result};
 
 /// How tokens are chosen. The formulas are in the source file's head; every field says which value turns it off.
@@ -91,6 +93,14 @@ impl Sampling {
             && self.logprobs.is_none()
     }
 
+    /// Whether a choice from `vocab` tokens leaves some out.
+    fn is_filtered(&self, vocab: usize) -> bool {
+        (self.top_p > 0.0 && self.top_p < 1.0)
+            || self.min_p > 0.0
+            || self.xtc_probability > 0.0
+            || (self.top_k > 0 && self.top_k < vocab)
+    }
+
     fn repeats(&self) -> bool {
         self.repetition_penalty != 0.0 && self.repetition_penalty != 1.0
     }
@@ -133,6 +143,8 @@ pub struct Sampler {
     sampling: Sampling,
     random: Random,
     logits: Vec<f32>,
+    /// Of the logits, or of those that stay.
+    weights: Vec<f32>,
     alternatives: Vec<(u32, f32)>,
 }
 
@@ -149,6 +161,7 @@ impl Sampler {
             sampling: sampling.clone(),
             random: Random(seed),
             logits: Vec::new(),
+            weights: Vec::new(),
             alternatives: Vec::new(),
         })
     }
@@ -163,7 +176,7 @@ impl Sampler {
         self.logits.extend_from_slice(logits);
         self.penalise(history)?;
         let (best, largest) = largest(&self.logits)?;
-        let sum: f64 = self.logits.iter().map(|l| f64::from(l - largest).exp()).sum();
+        let sum = exponentials(&self.logits, largest, 1.0, &mut self.weights);
         let normaliser = f64::from(largest) + sum.ln();
         for l in &mut self.logits {
             *l = (f64::from(*l) - normaliser) as f32;
@@ -240,20 +253,26 @@ impl Sampler {
 
     /// Steps 6 to 10 on log-probabilities; `best` is the most probable id.
     fn draw(&mut self, best: usize) -> usize {
-        let ids = self.candidates(best);
-        let temperature = f64::from(self.sampling.temperature);
-        let top = ids.iter().map(|id| self.logits[*id as usize]).fold(f32::NEG_INFINITY, f32::max);
-        let weight = |id: &u32| (f64::from(self.logits[*id as usize] - top) / temperature).exp();
-        let total: f64 = ids.iter().map(weight).sum();
+        let ids = self.sampling.is_filtered(self.logits.len()).then(|| self.candidates(best));
+        let scale = self.sampling.temperature.recip().min(f32::MAX);
+        let total = match &ids {
+            None => exponentials(&self.logits, self.logits[best], scale, &mut self.weights),
+            Some(ids) => {
+                let staying: Vec<f32> = ids.iter().map(|id| self.logits[*id as usize]).collect();
+                let top = staying.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                exponentials(&staying, top, scale, &mut self.weights)
+            }
+        };
+        let id = |at: usize| ids.as_ref().map_or(at, |ids| ids[at] as usize);
         let mut left = self.random.uniform() * total;
-        for id in &ids {
-            left -= weight(id);
+        for (at, weight) in self.weights.iter().enumerate() {
+            left -= f64::from(*weight);
             if left < 0.0 {
-                return *id as usize;
+                return id(at);
             }
         }
         // Rounding can leave a crumb after the last one.
-        ids.iter().rev().find(|id| weight(id) > 0.0).map_or(best, |id| *id as usize)
+        self.weights.iter().rposition(|weight| *weight > 0.0).map_or(best, id)
     }
 
     /// Steps 6 to 9: the ids that stay, in ascending order, at least one.
@@ -263,7 +282,7 @@ impl Sampler {
         let at = |id: &u32| lp[*id as usize];
         let mut ids: Vec<u32> = (0..lp.len() as u32).filter(|id| at(id) > f32::NEG_INFINITY).collect();
         if s.top_p > 0.0 && s.top_p < 1.0 {
-            let threshold = nucleus(lp, &ids, s.top_p);
+            let threshold = nucleus(lp, &self.weights, &ids, s.top_p).min(lp[best]);
             ids.retain(|id| at(id) >= threshold);
         }
         if s.min_p > 0.0 {
@@ -341,22 +360,26 @@ fn most_probable(lp: &[f32], mut ids: Vec<u32>, n: usize) -> Vec<u32> {
 }
 
 /// The least log-probability that top_p keeps: that of the last id, by falling probability, before which less than
-/// `top_p` of the total has been seen.
-fn nucleus(lp: &[f32], ids: &[u32], top_p: f32) -> f32 {
-    let p = |id: &u32| f64::from(lp[*id as usize]).exp();
-    let wanted = f64::from(top_p) * ids.iter().map(p).sum::<f64>();
-    // The nucleus is nearly always a small part: sort only as much as it needs, eight times more at each try.
+/// `top_p` of the total has been seen. `weights` are proportional to the probabilities.
+fn nucleus(lp: &[f32], weights: &[f32], ids: &[u32], top_p: f32) -> f32 {
+    let p = |id: &u32| f64::from(weights[*id as usize]);
+    let total: f64 = ids.iter().map(p).sum();
+    let wanted = f64::from(top_p) * total;
+    // All that are as improbable as this together make no more than what is left out, so only others need sorting.
+    let little = (total - wanted) / ids.len() as f64;
+    let likely: Vec<u32> = ids.iter().copied().filter(|id| p(id) >= little).collect();
+    // The nucleus is nearly always a small part of these too: sort only as much as it needs, eight times more at each try.
     let mut n = 64;
     loop {
         let (mut above, mut threshold) = (0.0, f32::INFINITY);
-        for id in &most_probable(lp, ids.to_vec(), n) {
+        for id in &most_probable(lp, likely.clone(), n) {
             if above >= wanted {
                 return threshold;
             }
             above += p(id);
             threshold = lp[*id as usize];
         }
-        if n >= ids.len() {
+        if n >= likely.len() {
             return threshold;
         }
         n *= 8;

@@ -9,6 +9,7 @@ mod avx2;
 pub(crate) mod cached;
 mod codes;
 pub(crate) mod dora;
+pub(crate) mod exp;
 mod few_rows;
 pub(crate) mod gemm;
 pub(crate) mod level;
