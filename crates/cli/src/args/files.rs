@@ -80,7 +80,8 @@ pub(crate) struct ConvertArgs {
     /// Bits: 2, 3, 4 (default), 5, 6 or 8; modes of floats have their own
     #[arg(long)]
     pub(crate) q_bits: Option<i32>,
-    /// Quantization mode: whole numbers with a scale and a bias (affine), or floats with a scale of 8 bits
+    /// Quantization mode: whole numbers with a scale and a bias (affine), or floats with a scale of 8 bits: of 4 bits in groups of
+    /// 32 (mxfp4) or 16 (nvfp4), of 8 bits in groups of 32 (mxfp8)
     #[arg(long, default_value = "affine", value_parser = ["affine", "mxfp4", "nvfp4", "mxfp8"])]
     pub(crate) q_mode: String,
     /// Mixed-bit recipe, for affine

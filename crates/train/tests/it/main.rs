@@ -4,6 +4,7 @@
 mod check;
 mod data;
 mod evaluations;
+mod golden;
 mod gradients;
 mod memory;
 mod optimizers;
