@@ -13,8 +13,11 @@ use crate::{Error, Result, Size};
 
 /// Below this a row's factor c' is a cancellation, and L = .. / c' would be its noise.
 const CANCELLED: f32 = 1e-4;
-/// Elements of the dense rows that are looked at together: 8 MB in f32.
-const BLOCK: i32 = 1 << 21;
+/// Elements of the dense rows of an update that are looked at together: 1 MB in f32, which the caches hold for all of them
+/// and the heap has again for the next.
+pub(crate) const BLOCK: i32 = 1 << 18;
+/// Elements of a row that one thread deals with at a time: a few updates of them stay in its nearest cache.
+pub(crate) const RUN: usize = 1 << 10;
 
 /// What one adapter does to the module.
 pub(crate) struct Part<'a> {
@@ -121,29 +124,98 @@ impl<'a> Module<'a> {
         Ok(Outcome { adapter, norm, error })
     }
 
-    /// Runs of rows, ids (N,) each.
-    pub(crate) fn blocks(&self) -> impl Iterator<Item = Array> + use<> {
+    /// Shows `look` all updates as dense rows, a block of them at a time.
+    pub(crate) fn each_block(&self, mut look: impl FnMut(&Rows) -> Result<()>) -> Result<()> {
+        let sides = self.parts.iter().map(|part| self.side(part)).collect::<Result<Vec<_>>>()?;
         let (rows, columns) = self.shape();
         let step = (BLOCK / columns.max(1)).max(1);
-        (0..rows).step_by(step as usize).map(move |from| {
+        for from in (0..rows).step_by(step as usize) {
             let to = (from + step).min(rows);
-            Array::from_iter(from..to, &[to - from])
-        })
+            let ids = Array::from_iter(from..to, &[to - from]);
+            let base = self.base.as_ref().map(|(w, _)| w.rows(&ids, Dtype::Float32)).transpose()?;
+            let mut products = Vec::new();
+            for side in &sides {
+                products.push(side.left.take_axis(&ids, 0)?.matmul(&side.right)?);
+            }
+            ffi::eval(products.iter().chain(&base))?;
+            let mut updates = Vec::new();
+            for (product, side) in products.iter().zip(&sides) {
+                updates.push((ffi::read(product)?, side.turn.as_deref()));
+            }
+            let base = base.as_ref().map(ffi::read).transpose()?;
+            look(&Rows { first: from as usize, columns: columns as usize, updates, base })?;
+        }
+        Ok(())
     }
 
-    /// W's rows `ids` in f32, where W is there.
-    pub(crate) fn base_rows(&self, ids: &Array) -> Result<Option<Array>> {
-        let rows = |(base, _): &(Weight, Array)| base.rows(ids, Dtype::Float32);
-        Ok(self.base.as_ref().map(rows).transpose()?)
+    /// What dense rows of a part's update are made of.
+    fn side(&self, part: &Part) -> Result<Side> {
+        let Adapter { a, b, scale, .. } = part.adapter;
+        let (left, right) = match self.kind {
+            Kind::Linear => (b.transpose()?, a.transpose()?),
+            Kind::Embedding => (a.clone(), b.clone()),
+        };
+        let mut left = left.multiply(Array::from_f32(*scale))?;
+        let mut turn = None;
+        if let Some(c) = &part.factor {
+            left = left.multiply(c.expand_dims(1)?)?;
+            turn = Some(ffi::read::<f32>(c)?.iter().map(|c| c - 1.0).collect());
+        }
+        let (left, right) = (left.contiguous()?, right.contiguous()?);
+        ffi::eval([&left, &right])?;
+        Ok(Side { left, right, turn })
     }
 
-    /// Rows `ids` of a part's update, dense, f32 (N, columns); `base` are W's.
-    pub(crate) fn rows(&self, part: &Part, ids: &Array, base: Option<&Array>) -> Result<Array> {
-        let low_rank = part.adapter.rows(self.kind, ids)?.delta(self.kind)?;
-        let (Some(factor), Some(base)) = (&part.factor, base) else { return Ok(low_rank) };
-        let c = factor.take_axis(ids, 0)?.expand_dims(1)?;
-        let turned = base.multiply(c.subtract(Array::from_f32(1.0))?)?;
-        Ok(turned.add(low_rank.multiply(c)?)?)
+    /// Vectors (columns, R) that span the rows of the low-rank parts.
+    pub(crate) fn span(&self) -> Result<Array> {
+        let mut spans = Vec::new();
+        for part in &self.parts {
+            spans.push(match self.kind {
+                Kind::Linear => part.adapter.a.clone(),
+                Kind::Embedding => part.adapter.b.transpose()?,
+            });
+        }
+        Ok(mlx_rs::ops::concatenate(&spans, 1)?)
+    }
+}
+
+/// An update in the weight's own orientation: `left right`, s and DoRA's c in it, and a factor for each of W's rows, c - 1.
+struct Side {
+    left: Array,
+    right: Array,
+    turn: Option<Vec<f32>>,
+}
+
+/// A block of rows of all updates.
+pub(crate) struct Rows<'a> {
+    /// The first of them.
+    pub(crate) first: usize,
+    pub(crate) columns: usize,
+    /// Low-rank parts, and what W's rows are multiplied with before they join them.
+    updates: Vec<(&'a [f32], Option<&'a [f32]>)>,
+    base: Option<&'a [f32]>,
+}
+
+impl Rows<'_> {
+    /// How many.
+    pub(crate) fn count(&self) -> usize {
+        self.updates.first().map_or(0, |(rows, _)| rows.len() / self.columns.max(1))
+    }
+
+    /// W's row.
+    pub(crate) fn base(&self, row: usize) -> Option<&[f32]> {
+        self.base.map(|base| &base[row * self.columns..][..self.columns])
+    }
+
+    /// Copies a run of a part's update to `out`: of a row the columns from `from` on.
+    pub(crate) fn update(&self, part: usize, (row, from): (usize, usize), out: &mut [f32]) {
+        let at = row * self.columns + from;
+        let (low_rank, turn) = self.updates[part];
+        out.copy_from_slice(&low_rank[at..at + out.len()]);
+        if let (Some(turn), Some(base)) = (turn, self.base) {
+            let turn = turn[self.first + row];
+            out.iter_mut().zip(&base[at..]).for_each(|(t, w)| *t += turn * w);
+        }
     }
 }
 
@@ -175,9 +247,18 @@ pub(crate) fn cut(a: &Array, b: &Array, size: Size) -> Result<Cut> {
     Ok(Cut { a, b, norm: total.sqrt(), error })
 }
 
-/// The sum of squares.
+/// The sum of squares, in f64.
 pub(crate) fn squared(values: &[f32]) -> f64 {
-    values.iter().map(|x| f64::from(*x).powi(2)).sum()
+    dot(values, values)
+}
+
+/// The inner product, in f64, as eight sums of every eighth term.
+pub(crate) fn dot(x: &[f32], y: &[f32]) -> f64 {
+    let mut sums = [0.0; 8];
+    for (x, y) in x.chunks(8).zip(y.chunks(8)) {
+        sums.iter_mut().zip(x).zip(y).for_each(|((sum, x), y)| *sum += f64::from(*x) * f64::from(*y));
+    }
+    sums.iter().sum()
 }
 
 /// Refuses a result with a value that is not finite, evaluating it; `measured` are the numbers that go into the report.
