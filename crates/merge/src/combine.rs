@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::dense::{self, Elements};
 use crate::fuse::{Allowed, check, kind_of};
-use crate::module::{Module, Outcome, Part, RUN, dot, padded};
+use crate::module::{Module, Outcome, Part, STRIP, dot, padded};
 use crate::output::{described, last_layers, layer_of, layers_of};
 use crate::{
     Error, Event, MERGE_REPORT_FILE, MergeLayer, MergeReport, MergeTotals, Method, Result, Setting, Size,
@@ -352,20 +352,17 @@ impl<'a> Job<'a> {
         }
         let mut sums = [0.0; 3];
         module.each_block(|rows| {
-            // Of each row, so that they are added in one order whatever the number of threads.
-            let of_row = |row| {
-                let (mut x, mut y, mut sums) = ([0f32; RUN], [0f32; RUN], [0.0; 3]);
-                for from in (0..rows.columns).step_by(RUN) {
-                    let run = RUN.min(rows.columns - from);
-                    rows.update(0, (row, from), &mut x[..run]);
-                    rows.update(1, (row, from), &mut y[..run]);
-                    let (x, y) = (&x[..run], &y[..run]);
+            let strips = (0..rows.count).into_par_iter().step_by(STRIP).map_init(Vec::new, |room, first| {
+                let mut sums = [0.0; 3];
+                rows.each_run(first..rows.count.min(first + STRIP), room, |_, _, updates| {
+                    let (x, y) = updates.split_at(updates.len() / 2);
                     sums = [sums[0] + dot(x, x), sums[1] + dot(y, y), sums[2] + dot(x, y)];
-                }
+                });
                 sums
-            };
-            for row in (0..rows.count()).into_par_iter().map(of_row).collect::<Vec<_>>() {
-                sums.iter_mut().zip(row).for_each(|(sum, row)| *sum += row);
+            });
+            // Added in one order, whatever the number of threads.
+            for strip in strips.collect::<Vec<_>>() {
+                sums.iter_mut().zip(strip).for_each(|(sum, strip)| *sum += strip);
             }
             Ok(())
         })?;

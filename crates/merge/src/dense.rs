@@ -9,7 +9,7 @@ use graft_ops::linalg::{HostMatrix, Search, Svd, svd_leading};
 use graft_ops::{Array, ffi};
 use rayon::prelude::*;
 
-use crate::module::{BLOCK, Cut, Module, Outcome, Part, RUN, Rows, oriented, squared};
+use crate::module::{BLOCK, Cut, Module, Outcome, Part, RUN, STRIP, oriented, squared};
 use crate::{Result, Size, Sparsify};
 
 /// A sum of weights nearer to zero than this divides nothing, as in mergekit.
@@ -70,35 +70,32 @@ fn merged(module: &Module, elements: Elements, c: Option<&Array>, room: &mut Vec
     let c = c.map(ffi::read::<f32>).transpose()?;
     room.resize(rows as usize * columns as usize, 0.0);
     module.each_block(|rows| {
-        let block = rows.first * rows.columns..(rows.first + rows.count()) * rows.columns;
-        let out = room[block].par_chunks_mut(rows.columns).enumerate();
-        out.for_each_init(Vec::new, |kept, (row, out)| {
-            for (from, out) in (0..).step_by(RUN).zip(out.chunks_mut(RUN)) {
-                mix(out, rows, (row, from), &parts, elements, kept);
-            }
-            if let (Some(c), Some(base)) = (c, rows.base(row)) {
-                let c = c[rows.first + row];
-                out.iter_mut().zip(base).for_each(|(t, w)| *t = (*t - (c - 1.0) * w) / c);
+        let columns = rows.columns;
+        let block = rows.first * columns..(rows.first + rows.count) * columns;
+        let strips = room[block].par_chunks_mut(STRIP * columns).enumerate();
+        strips.for_each_init(Vec::new, |room, (strip, out)| {
+            let first = strip * STRIP;
+            rows.each_run(first..first + out.len() / columns, room, |row, from, updates| {
+                let width = updates.len() / parts.len();
+                let at = ((rows.first + row) * columns + from) as u64;
+                mix(&mut out[(row - first) * columns + from..][..width], updates, &parts, at, elements);
+            });
+            for (row, out) in (first..).zip(out.chunks_mut(columns)) {
+                if let (Some(c), Some(base)) = (c, rows.base(row)) {
+                    let c = c[rows.first + row];
+                    out.iter_mut().zip(base).for_each(|(t, w)| *t = (*t - (c - 1.0) * w) / c);
+                }
             }
         });
         Ok(())
     })
 }
 
-/// Combines a run of elements, those of a row from a column on; `kept` is memory for what stays of each update.
-fn mix(
-    out: &mut [f32],
-    rows: &Rows,
-    (row, from): (usize, usize),
-    parts: &[(&Keep, f32)],
-    elements: Elements,
-    kept: &mut Vec<f32>,
-) {
-    kept.resize(out.len() * parts.len(), 0.0);
+/// Combines a run of elements that begins at element `first` of the matrix; `updates` are those of all parts, one after the
+/// other, and are thinned in place.
+fn mix(out: &mut [f32], updates: &mut [f32], parts: &[(&Keep, f32)], first: u64, elements: Elements) {
     out.fill(0.0);
-    let first = ((rows.first + row) * rows.columns + from) as u64;
-    for (part, (t, (keep, weight))) in kept.chunks_exact_mut(out.len()).zip(parts).enumerate() {
-        rows.update(part, (row, from), t);
+    for (t, (keep, weight)) in updates.chunks_exact_mut(out.len()).zip(parts) {
         thin(t, keep, first);
         for (t, out) in t.iter_mut().zip(out.iter_mut()) {
             *t *= weight;
@@ -115,7 +112,7 @@ fn mix(
     }
     // Update by update, so that many elements are dealt with at once.
     let (mut sums, mut weights) = ([0f32; RUN], [0f32; RUN]);
-    for (t, (_, weight)) in kept.chunks_exact(out.len()).zip(parts) {
+    for (t, (_, weight)) in updates.chunks_exact(out.len()).zip(parts) {
         for (((t, elected), sum), total) in t.iter().zip(&*out).zip(&mut sums).zip(&mut weights) {
             let up = *elected >= 0.0;
             let agrees = (up & (*t > 0.0)) | (!up & (*t < 0.0));
@@ -198,12 +195,10 @@ fn thresholds(module: &Module) -> Result<Vec<Keep>> {
     if parts.is_empty() {
         return Ok(keeps);
     }
-    let high = counts(module, &parts, 1 << HIGH, |_, bits| Some(bits >> LOW))?;
+    let high = counts(module, &parts, None)?;
     let bins: Vec<(u32, usize)> =
         parts.iter().zip(&high).map(|(part, high)| bin(high, stays(&module.parts[*part]))).collect();
-    let low = counts(module, &parts, 1 << LOW, |place, bits| {
-        (bits >> LOW == bins[place].0).then_some(bits & ((1 << LOW) - 1))
-    })?;
+    let low = counts(module, &parts, Some(&bins))?;
     for ((part, low), (high, above)) in parts.iter().zip(&low).zip(&bins) {
         let (rest, _) = bin(low, stays(&module.parts[*part]) - above);
         keeps[*part] = Keep::AtLeast(f32::from_bits((high << LOW) | rest));
@@ -223,38 +218,42 @@ fn bin(counts: &[u32], place: usize) -> (u32, usize) {
     (0, above)
 }
 
-/// How many elements of the updates of some parts fall into each bin; `bin` is told the place in `parts` and the bits of an
-/// absolute value.
-fn counts(
-    module: &Module,
-    parts: &[usize],
-    bins: usize,
-    bin: impl Fn(usize, u32) -> Option<u32> + Sync,
-) -> Result<Vec<Vec<u32>>> {
+/// How many elements of the updates of some parts have which high bits of their absolute value; or, of those in a bin of the
+/// high bits, which low bits.
+fn counts(module: &Module, parts: &[usize], within: Option<&[(u32, usize)]>) -> Result<Vec<Vec<u32>>> {
+    let bins = 1 << if within.is_none() { HIGH } else { LOW };
+    let all = module.parts.len();
     // Tables of each thread's own.
     let mut tables = vec![vec![vec![0u32; bins]; parts.len()]; rayon::current_num_threads()];
     module.each_block(|rows| {
-        let share = rows.count().div_ceil(tables.len()).max(1);
+        let share = rows.count.div_ceil(tables.len());
         tables.par_iter_mut().enumerate().for_each(|(thread, tables)| {
-            let mut run = [0f32; RUN];
-            for row in (thread * share..rows.count()).take(share) {
-                for from in (0..rows.columns).step_by(RUN) {
-                    let run = &mut run[..RUN.min(rows.columns - from)];
-                    for (place, table) in tables.iter_mut().enumerate() {
-                        rows.update(parts[place], (row, from), run);
-                        for bin in run.iter().filter_map(|t| bin(place, t.abs().to_bits())) {
-                            table[bin as usize] += 1;
+            let rows_of = (thread * share).min(rows.count)..((thread + 1) * share).min(rows.count);
+            rows.each_run(rows_of, &mut Vec::new(), |_, _, updates| {
+                let width = updates.len() / all;
+                for (place, table) in tables.iter_mut().enumerate() {
+                    let run = &updates[parts[place] * width..][..width];
+                    let bits = |t: &f32| t.abs().to_bits();
+                    let Some((high, _)) = within.map(|within| within[place]) else {
+                        run.iter().for_each(|t| table[(bits(t) >> LOW) as usize] += 1);
+                        continue;
+                    };
+                    // Few are in the bin, so that many are passed over at once.
+                    for some in run.chunks(16) {
+                        if some.iter().fold(false, |any, t| any | (bits(t) >> LOW == high)) {
+                            let inside = some.iter().map(bits).filter(|bits| bits >> LOW == high);
+                            inside.for_each(|bits| table[(bits & ((1 << LOW) - 1)) as usize] += 1);
                         }
                     }
                 }
-            }
+            });
         });
         Ok(())
     })?;
     let mut tables = tables.into_iter();
     let mut sums = tables.next().unwrap_or_default();
-    for (sum, table) in tables.flat_map(|table| table.into_iter().enumerate()) {
-        sums[sum].iter_mut().zip(table).for_each(|(sum, n)| *sum += n);
+    for (place, table) in tables.flat_map(|tables| tables.into_iter().enumerate()) {
+        sums[place].iter_mut().zip(table).for_each(|(sum, n)| *sum += n);
     }
     Ok(sums)
 }

@@ -4,8 +4,10 @@
 //! `(c - 1) * W + c * s (A B)^T`, a factor by row and a low-rank part: so a weighted sum of updates is again
 //! `c' * (W + L) - W` with `c' = 1 + sum w (c - 1)` and `L = sum w (c / c') * s (A B)^T`, exactly.
 
+use std::ops::Range;
+
 use graft_adapters::{Adapter, Kind};
-use graft_ops::linalg::{Svd, svd_of_product};
+use graft_ops::linalg::{HostMatrix, Svd, svd_of_product};
 use graft_ops::{Array, Dtype, ffi, row_norms};
 use graft_quant::Weight;
 
@@ -13,11 +15,12 @@ use crate::{Error, Result, Size};
 
 /// Below this a row's factor c' is a cancellation, and L = .. / c' would be its noise.
 const CANCELLED: f32 = 1e-4;
-/// Elements of the dense rows of an update that are looked at together: 1 MB in f32, which the caches hold for all of them
-/// and the heap has again for the next.
-pub(crate) const BLOCK: i32 = 1 << 18;
-/// Elements of a row that one thread deals with at a time: a few updates of them stay in its nearest cache.
-pub(crate) const RUN: usize = 1 << 10;
+/// Elements of dense rows that are in memory at a time: 4 MB in f32, which the heap has again for the next.
+pub(crate) const BLOCK: i32 = 1 << 20;
+/// Elements of a row that a thread makes dense at a time, of [`STRIP`] rows: those of a few updates stay in a near cache.
+pub(crate) const RUN: usize = 1 << 9;
+/// Rows that a thread makes dense at a time.
+pub(crate) const STRIP: usize = 8;
 
 /// What one adapter does to the module.
 pub(crate) struct Part<'a> {
@@ -124,26 +127,19 @@ impl<'a> Module<'a> {
         Ok(Outcome { adapter, norm, error })
     }
 
-    /// Shows `look` all updates as dense rows, a block of them at a time.
+    /// Shows `look` the rows of all updates, a block of them at a time.
     pub(crate) fn each_block(&self, mut look: impl FnMut(&Rows) -> Result<()>) -> Result<()> {
         let sides = self.parts.iter().map(|part| self.side(part)).collect::<Result<Vec<_>>>()?;
         let (rows, columns) = self.shape();
-        let step = (BLOCK / columns.max(1)).max(1);
+        // Low-rank parts are made where they are looked at; W's rows are what there is a block of.
+        let step = if self.base.is_some() { (BLOCK / columns.max(1)).max(1) } else { rows.max(1) };
         for from in (0..rows).step_by(step as usize) {
             let to = (from + step).min(rows);
             let ids = Array::from_iter(from..to, &[to - from]);
             let base = self.base.as_ref().map(|(w, _)| w.rows(&ids, Dtype::Float32)).transpose()?;
-            let mut products = Vec::new();
-            for side in &sides {
-                products.push(side.left.take_axis(&ids, 0)?.matmul(&side.right)?);
-            }
-            ffi::eval(products.iter().chain(&base))?;
-            let mut updates = Vec::new();
-            for (product, side) in products.iter().zip(&sides) {
-                updates.push((ffi::read(product)?, side.turn.as_deref()));
-            }
             let base = base.as_ref().map(ffi::read).transpose()?;
-            look(&Rows { first: from as usize, columns: columns as usize, updates, base })?;
+            let (first, count) = (from as usize, (to - from) as usize);
+            look(&Rows { first, count, columns: columns as usize, sides: &sides, base })?;
         }
         Ok(())
     }
@@ -161,9 +157,8 @@ impl<'a> Module<'a> {
             left = left.multiply(c.expand_dims(1)?)?;
             turn = Some(ffi::read::<f32>(c)?.iter().map(|c| c - 1.0).collect());
         }
-        let (left, right) = (left.contiguous()?, right.contiguous()?);
-        ffi::eval([&left, &right])?;
-        Ok(Side { left, right, turn })
+        let host = |x: Array| -> Result<Vec<f32>> { Ok(ffi::read(&x.contiguous()?)?.to_vec()) };
+        Ok(Side { left: host(left)?, right: host(right)?, turn })
     }
 
     /// Vectors (columns, R) that span the rows of the low-rank parts.
@@ -179,10 +174,11 @@ impl<'a> Module<'a> {
     }
 }
 
-/// An update in the weight's own orientation: `left right`, s and DoRA's c in it, and a factor for each of W's rows, c - 1.
+/// An update in the weight's own orientation: left (rows, R) times right (R, columns), s and DoRA's c in it, and W's rows times
+/// c - 1.
 struct Side {
-    left: Array,
-    right: Array,
+    left: Vec<f32>,
+    right: Vec<f32>,
     turn: Option<Vec<f32>>,
 }
 
@@ -190,31 +186,48 @@ struct Side {
 pub(crate) struct Rows<'a> {
     /// The first of them.
     pub(crate) first: usize,
+    pub(crate) count: usize,
     pub(crate) columns: usize,
-    /// Low-rank parts, and what W's rows are multiplied with before they join them.
-    updates: Vec<(&'a [f32], Option<&'a [f32]>)>,
+    sides: &'a [Side],
+    /// W's.
     base: Option<&'a [f32]>,
 }
 
 impl Rows<'_> {
-    /// How many.
-    pub(crate) fn count(&self) -> usize {
-        self.updates.first().map_or(0, |(rows, _)| rows.len() / self.columns.max(1))
-    }
-
-    /// W's row.
+    /// W's row `row` of the block.
     pub(crate) fn base(&self, row: usize) -> Option<&[f32]> {
         self.base.map(|base| &base[row * self.columns..][..self.columns])
     }
 
-    /// Copies a run of a part's update to `out`: of a row the columns from `from` on.
-    pub(crate) fn update(&self, part: usize, (row, from): (usize, usize), out: &mut [f32]) {
-        let at = row * self.columns + from;
-        let (low_rank, turn) = self.updates[part];
-        out.copy_from_slice(&low_rank[at..at + out.len()]);
-        if let (Some(turn), Some(base)) = (turn, self.base) {
-            let turn = turn[self.first + row];
-            out.iter_mut().zip(&base[at..]).for_each(|(t, w)| *t += turn * w);
+    /// Makes `rows` of the block dense, run by run, in `room`: `look` is told a run's row in the block and its first column, and
+    /// gets it of all updates, one after the other.
+    pub(crate) fn each_run(
+        &self,
+        rows: Range<usize>,
+        room: &mut Vec<f32>,
+        mut look: impl FnMut(usize, usize, &mut [f32]),
+    ) {
+        for first in rows.clone().step_by(STRIP) {
+            let count = STRIP.min(rows.end - first);
+            for from in (0..self.columns).step_by(RUN) {
+                let width = RUN.min(self.columns - from);
+                let all = width * self.sides.len();
+                room.resize(count * all, 0.0);
+                for (part, side) in self.sides.iter().enumerate() {
+                    let right = HostMatrix { values: &side.right, columns: self.columns as i32 };
+                    let rank = right.shape().0 as usize;
+                    let left = &side.left[(self.first + first) * rank..][..count * rank];
+                    let room = &mut room[part * width..];
+                    right.times_part(left, (from, width), room, all);
+                    let Some(turn) = &side.turn else { continue };
+                    for (row, out) in (first..).zip(room.chunks_mut(all)) {
+                        let turn = turn[self.first + row];
+                        let base = self.base(row).unwrap_or_default();
+                        out.iter_mut().zip(&base[from..from + width]).for_each(|(t, w)| *t += turn * w);
+                    }
+                }
+                room.chunks_mut(all).zip(first..).for_each(|(run, row)| look(row, from, run));
+            }
         }
     }
 }

@@ -65,6 +65,21 @@ impl HostMatrix<'_> {
         ((self.values.len() / self.columns.max(1) as usize) as i32, self.columns)
     }
 
+    /// Columns `from`.. of X A, as many as `width`, for X (rows, M) with few columns: to `out`, whose rows are `stride` apart. On
+    /// the thread that calls.
+    pub fn times_part(&self, x: &[f32], (from, width): (usize, usize), out: &mut [f32], stride: usize) {
+        let n = self.columns as usize;
+        #[cfg(graft_cpu)]
+        tall::part(x, self.values, n, (from, width), out, stride);
+        #[cfg(not(graft_cpu))]
+        for (x, out) in x.chunks(self.shape().0.max(1) as usize).zip(out.chunks_mut(stride)) {
+            out[..width].fill(0.0);
+            for (x, row) in x.iter().zip(self.values.chunks(n)) {
+                out.iter_mut().zip(&row[from..from + width]).for_each(|(out, a)| *out += x * a);
+            }
+        }
+    }
+
     fn array(&self) -> Array {
         let (m, n) = self.shape();
         Array::from_slice(self.values, &[m, n])

@@ -1,4 +1,5 @@
-//! A X for a large A and an X of few columns: A is read once, where it is, since packing it would cost more than the product.
+//! Products of a large side and a small one: what is large is read once, where it is, since packing it would cost more than
+//! the product.
 
 use super::level::dispatch;
 use super::simd::{Kernel, Simd};
@@ -9,6 +10,33 @@ use crate::pool::{self, Shares};
 const ROWS: usize = 64;
 /// Rows of X in such a block.
 const DEPTH: usize = 256;
+
+/// Columns `from`.. of A B, as many as `columns`, for some rows of A (m, k) and B (k, n) with small k: to C, whose rows are
+/// `c_row` apart.
+pub(crate) fn part(
+    a: &[f32],
+    b: &[f32],
+    n: usize,
+    (from, columns): (usize, usize),
+    c: &mut [f32],
+    c_row: usize,
+) {
+    let k = b.len() / n.max(1);
+    let rows = a.len() / k.max(1);
+    let part = Slim { rows, columns, k, a, a_row: k, a_k: 1, b: &b[from..], b_k: n, c_row, add: false };
+    dispatch(Part(part, c));
+}
+
+struct Part<'a>(Slim<'a>, &'a mut [f32]);
+
+impl Kernel for Part<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        self.0.run(s, self.1);
+    }
+}
 
 /// A X of A (m, k) and X (k, columns), row by row.
 pub(crate) fn product(a: &[f32], k: usize, x: &[f32], columns: usize) -> Vec<f32> {
