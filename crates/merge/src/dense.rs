@@ -120,9 +120,9 @@ fn mix(out: &mut [f32], updates: &mut [f32], parts: &[(&Keep, f32)], first: u64,
             *total += pick(agrees, *weight, 0.0);
         }
     }
-    for ((x, sum), total) in out.iter_mut().zip(sums).zip(weights) {
-        let divide = elements.normalize && total.abs() >= NO_DIVISOR;
-        *x = lambda * sum / pick(divide, total, 1.0);
+    for ((x, sum), total) in out.iter_mut().zip(&sums).zip(&weights) {
+        let divide = elements.normalize & (total.abs() >= NO_DIVISOR);
+        *x = lambda * sum / pick(divide, *total, 1.0);
     }
 }
 
