@@ -1,4 +1,4 @@
-"""Peak memory and time of merging and fusing on a model of 3B shapes: python3 large_merge.py [--packed] [--dora] GRAFT FOLDER [METHOD|fuse ...]
+"""Peak memory and time of merging and fusing on a model of 3B shapes: python3 large_merge.py [--packed] [--kind lora|dora|mixed] GRAFT FOLDER [METHOD|fuse ...]
 
 Writes a sharded model of Qwen2.5-3B's shapes (36 blocks, 2048 wide, 11008 inside, 151936 tokens) with random weights in bf16,
 or packed in 4 bits, and two adapters of rank 8 on all of its linears; then merges them, or fuses the first (by its weights alone),
@@ -111,19 +111,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("graft", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("methods", nargs="*", default=["linear", "svd", "slerp", "ties", "dare_ties"])
+    parser.add_argument("methods", nargs="*", default=["linear", "cat", "svd", "slerp", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
     parser.add_argument("--packed", action="store_true")
-    parser.add_argument("--dora", action="store_true")
+    parser.add_argument("--kind", choices=["lora", "dora", "mixed"], default="lora", help="of the two adapters")
     a = parser.parse_args()
     base = a.folder / ("packed" if a.packed else "bf16")
     limit = a.folder / f"{base.name}.limit"
     if not limit.exists():
         limit.write_text(str(model(base, a.packed)))
-    kind = "dora" if a.dora else "lora"
-    pair = [a.folder / f"{kind}-{i}" for i in (1, 2)]
+    kind = a.kind
+    kinds = ["lora", "dora"] if kind == "mixed" else [kind, kind]
+    pair = [a.folder / f"{kind}-{i + 1}" for i, kind in enumerate(kinds)]
     for i, folder in enumerate(pair):
         if not folder.exists():
-            adapter(folder, a.dora, i + 1)
+            adapter(folder, kinds[i] == "dora", i + 1)
     for method in a.methods:
         out = a.folder / "merged"
         subprocess.run(["rm", "-rf", str(out)], check=True)

@@ -5,14 +5,13 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use graft_adapters::{AdapterSet, AdapterWriter, FineTuneType, Fingerprint, Kind, Origin, Provenance};
-use graft_ops::ffi;
 use graft_quant::Checkpoint;
 use rayon::prelude::*;
 use serde_json::json;
 
 use crate::dense::{self, Elements};
 use crate::fuse::{Allowed, check, kind_of};
-use crate::module::{Module, Outcome, Part, padded};
+use crate::module::{Module, Outcome, Part, STRIP, dot, padded};
 use crate::output::{described, last_layers, layer_of, layers_of};
 use crate::{
     Error, Event, MERGE_REPORT_FILE, MergeLayer, MergeReport, MergeTotals, Method, Result, Setting, Size,
@@ -249,12 +248,14 @@ impl<'a> Job<'a> {
     fn run(&self, out: &Path, stop: &AtomicBool, on_event: &mut dyn FnMut(Event)) -> Result<MergeReport> {
         let mut writer = AdapterWriter::create(out)?;
         let pad = self.common_rank();
+        // A dense matrix is made in it, one after the other.
+        let mut room = Vec::new();
         let mut layers = Vec::new();
         for (done, path) in self.paths.iter().enumerate() {
             if stop.load(Ordering::Relaxed) {
                 return Err(Error::Stopped);
             }
-            let (module, mut outcome) = self.module(path)?;
+            let (module, mut outcome) = self.module(path, &mut room)?;
             if let Some(rank) = pad {
                 outcome.adapter = padded(outcome.adapter, rank)?;
             }
@@ -281,7 +282,7 @@ impl<'a> Job<'a> {
     }
 
     /// One module, and what it becomes.
-    fn module(&self, path: &'a str) -> Result<(Module<'a>, Outcome)> {
+    fn module(&self, path: &'a str, room: &mut Vec<f32>) -> Result<(Module<'a>, Outcome)> {
         let depth = layer_of(path).map_or(f64::from(u8::from(kind_of(path) == Kind::Linear)), |layer| {
             layer as f64 / self.layers.saturating_sub(1).max(1) as f64
         });
@@ -314,7 +315,7 @@ impl<'a> Job<'a> {
         {
             let seed = self.options.seed;
             let elements = Elements { sparsify, consensus, normalize, lambda, total_weight: total, seed };
-            let outcome = dense::combine(&module, elements, size)?;
+            let outcome = dense::combine(&module, elements, size, room)?;
             return Ok((module, outcome));
         }
         let mut weights =
@@ -349,18 +350,24 @@ impl<'a> Job<'a> {
         if module.parts.len() < 2 {
             return Ok(module.parts.iter().map(|part| if part.source == 0 { 1.0 - t } else { t }).collect());
         }
-        let (mut squares, mut product) = ([0.0; 2], 0.0);
-        for ids in module.blocks() {
-            let base = module.base_rows(&ids)?;
-            let rows = [0, 1].map(|i| module.rows(&module.parts[i], &ids, base.as_ref()));
-            let [x, y] = rows;
-            let (x, y) = (x?, y?);
-            let (x, y) = (ffi::read::<f32>(&x)?, ffi::read::<f32>(&y)?);
-            squares[0] += dot(x, x);
-            squares[1] += dot(y, y);
-            product += dot(x, y);
-        }
-        let cosine = product / (squares[0].sqrt() * squares[1].sqrt());
+        let mut sums = [0.0; 3];
+        module.each_block(|rows| {
+            let strips = (0..rows.count).into_par_iter().step_by(STRIP).map_init(Vec::new, |room, first| {
+                let mut sums = [0.0; 3];
+                rows.each_run(first..rows.count.min(first + STRIP), room, |_, _, updates| {
+                    let (x, y) = updates.split_at(updates.len() / 2);
+                    sums = [sums[0] + dot(x, x), sums[1] + dot(y, y), sums[2] + dot(x, y)];
+                });
+                sums
+            });
+            // Added in one order, whatever the number of threads.
+            for strip in strips.collect::<Vec<_>>() {
+                sums.iter_mut().zip(strip).for_each(|(sum, strip)| *sum += strip);
+            }
+            Ok(())
+        })?;
+        let [x, y, product] = sums;
+        let cosine = product / (x.sqrt() * y.sqrt());
         // Also where one of them is nothing and the cosine no number.
         if cosine.is_nan() || cosine.abs() > ON_A_LINE {
             return Ok(vec![1.0 - t, t]);
@@ -473,10 +480,3 @@ fn value(setting: &Setting, (path, depth): (&str, f64), what: impl Fn() -> Strin
 const ON_A_LINE: f64 = 0.9995;
 /// Above this share of the update the cut to a rank is worth a warning.
 const LOSS: f64 = 0.1;
-
-/// The inner product, in f64; its terms are added in one order whatever the number of threads.
-fn dot(x: &[f32], y: &[f32]) -> f64 {
-    let runs = x.par_chunks(1 << 14).zip(y.par_chunks(1 << 14));
-    let one = |(x, y): (&[f32], &[f32])| x.iter().zip(y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
-    runs.map(one).collect::<Vec<f64>>().into_iter().sum()
-}

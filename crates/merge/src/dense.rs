@@ -5,15 +5,13 @@
 //! of those that equal the smallest of them), by chance element i where a hash of seed, module, adapter and i falls below p.
 
 use graft_adapters::Kind;
-use graft_ops::linalg::{Svd, svd, svd_leading};
+use graft_ops::linalg::{HostMatrix, Search, Svd, svd_leading};
 use graft_ops::{Array, ffi};
 use rayon::prelude::*;
 
-use crate::module::{Cut, Module, Outcome, Part, oriented, squared};
+use crate::module::{BLOCK, Cut, Module, Outcome, Part, RUN, STRIP, oriented, squared};
 use crate::{Result, Size, Sparsify};
 
-/// Elements that one thread combines at a time: a few updates of them stay in its nearest cache.
-const RUN: usize = 1 << 12;
 /// A sum of weights nearer to zero than this divides nothing, as in mergekit.
 const NO_DIVISOR: f32 = 1e-8;
 
@@ -43,66 +41,62 @@ enum Keep {
     },
 }
 
-/// Combines the updates of a module densely and factors the result.
-pub(crate) fn combine(module: &Module, elements: Elements, size: Size) -> Result<Outcome> {
+/// Combines the updates of a module densely, in `room`, and factors the result.
+pub(crate) fn combine(
+    module: &Module,
+    elements: Elements,
+    size: Size,
+    room: &mut Vec<f32>,
+) -> Result<Outcome> {
     let divisor = if elements.normalize { elements.total_weight } else { 1.0 };
     let divisor = if divisor.abs() < f64::from(NO_DIVISOR) { 1.0 } else { divisor };
     let shares: Vec<f64> = module.weights().iter().map(|w| w * elements.lambda / divisor).collect();
     // With magnitudes any c' will do, as L takes up the rest; this one leaves L nothing but what the low-rank parts give.
     let c = module.factor(&shares)?;
-    let sum = merged(module, elements, c.as_ref())?;
+    merged(module, elements, c.as_ref(), room)?;
     let size = if size == Size::Full { Size::Rank(module.rank()) } else { size };
-    let cut = factored(module.kind, &sum, size, elements.seed)?;
+    let matrix = HostMatrix { values: room, columns: module.shape().1 };
+    // What is thinned or elected still leans towards the updates that it was made of.
+    let cut = factored(module.kind, matrix, size, Some(&module.span()?), elements.seed)?;
     module.outcome(cut, c.as_ref())
 }
 
-/// The combined update, dense (rows, columns); with magnitudes L, what c' leaves of it.
-fn merged(module: &Module, elements: Elements, c: Option<&Array>) -> Result<Array> {
+/// The combined update, dense (rows, columns), in `room`; with magnitudes L, what c' leaves of it.
+fn merged(module: &Module, elements: Elements, c: Option<&Array>, room: &mut Vec<f32>) -> Result<()> {
     let (rows, columns) = module.shape();
-    let mut keeps = Vec::new();
-    for part in &module.parts {
-        keeps.push(keep(module, part, elements)?);
-    }
-    let mut values = vec![0f32; rows as usize * columns as usize];
-    let mut at = 0;
-    for ids in module.blocks() {
-        let base = module.base_rows(&ids)?;
-        let mut updates = Vec::new();
-        for part in &module.parts {
-            updates.push(module.rows(part, &ids, base.as_ref())?);
-        }
-        ffi::eval(&updates)?;
-        let mut slices = Vec::new();
-        for update in &updates {
-            slices.push(ffi::read::<f32>(update)?);
-        }
-        let end = at + slices.first().map_or(0, |s| s.len());
-        let weights = module.weights();
-        values[at..end].par_chunks_mut(RUN).enumerate().for_each(|(run, out)| {
-            let from = run * RUN;
-            let parts = slices.iter().zip(&keeps).zip(&weights);
-            let parts = parts.map(|((s, keep), w)| (&s[from..from + out.len()], keep, *w as f32));
-            mix(out, &parts.collect::<Vec<_>>(), (at + from) as u64, elements);
-        });
-        if let (Some(c), Some(base)) = (c, &base) {
-            let c = c.take_axis(&ids, 0)?;
-            let (c, base) = (ffi::read::<f32>(&c)?, ffi::read::<f32>(base)?);
-            let width = columns as usize;
-            let pairs = values[at..end].par_chunks_mut(width).zip(base.par_chunks(width)).zip(c);
-            pairs.for_each(|((out, w), c)| {
-                out.iter_mut().zip(w).for_each(|(t, w)| *t = (*t - (c - 1.0) * w) / c);
+    let keeps = keeps(module, elements)?;
+    let weights = module.weights();
+    let parts: Vec<(&Keep, f32)> = keeps.iter().zip(weights).map(|(keep, w)| (keep, w as f32)).collect();
+    let c = c.map(ffi::read::<f32>).transpose()?;
+    room.resize(rows as usize * columns as usize, 0.0);
+    module.each_block(|rows| {
+        let columns = rows.columns;
+        let block = rows.first * columns..(rows.first + rows.count) * columns;
+        let strips = room[block].par_chunks_mut(STRIP * columns).enumerate();
+        strips.for_each_init(Vec::new, |room, (strip, out)| {
+            let first = strip * STRIP;
+            rows.each_run(first..first + out.len() / columns, room, |row, from, updates| {
+                let width = updates.len() / parts.len();
+                let at = ((rows.first + row) * columns + from) as u64;
+                mix(&mut out[(row - first) * columns + from..][..width], updates, &parts, at, elements);
             });
-        }
-        at = end;
-    }
-    Ok(Array::from_slice(&values, &[rows, columns]))
+            for (row, out) in (first..).zip(out.chunks_mut(columns)) {
+                if let (Some(c), Some(base)) = (c, rows.base(row)) {
+                    let c = c[rows.first + row];
+                    out.iter_mut().zip(base).for_each(|(t, w)| *t = (*t - (c - 1.0) * w) / c);
+                }
+            }
+        });
+        Ok(())
+    })
 }
 
-/// Combines a run of elements that begins at element `first` of the matrix.
-fn mix(out: &mut [f32], parts: &[(&[f32], &Keep, f32)], first: u64, elements: Elements) {
-    let mut kept = vec![0f32; out.len() * parts.len()];
-    for (t, (update, keep, weight)) in kept.chunks_exact_mut(out.len()).zip(parts) {
-        thin(t, update, keep, first);
+/// Combines a run of elements that begins at element `first` of the matrix; `updates` are those of all parts, one after the
+/// other, and are thinned in place.
+fn mix(out: &mut [f32], updates: &mut [f32], parts: &[(&Keep, f32)], first: u64, elements: Elements) {
+    out.fill(0.0);
+    for (t, (keep, weight)) in updates.chunks_exact_mut(out.len()).zip(parts) {
+        thin(t, keep, first);
         for (t, out) in t.iter_mut().zip(out.iter_mut()) {
             *t *= weight;
             *out += *t;
@@ -117,8 +111,8 @@ fn mix(out: &mut [f32], parts: &[(&[f32], &Keep, f32)], first: u64, elements: El
         return;
     }
     // Update by update, so that many elements are dealt with at once.
-    let (mut sums, mut weights) = (vec![0f32; out.len()], vec![0f32; out.len()]);
-    for (t, (_, _, weight)) in kept.chunks_exact(out.len()).zip(parts) {
+    let (mut sums, mut weights) = ([0f32; RUN], [0f32; RUN]);
+    for (t, (_, weight)) in updates.chunks_exact(out.len()).zip(parts) {
         for (((t, elected), sum), total) in t.iter().zip(&*out).zip(&mut sums).zip(&mut weights) {
             let up = *elected >= 0.0;
             let agrees = (up & (*t > 0.0)) | (!up & (*t < 0.0));
@@ -126,9 +120,9 @@ fn mix(out: &mut [f32], parts: &[(&[f32], &Keep, f32)], first: u64, elements: El
             *total += pick(agrees, *weight, 0.0);
         }
     }
-    for ((x, sum), total) in out.iter_mut().zip(sums).zip(weights) {
-        let divide = elements.normalize && total.abs() >= NO_DIVISOR;
-        *x = lambda * sum / pick(divide, total, 1.0);
+    for ((x, sum), total) in out.iter_mut().zip(&sums).zip(&weights) {
+        let divide = elements.normalize & (total.abs() >= NO_DIVISOR);
+        *x = lambda * sum / pick(divide, *total, 1.0);
     }
 }
 
@@ -140,35 +134,35 @@ fn pick(yes: bool, a: f32, b: f32) -> f32 {
     f32::from_bits((a.to_bits() & mask) | (b.to_bits() & !mask))
 }
 
-/// An update without what is dropped.
-fn thin(out: &mut [f32], update: &[f32], keep: &Keep, first: u64) {
+/// Drops elements of a run that begins at element `first` of the matrix.
+fn thin(run: &mut [f32], keep: &Keep, first: u64) {
     match keep {
-        Keep::All => out.copy_from_slice(update),
-        Keep::AtLeast(limit) => {
-            out.iter_mut().zip(update).for_each(|(out, t)| *out = pick(t.abs() >= *limit, *t, 0.0));
-        }
+        Keep::All => {}
+        Keep::AtLeast(limit) => run.iter_mut().for_each(|t| *t = pick(t.abs() >= *limit, *t, 0.0)),
         Keep::Drawn { key, limit, factor } => {
-            for (i, (out, t)) in (first..).zip(out.iter_mut().zip(update)) {
-                *out = pick(scramble(key.wrapping_add(i)) < *limit, t * factor, 0.0);
+            for (i, t) in (first..).zip(run) {
+                *t = pick(scramble(key.wrapping_add(i)) < *limit, *t * factor, 0.0);
             }
         }
     }
 }
 
-/// What stays of a part's update.
-fn keep(module: &Module, part: &Part, elements: Elements) -> Result<Keep> {
-    if part.density >= 1.0 {
-        return Ok(Keep::All);
+/// What stays of each part's update.
+fn keeps(module: &Module, elements: Elements) -> Result<Vec<Keep>> {
+    if elements.sparsify == Sparsify::Magnitude {
+        return thresholds(module);
     }
-    Ok(match elements.sparsify {
-        Sparsify::None => Keep::All,
-        Sparsify::Magnitude => Keep::AtLeast(threshold(module, part)?),
-        Sparsify::Random => Keep::Drawn {
+    let keep = |part: &Part| {
+        if elements.sparsify == Sparsify::None || part.density >= 1.0 {
+            return Keep::All;
+        }
+        Keep::Drawn {
             key: key(elements.seed, module.path, part.source),
             limit: (part.density * u64::MAX as f64) as u64,
             factor: (1.0 / part.density) as f32,
-        },
-    })
+        }
+    };
+    Ok(module.parts.iter().map(keep).collect())
 }
 
 /// Where the random numbers of an update begin: one number for seed, path and the place of the adapter in the recipe.
@@ -190,21 +184,30 @@ const HIGH: u32 = 16;
 /// The rest.
 const LOW: u32 = 31 - HIGH;
 
-/// The absolute value of the element that is the last to stay, exactly: counted by its high bits first, then by its low
-/// ones, so that no second dense copy and no sort is needed.
-fn threshold(module: &Module, part: &Part) -> Result<f32> {
+/// For each part the absolute value of the element that is the last to stay, exactly: counted by its high bits first, then by
+/// its low ones, so that no dense copy and no sort is needed.
+fn thresholds(module: &Module) -> Result<Vec<Keep>> {
     let (rows, columns) = module.shape();
     let all = rows as usize * columns as usize;
-    let stays = ((part.density * all as f64) as usize).clamp(1, all);
-    let high = count(module, part, 1 << HIGH, |bits| Some(bits >> LOW))?;
-    let (bin, above) = bin(&high, stays);
-    let low = count(module, part, 1 << LOW, |bits| (bits >> LOW == bin).then_some(bits & ((1 << LOW) - 1)))?;
-    let (rest, _) = self::bin(&low, stays - above);
-    Ok(f32::from_bits((bin << LOW) | rest))
+    let stays = |part: &Part| ((part.density * all as f64) as usize).clamp(1, all);
+    let parts: Vec<usize> = (0..module.parts.len()).filter(|i| module.parts[*i].density < 1.0).collect();
+    let mut keeps: Vec<Keep> = module.parts.iter().map(|_| Keep::All).collect();
+    if parts.is_empty() {
+        return Ok(keeps);
+    }
+    let high = counts(module, &parts, None)?;
+    let bins: Vec<(u32, usize)> =
+        parts.iter().zip(&high).map(|(part, high)| bin(high, stays(&module.parts[*part]))).collect();
+    let low = counts(module, &parts, Some(&bins))?;
+    for ((part, low), (high, above)) in parts.iter().zip(&low).zip(&bins) {
+        let (rest, _) = bin(low, stays(&module.parts[*part]) - above);
+        keeps[*part] = Keep::AtLeast(f32::from_bits((high << LOW) | rest));
+    }
+    Ok(keeps)
 }
 
 /// The bin in which the element stands that has `place - 1` larger ones, and how many stand above that bin.
-fn bin(counts: &[u64], place: usize) -> (u32, usize) {
+fn bin(counts: &[u32], place: usize) -> (u32, usize) {
     let mut above = 0;
     for (bin, count) in counts.iter().enumerate().rev() {
         if above + *count as usize >= place {
@@ -215,55 +218,74 @@ fn bin(counts: &[u64], place: usize) -> (u32, usize) {
     (0, above)
 }
 
-/// How many elements of an update fall into each bin.
-fn count(
-    module: &Module,
-    part: &Part,
-    bins: usize,
-    bin: impl Fn(u32) -> Option<u32> + Sync,
-) -> Result<Vec<u64>> {
-    let mut counts = vec![0u64; bins];
-    for ids in module.blocks() {
-        let base = module.base_rows(&ids)?;
-        let update = module.rows(part, &ids, base.as_ref())?;
-        let values = ffi::read::<f32>(&update)?;
-        // One table for each thread, not for each run: they are large.
-        let share = values.len().div_ceil(rayon::current_num_threads()).max(1);
-        let tables: Vec<Vec<u32>> = values
-            .par_chunks(share)
-            .map(|run| {
-                let mut table = vec![0u32; bins];
-                for bin in run.iter().filter_map(|t| bin(t.abs().to_bits())) {
-                    table[bin as usize] += 1;
+/// How many elements of the updates of some parts have which high bits of their absolute value; or, of those in a bin of the
+/// high bits, which low bits.
+fn counts(module: &Module, parts: &[usize], within: Option<&[(u32, usize)]>) -> Result<Vec<Vec<u32>>> {
+    let bins = 1 << if within.is_none() { HIGH } else { LOW };
+    let all = module.parts.len();
+    // Tables of each thread's own.
+    let mut tables = vec![vec![vec![0u32; bins]; parts.len()]; rayon::current_num_threads()];
+    module.each_block(|rows| {
+        let share = rows.count.div_ceil(tables.len());
+        tables.par_iter_mut().enumerate().for_each(|(thread, tables)| {
+            let rows_of = (thread * share).min(rows.count)..((thread + 1) * share).min(rows.count);
+            rows.each_run(rows_of, &mut Vec::new(), |_, _, updates| {
+                let width = updates.len() / all;
+                for (place, table) in tables.iter_mut().enumerate() {
+                    let run = &updates[parts[place] * width..][..width];
+                    let bits = |t: &f32| t.abs().to_bits();
+                    let Some((high, _)) = within.map(|within| within[place]) else {
+                        run.iter().for_each(|t| table[(bits(t) >> LOW) as usize] += 1);
+                        continue;
+                    };
+                    // Few are in the bin, so that many are passed over at once.
+                    for some in run.chunks(16) {
+                        if some.iter().fold(false, |any, t| any | (bits(t) >> LOW == high)) {
+                            let inside = some.iter().map(bits).filter(|bits| bits >> LOW == high);
+                            inside.for_each(|bits| table[(bits & ((1 << LOW) - 1)) as usize] += 1);
+                        }
+                    }
                 }
-                table
-            })
-            .collect();
-        for table in tables {
-            counts.iter_mut().zip(table).for_each(|(sum, n)| *sum += u64::from(n));
-        }
+            });
+        });
+        Ok(())
+    })?;
+    let mut tables = tables.into_iter();
+    let mut sums = tables.next().unwrap_or_default();
+    for (place, table) in tables.flat_map(|tables| tables.into_iter().enumerate()) {
+        sums[place].iter_mut().zip(table).for_each(|(sum, n)| *sum += n);
     }
-    Ok(counts)
+    Ok(sums)
 }
 
-/// Factors of a dense matrix in the rank that is asked for; the error is measured.
-pub(crate) fn factored(kind: Kind, matrix: &Array, size: Size, seed: u64) -> Result<Cut> {
-    let values = ffi::read::<f32>(matrix)?;
-    let total: f64 = values.par_chunks(RUN).map(squared).collect::<Vec<_>>().into_iter().sum();
-    let found = leading(matrix, size, total, seed)?;
+/// Factors of a dense matrix in the rank that is asked for; the error is measured. `known` are vectors (columns, K) near whose
+/// span the leading right ones lie.
+pub(crate) fn factored(
+    kind: Kind,
+    matrix: HostMatrix,
+    size: Size,
+    known: Option<&Array>,
+    seed: u64,
+) -> Result<Cut> {
+    let sums: Vec<f64> = matrix.values.par_chunks(RUN).map(squared).collect();
+    let total = sums.into_iter().sum();
+    let found = leading(matrix, size, Search { rank: FIRST, total, known, seed })?;
     let (a, b) = oriented(kind, &found)?;
     ffi::eval([&a, &b])?;
-    let (rows, columns) = (matrix.dim(0), matrix.dim(1));
-    let step = (RUN as i32 * 256 / columns.max(1)).max(1);
+    let (rows, columns) = matrix.shape();
+    let step = (BLOCK / columns.max(1)).max(1);
     let (left, right) = found.factors()?;
     let mut lost = 0.0;
     for from in (0..rows).step_by(step as usize) {
         let to = (from + step).min(rows);
         let product = left.take_axis(Array::from_iter(from..to, &[to - from]), 0)?.matmul(&right)?;
         let product = ffi::read::<f32>(&product)?;
-        let rest = &values[from as usize * columns as usize..][..product.len()];
-        let runs = product.par_chunks(RUN).zip(rest.par_chunks(RUN));
-        let runs = runs.map(|(p, t)| p.iter().zip(t).map(|(p, t)| f64::from(p - t).powi(2)).sum::<f64>());
+        let rest = &matrix.values[from as usize * columns as usize..][..product.len()];
+        let runs = product.par_chunks(RUN).zip(rest.par_chunks(RUN)).map(|(p, t)| {
+            let mut rest = [0f32; RUN];
+            rest.iter_mut().zip(p).zip(t).for_each(|((rest, p), t)| *rest = p - t);
+            squared(&rest)
+        });
         lost += runs.collect::<Vec<_>>().into_iter().sum::<f64>();
     }
     let error = if total > 0.0 { (lost / total).sqrt() } else { 0.0 };
@@ -274,20 +296,20 @@ pub(crate) fn factored(kind: Kind, matrix: &Array, size: Size, seed: u64) -> Res
 const FIRST: i32 = 16;
 
 /// The leading part of a matrix, as much of it as is asked for.
-fn leading(matrix: &Array, size: Size, total: f64, seed: u64) -> Result<Svd> {
-    let all = matrix.dim(0).min(matrix.dim(1));
-    let mut rank = match size {
-        Size::Rank(rank) => return Ok(svd_leading(matrix, rank.min(all), seed)?),
-        Size::Full => return Ok(svd(matrix)?),
+fn leading(matrix: HostMatrix, size: Size, mut search: Search) -> Result<Svd> {
+    let (rows, columns) = matrix.shape();
+    let all = rows.min(columns);
+    search.rank = match size {
+        Size::Rank(rank) => return Ok(svd_leading(matrix, Search { rank: rank.min(all), ..search })?),
+        Size::Full => all,
         Size::Energy(_) => FIRST.min(all),
     };
     loop {
-        let found = svd_leading(matrix, rank, seed)?;
-        let enough = size.pick(ffi::read::<f32>(&found.s)?, total);
-        match enough {
+        let found = svd_leading(matrix, search)?;
+        match size.pick(ffi::read::<f32>(&found.s)?, search.total) {
             Some(rank) => return Ok(found.leading(rank.max(1))?),
-            None if rank == all => return Ok(found),
-            None => rank = (2 * rank).min(all),
+            None if search.rank == all => return Ok(found),
+            None => search.rank = (2 * search.rank).min(all),
         }
     }
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use graft_adapters::{AdapterSet, AdapterWriter, FineTuneType, Fingerprint, Origin, Provenance};
+use graft_ops::linalg::HostMatrix;
 use graft_ops::{Array, Dtype, ffi};
 use graft_quant::{Checkpoint, Weight};
 use serde_json::{Value, json};
@@ -67,9 +68,11 @@ pub fn extract(
         if stop.load(Ordering::Relaxed) {
             return Err(Error::Stopped);
         }
-        if let Some(difference) = difference(&base.weight(path)?, &tuned.weight(path)?, path)? {
-            let most = difference.dim(0).min(difference.dim(1));
-            let cut = dense::factored(kind_of(path), &difference, options.size, options.seed)?;
+        let weights = (base.weight(path)?, tuned.weight(path)?);
+        if let Some(values) = difference(&weights.0, &weights.1, path)? {
+            let difference = HostMatrix { values: &values, columns: weights.0.in_features() };
+            let most = difference.columns.min(difference.shape().0);
+            let cut = dense::factored(kind_of(path), difference, options.size, None, options.seed)?;
             let adapter = graft_adapters::Adapter { a: cut.a, b: cut.b, scale: 1.0, magnitude: None };
             let adapter = match options.size {
                 Size::Rank(rank) if rank > most => padded(adapter, rank)?,
@@ -259,9 +262,9 @@ fn changed_others(base: &Checkpoint, tuned: &Checkpoint, paths: &BTreeSet<String
     Ok(changed)
 }
 
-/// W' - W, dense in f32; none if they are the same. A block of rows of each is dense at a time, and then the difference.
-fn difference(base: &Weight, tuned: &Weight, path: &str) -> Result<Option<Array>> {
-    let shape = [base.out_features(), base.in_features()];
+/// W' - W, dense in f32, row by row; none if they are the same. A block of rows of each is dense at a time, and then the difference.
+fn difference(base: &Weight, tuned: &Weight, path: &str) -> Result<Option<Vec<f32>>> {
+    let columns = base.in_features();
     let mut values = Vec::new();
     let mut changed = false;
     for ids in base.row_blocks() {
@@ -274,12 +277,12 @@ fn difference(base: &Weight, tuned: &Weight, path: &str) -> Result<Option<Array>
         let any = rows.iter().any(|x| *x != 0.0);
         // Nothing is held for the many weights that are the same.
         if any && !changed {
-            values.resize(shape[1] as usize * ffi::read::<i32>(&ids)?[0] as usize, 0.0);
+            values.resize(columns as usize * ffi::read::<i32>(&ids)?[0] as usize, 0.0);
             changed = true;
         }
         if changed {
             values.extend_from_slice(rows);
         }
     }
-    Ok(changed.then(|| Array::from_slice(&values, &shape)))
+    Ok(changed.then_some(values))
 }

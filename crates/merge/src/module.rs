@@ -4,8 +4,10 @@
 //! `(c - 1) * W + c * s (A B)^T`, a factor by row and a low-rank part: so a weighted sum of updates is again
 //! `c' * (W + L) - W` with `c' = 1 + sum w (c - 1)` and `L = sum w (c / c') * s (A B)^T`, exactly.
 
+use std::ops::Range;
+
 use graft_adapters::{Adapter, Kind};
-use graft_ops::linalg::{Svd, svd_of_product};
+use graft_ops::linalg::{HostMatrix, Svd, svd_of_product};
 use graft_ops::{Array, Dtype, ffi, row_norms};
 use graft_quant::Weight;
 
@@ -13,8 +15,12 @@ use crate::{Error, Result, Size};
 
 /// Below this a row's factor c' is a cancellation, and L = .. / c' would be its noise.
 const CANCELLED: f32 = 1e-4;
-/// Elements of the dense rows that are looked at together: 8 MB in f32.
-const BLOCK: i32 = 1 << 21;
+/// Elements of dense rows that are in memory at a time: 4 MB in f32, which the heap has again for the next.
+pub(crate) const BLOCK: i32 = 1 << 20;
+/// Elements of a row that a thread makes dense at a time, of [`STRIP`] rows: those of a few updates stay in a near cache.
+pub(crate) const RUN: usize = 1 << 9;
+/// Rows that a thread makes dense at a time.
+pub(crate) const STRIP: usize = 8;
 
 /// What one adapter does to the module.
 pub(crate) struct Part<'a> {
@@ -121,29 +127,108 @@ impl<'a> Module<'a> {
         Ok(Outcome { adapter, norm, error })
     }
 
-    /// Runs of rows, ids (N,) each.
-    pub(crate) fn blocks(&self) -> impl Iterator<Item = Array> + use<> {
+    /// Shows `look` the rows of all updates, a block of them at a time.
+    pub(crate) fn each_block(&self, mut look: impl FnMut(&Rows) -> Result<()>) -> Result<()> {
+        let sides = self.parts.iter().map(|part| self.side(part)).collect::<Result<Vec<_>>>()?;
         let (rows, columns) = self.shape();
-        let step = (BLOCK / columns.max(1)).max(1);
-        (0..rows).step_by(step as usize).map(move |from| {
+        // Low-rank parts are made where they are looked at; W's rows are what there is a block of.
+        let step = if self.base.is_some() { (BLOCK / columns.max(1)).max(1) } else { rows.max(1) };
+        for from in (0..rows).step_by(step as usize) {
             let to = (from + step).min(rows);
-            Array::from_iter(from..to, &[to - from])
-        })
+            let ids = Array::from_iter(from..to, &[to - from]);
+            let base = self.base.as_ref().map(|(w, _)| w.rows(&ids, Dtype::Float32)).transpose()?;
+            let base = base.as_ref().map(ffi::read).transpose()?;
+            let (first, count) = (from as usize, (to - from) as usize);
+            look(&Rows { first, count, columns: columns as usize, sides: &sides, base })?;
+        }
+        Ok(())
     }
 
-    /// W's rows `ids` in f32, where W is there.
-    pub(crate) fn base_rows(&self, ids: &Array) -> Result<Option<Array>> {
-        let rows = |(base, _): &(Weight, Array)| base.rows(ids, Dtype::Float32);
-        Ok(self.base.as_ref().map(rows).transpose()?)
+    /// What dense rows of a part's update are made of.
+    fn side(&self, part: &Part) -> Result<Side> {
+        let Adapter { a, b, scale, .. } = part.adapter;
+        let (left, right) = match self.kind {
+            Kind::Linear => (b.transpose()?, a.transpose()?),
+            Kind::Embedding => (a.clone(), b.clone()),
+        };
+        let mut left = left.multiply(Array::from_f32(*scale))?;
+        let mut turn = None;
+        if let Some(c) = &part.factor {
+            left = left.multiply(c.expand_dims(1)?)?;
+            turn = Some(ffi::read::<f32>(c)?.iter().map(|c| c - 1.0).collect());
+        }
+        let host = |x: Array| -> Result<Vec<f32>> { Ok(ffi::read(&x.contiguous()?)?.to_vec()) };
+        Ok(Side { left: host(left)?, right: host(right)?, turn })
     }
 
-    /// Rows `ids` of a part's update, dense, f32 (N, columns); `base` are W's.
-    pub(crate) fn rows(&self, part: &Part, ids: &Array, base: Option<&Array>) -> Result<Array> {
-        let low_rank = part.adapter.rows(self.kind, ids)?.delta(self.kind)?;
-        let (Some(factor), Some(base)) = (&part.factor, base) else { return Ok(low_rank) };
-        let c = factor.take_axis(ids, 0)?.expand_dims(1)?;
-        let turned = base.multiply(c.subtract(Array::from_f32(1.0))?)?;
-        Ok(turned.add(low_rank.multiply(c)?)?)
+    /// Vectors (columns, R) that span the rows of the low-rank parts.
+    pub(crate) fn span(&self) -> Result<Array> {
+        let mut spans = Vec::new();
+        for part in &self.parts {
+            spans.push(match self.kind {
+                Kind::Linear => part.adapter.a.clone(),
+                Kind::Embedding => part.adapter.b.transpose()?,
+            });
+        }
+        Ok(mlx_rs::ops::concatenate(&spans, 1)?)
+    }
+}
+
+/// An update in the weight's own orientation: left (rows, R) times right (R, columns), s and DoRA's c in it, and W's rows times
+/// c - 1.
+struct Side {
+    left: Vec<f32>,
+    right: Vec<f32>,
+    turn: Option<Vec<f32>>,
+}
+
+/// A block of rows of all updates.
+pub(crate) struct Rows<'a> {
+    /// The first of them.
+    pub(crate) first: usize,
+    pub(crate) count: usize,
+    pub(crate) columns: usize,
+    sides: &'a [Side],
+    /// W's.
+    base: Option<&'a [f32]>,
+}
+
+impl Rows<'_> {
+    /// W's row `row` of the block.
+    pub(crate) fn base(&self, row: usize) -> Option<&[f32]> {
+        self.base.map(|base| &base[row * self.columns..][..self.columns])
+    }
+
+    /// Makes `rows` of the block dense, run by run, in `room`: `look` is told a run's row in the block and its first column, and
+    /// gets it of all updates, one after the other.
+    pub(crate) fn each_run(
+        &self,
+        rows: Range<usize>,
+        room: &mut Vec<f32>,
+        mut look: impl FnMut(usize, usize, &mut [f32]),
+    ) {
+        for first in rows.clone().step_by(STRIP) {
+            let count = STRIP.min(rows.end - first);
+            for from in (0..self.columns).step_by(RUN) {
+                let width = RUN.min(self.columns - from);
+                let all = width * self.sides.len();
+                room.resize(count * all, 0.0);
+                for (part, side) in self.sides.iter().enumerate() {
+                    let right = HostMatrix { values: &side.right, columns: self.columns as i32 };
+                    let rank = right.shape().0 as usize;
+                    let left = &side.left[(self.first + first) * rank..][..count * rank];
+                    let room = &mut room[part * width..];
+                    right.times_part(left, (from, width), room, all);
+                    let Some(turn) = &side.turn else { continue };
+                    for (row, out) in (first..).zip(room.chunks_mut(all)) {
+                        let turn = turn[self.first + row];
+                        let base = self.base(row).unwrap_or_default();
+                        out.iter_mut().zip(&base[from..from + width]).for_each(|(t, w)| *t += turn * w);
+                    }
+                }
+                room.chunks_mut(all).zip(first..).for_each(|(run, row)| look(row, from, run));
+            }
+        }
     }
 }
 
@@ -175,9 +260,18 @@ pub(crate) fn cut(a: &Array, b: &Array, size: Size) -> Result<Cut> {
     Ok(Cut { a, b, norm: total.sqrt(), error })
 }
 
-/// The sum of squares.
+/// The sum of squares, in f64.
 pub(crate) fn squared(values: &[f32]) -> f64 {
-    values.iter().map(|x| f64::from(*x).powi(2)).sum()
+    dot(values, values)
+}
+
+/// The inner product, in f64, as eight sums of every eighth term.
+pub(crate) fn dot(x: &[f32], y: &[f32]) -> f64 {
+    let mut sums = [0.0; 8];
+    for (x, y) in x.chunks(8).zip(y.chunks(8)) {
+        sums.iter_mut().zip(x).zip(y).for_each(|((sum, x), y)| *sum += f64::from(*x) * f64::from(*y));
+    }
+    sums.iter().sum()
 }
 
 /// Refuses a result with a value that is not finite, evaluating it; `measured` are the numbers that go into the report.

@@ -1,7 +1,7 @@
 //! DoRA's factor: a magnitude over the norm that a weight's row has under a low-rank update.
 
 #[cfg(graft_cpu)]
-use crate::cpu::dora::{RowFactor, RowNorms};
+use crate::cpu::dora::{RowFactor, RowNorms, RowSquares};
 #[cfg(graft_cpu)]
 use crate::form::on_cpu;
 use crate::{Array, Dtype, Exception, Precision, Result, WeightRef, matmul, with_precision};
@@ -35,6 +35,15 @@ pub fn row_norms(a: &Array, b: &Array, scale: f32, w: WeightRef, n0: &Array) -> 
     let both = mlx_rs::ops::addmm(pt, at.matmul(a)?, b, scale * scale, 2.0 * scale)?;
     let squared = n0.add(b.multiply(both)?.sum_axis(0, false)?)?;
     mlx_rs::ops::maximum(squared, Array::from_f32(0.0))?.sqrt()
+}
+
+/// ||x_i||^2 of each row of a matrix (M, N): (M,).
+pub fn row_squares(x: &Array) -> Result<Array> {
+    #[cfg(graft_cpu)]
+    if x.ndim() == 2 && on_cpu(&[x]) {
+        return RowSquares::apply(x);
+    }
+    x.square()?.sum_axis(1, false)
 }
 
 /// c = m / n, and 1 where n = 0 (a row of zeros has no direction to scale): m, n and c are (out,). n is a constant.

@@ -35,7 +35,7 @@ mod weight;
 pub use adam::{AdamStep, adam, squared_norm};
 pub use attention::{Head, KeyValues, attention, attention_cached};
 pub use cholesky::inverse_factor;
-pub use dora::{row_factor, row_norms};
+pub use dora::{row_factor, row_norms, row_squares};
 pub use exp::exponentials;
 pub use form::{Form, Precision, form, precision, set_allocator, set_form, set_precision, with_precision};
 pub use level::{Level, best_cpu_level, cpu_level, set_cpu_level};

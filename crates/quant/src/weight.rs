@@ -195,7 +195,7 @@ impl Weight {
     pub fn row_norms_squared(&self) -> Result<Array> {
         let mut blocks = Vec::new();
         for ids in self.row_blocks() {
-            let squared = self.rows(&ids, Dtype::Float32)?.square()?.sum_axis(1, false)?;
+            let squared = graft_ops::row_squares(&self.rows(&ids, Dtype::Float32)?)?;
             ffi::eval([&squared])?;
             blocks.push(squared);
         }

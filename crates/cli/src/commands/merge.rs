@@ -16,9 +16,11 @@ use graft_ops::Precision;
 use graft_quant::Checkpoint;
 use serde_json::{Value, json};
 use std::path::Path;
+use std::time::Instant;
 
 /// Merges, says what it cost, and measures if asked to; answers are computed as `graft eval` does, in f32 if `exact`.
 pub(crate) fn merge(args: &MergeArgs, exact: bool) -> Result<()> {
+    let started = Instant::now();
     let recipe = recipe(args)?;
     let Some(method) = Method::from_name(&recipe.merge_method) else {
         let names = Method::NAMES.join(", ");
@@ -55,16 +57,17 @@ pub(crate) fn merge(args: &MergeArgs, exact: bool) -> Result<()> {
         say(&report, &format!("Merged {} adapters", sources.len()), out);
     }
     let mut value = serde_json::to_value(&report)?;
+    value["seconds"] = started.elapsed().as_secs_f64().into();
+    value["peak_memory_bytes"] = host::peak_memory().into();
     if let (true, Some(model)) = (args.eval, &recipe.base_model) {
         let precision = if exact { Precision::F32 } else { Precision::Int16 };
         graft_ops::set_precision(precision);
         value["eval"] = scores(args, model, &names(&sources), &data)?;
-        let file = out.join(MERGE_REPORT_FILE);
-        graft_quant::write_atomic(&file, format!("{value:#}").as_bytes())?;
         if !args.json {
             say_scores(&value["eval"]);
         }
     }
+    graft_quant::write_atomic(&out.join(MERGE_REPORT_FILE), format!("{value:#}").as_bytes())?;
     if args.json {
         ui::out(&format!("{value:#}"));
     }

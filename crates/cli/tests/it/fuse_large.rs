@@ -1,4 +1,4 @@
-//! A model with the shapes of a 3B one, in several files: what a fuse holds in memory, and how long it takes.
+//! A model with the shapes of a 3B one, in several files: what a fuse and a merge hold in memory, and how long they take.
 
 use std::fs::File;
 use std::io::{BufWriter, Write as _};
@@ -74,7 +74,7 @@ fn noise(count: usize) -> impl Iterator<Item = u32> {
     .take(count)
 }
 
-/// The model in three files, and a LoRA adapter on all of its linears.
+/// The model in three files.
 fn make(folder: &Folder, layers: usize) {
     let model = folder.path("large");
     std::fs::create_dir(&model).unwrap();
@@ -88,13 +88,10 @@ fn make(folder: &Folder, layers: usize) {
     let mut files = [Vec::new(), Vec::new(), Vec::new()];
     files[0].extend(packed("model.embed_tokens", V, E));
     files[2].push(("model.norm.weight".to_owned(), "F16", vec![E]));
-    let mut adapter = Vec::new();
     for layer in 0..layers {
         let at = |name: &str| format!("model.layers.{layer}.{name}");
         for (name, inputs, outputs) in linears() {
             files[layer % 3].extend(packed(&at(name), outputs, inputs));
-            adapter.push((at(&format!("{name}.lora_a")), "F32", vec![inputs, R]));
-            adapter.push((at(&format!("{name}.lora_b")), "F32", vec![R, outputs]));
         }
         for name in ["input_layernorm.weight", "post_attention_layernorm.weight"] {
             files[(layer + 1) % 3].push((at(name), "F16", vec![E]));
@@ -113,27 +110,75 @@ fn make(folder: &Folder, layers: usize) {
             _ => codes.clone(),
         });
     }
-    let dir = folder.path("large-adapter");
-    std::fs::create_dir(&dir).unwrap();
-    let config = json!({"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": {"rank": R, "scale": 2.0, "dropout": 0.0}});
-    std::fs::write(dir.join("adapter_config.json"), config.to_string()).unwrap();
-    let floats: Vec<u8> =
-        noise(1 << 18).flat_map(|n| ((n as f32 / u32::MAX as f32 - 0.5) * 0.02).to_le_bytes()).collect();
-    write(&dir.join("adapters.safetensors"), &adapter, |_| floats.clone());
 }
 
-/// Fuses and holds the peak memory to thrice the largest tensor on the disk and 200 MB.
+/// An adapter on all linears, whose numbers begin with the `from`-th.
+fn adapter(folder: &Folder, name: &str, layers: usize, (dora, from): (bool, usize)) {
+    let dir = folder.path(name);
+    std::fs::create_dir(&dir).unwrap();
+    let kind = if dora { "dora" } else { "lora" };
+    let config = json!({"fine_tune_type": kind, "num_layers": -1, "lora_parameters": {"rank": R, "scale": 2.0, "dropout": 0.0}});
+    std::fs::write(dir.join("adapter_config.json"), config.to_string()).unwrap();
+    let mut tensors = Vec::new();
+    for layer in 0..layers {
+        for (name, inputs, outputs) in linears() {
+            let at = format!("model.layers.{layer}.{name}");
+            tensors.push((format!("{at}.lora_a"), "F32", vec![inputs, R]));
+            tensors.push((format!("{at}.lora_b"), "F32", vec![R, outputs]));
+            if dora {
+                tensors.push((format!("{at}.m"), "F32", vec![outputs]));
+            }
+        }
+    }
+    let float = |n: u32| ((n as f32 / u32::MAX as f32 - 0.5) * 0.02).to_le_bytes();
+    let floats: Vec<u8> = noise(from + (1 << 18)).skip(from).flat_map(float).collect();
+    // About the norm of the base's rows.
+    let magnitudes = 3.0f32.to_le_bytes().repeat(1 << 10);
+    write(&dir.join("adapters.safetensors"), &tensors, |name| {
+        if name.ends_with(".m") { magnitudes.clone() } else { floats.clone() }
+    });
+}
+
+/// Holds the peak memory that a report tells to thrice the largest tensor on the disk and 200 MB.
+fn check_memory(report: &Value) {
+    let largest = V * E / 2;
+    let peak = report["peak_memory_bytes"].as_u64().unwrap() as usize;
+    assert!(peak > 0 && peak < 3 * largest + 200_000_000, "{peak} bytes, the largest tensor has {largest}");
+}
+
+/// Fuses within the bound of memory.
 fn fuse(layers: usize) -> Value {
     let folder = Folder::new();
     make(&folder, layers);
+    adapter(&folder, "large-adapter", layers, (false, 0));
     folder.ok("fuse --model large --adapter-path large-adapter --save-path fused --verify layers");
     let report = folder.json("fused/fuse_report.json");
-    let largest = V * E / 2;
-    let peak = report["peak_memory_bytes"].as_u64().unwrap() as usize;
-    assert!(peak < 3 * largest + 200_000_000, "{peak} bytes, the largest tensor has {largest}");
+    check_memory(&report);
     assert_eq!(report["totals"]["changed"], 7 * layers);
     assert!(report["totals"]["kept"].as_f64().unwrap() > 0.9, "{}", report["totals"]);
     report
+}
+
+#[test]
+fn a_merge_has_one_dense_matrix_at_a_time() {
+    let folder = Folder::new();
+    make(&folder, 1);
+    adapter(&folder, "lora", 1, (false, 0));
+    adapter(&folder, "dora", 1, (true, 99));
+    for (method, adapters, error) in [
+        ("ties --density 0.5 --rank 16", "--adapter lora=0.6 --adapter dora=0.4", 0.1..1.0),
+        // Nothing is dropped, so that a search of the leading vectors must find all there is.
+        ("magnitude_prune --density 1", "--adapter lora --adapter dora=0.5", 0.0..1e-4),
+        ("slerp", "--adapter lora --adapter dora", 0.0..1e-4),
+    ] {
+        folder.ok(&format!("merge --method {method} --model large {adapters} --save-path merged"));
+        let report = folder.json("merged/merge_report.json");
+        check_memory(&report);
+        assert_eq!(report["totals"]["modules"], 7);
+        let found = report["totals"]["error"].as_f64().unwrap();
+        assert!(error.contains(&found), "{method}: {found} is not in {error:?}");
+        std::fs::remove_dir_all(folder.path("merged")).unwrap();
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::ffi::CStr;
 use std::ops::Range;
 
 use super::level::dispatch;
-use super::norm::dot;
+use super::norm::{by_rows, dot, row};
 use super::panels::by_parts;
 use super::primitive::{Backward, Op, Tensor, apply_one};
 use super::scratch::{MADE, scratch};
@@ -124,6 +124,49 @@ impl<'a> Kernel for Norms<'a> {
                 // The order lets NaN through.
                 *n = if squared < 0.0 { 0.0 } else { squared.sqrt() };
             }
+        }
+    }
+}
+
+/// ||x_i||^2 of each row x_i (in,).
+pub(crate) struct RowSquares;
+
+impl RowSquares {
+    pub(crate) fn apply(x: &Array) -> Result<Array> {
+        apply_one(RowSquares, &[x], &x.shape()[..1], Dtype::Float32)
+    }
+}
+
+impl Op for RowSquares {
+    fn name(&self) -> &'static CStr {
+        c"squares of rows"
+    }
+
+    fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
+        let (x, y) = (inputs[0].f32(), outputs[0].f32_mut());
+        let (rows, width) = (y.len(), x.len() / y.len().max(1));
+        let y = Shares::new(y);
+        by_rows(rows, width, |rows| {
+            // SAFETY: each range has outputs of its own.
+            let y = unsafe { y.part(rows.start, rows.len()) };
+            dispatch(Squares { x: &x[rows.start * width..rows.end * width], width, y });
+        });
+    }
+}
+
+struct Squares<'a> {
+    x: &'a [f32],
+    width: usize,
+    y: &'a mut [f32],
+}
+
+impl Kernel for Squares<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (i, y) in self.y.iter_mut().enumerate() {
+            let x = row(self.x, self.width, i);
+            *y = dot(s, x, x);
         }
     }
 }

@@ -30,6 +30,7 @@ mod simd_portable;
 mod simd_x86;
 mod slim;
 mod source;
+pub(crate) mod tall;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 pub(crate) mod weights;

@@ -1,7 +1,8 @@
 //! Decompositions give back the matrix, and the search for a few leading values is near the best that there is.
 
-use graft_ops::linalg::{Svd, qr, svd, svd_leading, svd_of_product};
+use graft_ops::linalg::{HostMatrix, Search, Svd, qr, svd, svd_leading, svd_of_product};
 use graft_ops::{Array, ffi};
+use mlx_rs::ops::concatenate;
 
 use crate::support::{mlx, random};
 
@@ -78,6 +79,13 @@ fn a_product_is_decomposed_without_being_formed() {
     });
 }
 
+/// The leading part by the search.
+fn search(a: &Array, rank: i32, known: Option<&Array>, seed: u64) -> graft_ops::Result<Svd> {
+    let a = a.contiguous().unwrap();
+    let matrix = HostMatrix { values: ffi::read(&a).unwrap(), columns: a.dim(1) };
+    svd_leading(matrix, Search { rank, total: norm(&a).powi(2), known, seed })
+}
+
 #[test]
 fn the_leading_part_is_as_good_as_the_whole_decomposition_says() {
     mlx(|| {
@@ -86,24 +94,32 @@ fn the_leading_part_is_as_good_as_the_whole_decomposition_says() {
         for (share, limit) in [(0.0f32, 1e-5), (0.05, 1.01), (0.5, 1.02), (3.0, 1.03)] {
             let a = exact.add(noise(&[300, 200], 5).multiply(Array::from_f32(share)).unwrap()).unwrap();
             let a = if share > 2.0 { a.transpose().unwrap().contiguous().unwrap() } else { a };
-            let found = svd_leading(&a, 8, 7).unwrap();
-            check(&found);
-            let error = gap(&whole(&found), &a);
-            // What was found is the projection of A, so its norm says the error.
-            let rest = (norm(&a).powi(2) - norm(&found.s).powi(2)).max(0.0).sqrt() / norm(&a);
-            assert!((error - rest).abs() < 1e-3, "{error} and {rest}");
-            if share == 0.0 {
-                assert!(error < limit, "{error}");
-            } else {
-                let best = gap(&whole(&svd(&a).unwrap().leading(8).unwrap()), &a);
-                assert!(error <= limit * best, "noise {share}: {error}, the best is {best}");
+            // Fewer known vectors than are wanted, more, and wrong ones.
+            let n = a.dim(1);
+            let some = noise(&[8, 200], 2).transpose().unwrap();
+            let more = concatenate(&[&some, &noise(&[200, 12], 9)], 1).unwrap();
+            let few = some.take_axis(Array::from_iter(0..3, &[3]), 1).unwrap();
+            let known = [None, Some(&few), Some(&more), Some(&some)];
+            for known in known.into_iter().filter(|known| known.is_none_or(|known| known.dim(0) == n)) {
+                let found = search(&a, 8, known, 7).unwrap();
+                check(&found);
+                let error = gap(&whole(&found), &a);
+                // What was found is a projection of A, so its norm says the error.
+                let rest = (norm(&a).powi(2) - norm(&found.s).powi(2)).max(0.0).sqrt() / norm(&a);
+                assert!((error - rest).abs() < 1e-3, "{error} and {rest}");
+                if share == 0.0 {
+                    assert!(error < limit, "{error}");
+                } else {
+                    let best = gap(&whole(&svd(&a).unwrap().leading(8).unwrap()), &a);
+                    assert!(error <= limit * best, "noise {share}: {error}, the best is {best}");
+                }
             }
         }
         let a = noise(&[300, 200], 5);
-        let twice = [7, 7].map(|seed| svd_leading(&a, 8, seed).unwrap().s);
+        let twice = [7, 7].map(|seed| search(&a, 8, None, seed).unwrap().s);
         assert_eq!(gap(&twice[0], &twice[1]), 0.0);
         // Nearly all of it is asked for: the whole decomposition is taken.
-        assert!(gap(&whole(&svd_leading(&a, 200, 7).unwrap()), &a) < 1e-5);
+        assert!(gap(&whole(&search(&a, 200, None, 7).unwrap()), &a) < 1e-5);
     });
 }
 
@@ -115,6 +131,9 @@ fn what_is_no_matrix_is_refused() {
         assert!(text(svd(&a.reshape(&[24]).unwrap())).contains("expected a matrix of f32, found [24]"));
         assert!(text(svd(&a.as_dtype(graft_ops::Dtype::Float16).unwrap())).contains("Float16"));
         assert!(text(svd_of_product(&a, &a)).contains("(6, 4) and (6, 4) have no product"));
-        assert!(text(svd_leading(&a, 0, 1)).contains("at least 1, not 0"));
+        assert!(text(search(&a, 0, None, 1)).contains("at least 1, not 0"));
+        let (values, search) = ([0.0; 5], Search { rank: 1, total: 0.0, known: None, seed: 1 });
+        let part = text(svd_leading(HostMatrix { values: &values, columns: 2 }, search));
+        assert!(part.contains("5 values are no matrix of 2 columns"), "{part}");
     });
 }

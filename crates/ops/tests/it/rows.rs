@@ -1,8 +1,8 @@
 //! Norm, gated activation and rotation.
 
 use graft_ops::{
-    AdamStep, Array, RopeTable, Rows, WeightRef, adam, rms_norm, rope, row_factor, row_norms, set_threads,
-    squared_norm, swiglu,
+    AdamStep, Array, RopeTable, Rows, WeightRef, adam, rms_norm, rope, row_factor, row_norms, row_squares,
+    set_threads, squared_norm, swiglu,
 };
 use graft_testkit::{assert_close, tolerance};
 
@@ -159,7 +159,8 @@ fn doras_factor_is_mlxs_and_one_where_there_is_no_row() {
         assert_eq!(values(&row_factor(&random(1, &[3]), &n).unwrap())[1], 1.0);
         for (rank, out) in [(1, 5), (8, 130), (20, 64)] {
             let (a, b, w) = (random(1, &[96, rank]), random(2, &[rank, out]), random(3, &[out, 96]));
-            let n0 = w.square().unwrap().sum_axis(1, false).unwrap();
+            let n0 = mlx_form(|| row_squares(&w).unwrap());
+            every_level(|_| assert_close(&row_squares(&w).unwrap(), &n0, tolerance::F32_DEEP));
             let norms = || row_norms(&a, &b, 0.5, WeightRef::Dense(&w), &n0).unwrap();
             let expected = mlx_form(norms);
             every_level(|_| assert_close(&norms(), &expected, tolerance::F32_DEEP));
