@@ -79,42 +79,51 @@ fn the_layout_keeps_every_weight() {
 #[test]
 fn sixteen_bits_round_the_activations_and_nothing_else() {
     mlx(|| {
-        for (width, group, inputs) in [(4, 32, 320), (8, 32, 96), (3, 64, 256), (4, 128, 1536), (6, 32, 64)] {
-            let Some((w, arranged)) = both(70, inputs, width, group, Dtype::Float16) else { return };
+        for (width, group, inputs, dtype) in [
+            (4, 32, 320, Dtype::Float16),
+            (8, 32, 96, Dtype::Bfloat16),
+            (3, 64, 256, Dtype::Float32),
+            (4, 128, 1536, Dtype::Bfloat16),
+            (6, 32, 64, Dtype::Float32),
+        ] {
+            let Some((w, arranged)) = both(70, inputs, width, group, dtype) else { return };
             let ids = Array::from_iter(0..70, &[70]);
             let dense = values(&rows(&ids, w.view(), Dtype::Float32).unwrap());
-            for m in [1, 2, 9, 33] {
-                // One block of each row is not zero, so that a large block does not hide what happens to a small one;
-                // it has a size of its own and one number that is larger than the others.
-                let mut x = values(&random(m as u64, &[m, inputs]));
-                for (i, row) in x.chunks_mut(inputs as usize).enumerate() {
-                    let (size, kept) = ([1.0, 1e-6, 1e6, 3e-3][i % 4], 5 * i % (inputs as usize / 32));
-                    for (at, block) in row.chunks_mut(32).enumerate() {
-                        let factor = if at == kept { size } else { 0.0 };
-                        block.iter_mut().for_each(|x| *x *= factor);
-                        block[7] *= 20.0;
+            every_level(|level| {
+                for m in [1, 2, 9, 33] {
+                    // One block of each row is not zero, so that a large block does not hide what happens to a small one;
+                    // it has a size of its own and one number that is larger than the others.
+                    let mut x = values(&random(m as u64, &[m, inputs]));
+                    for (i, row) in x.chunks_mut(inputs as usize).enumerate() {
+                        let (size, kept) = ([1.0, 1e-6, 1e6, 3e-3][i % 4], 5 * i % (inputs as usize / 32));
+                        for (at, block) in row.chunks_mut(32).enumerate() {
+                            let factor = if at == kept { size } else { 0.0 };
+                            block.iter_mut().for_each(|x| *x *= factor);
+                            block[7] *= 20.0;
+                        }
+                    }
+                    let array = Array::from_slice(&x, &[m, inputs]);
+                    let y =
+                        with_precision(Precision::Int16, || matmul(&array, WeightRef::Arranged(&arranged)));
+                    let y = values(&y.unwrap());
+                    for (i, row) in x.chunks(inputs as usize).enumerate() {
+                        let step = row.iter().fold(0.0_f32, |most, x| most.max(x.abs())) / (127.0 * 254.0);
+                        for (o, w) in dense.chunks(inputs as usize).enumerate() {
+                            let terms = || row.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w));
+                            // Half a step for each number of the block, then f32's own rounding of some sums.
+                            let touched = row.iter().zip(w).filter(|(x, _)| **x != 0.0);
+                            let rounding = touched.map(|(_, w)| f64::from(step / 2.0 * w.abs())).sum::<f64>();
+                            // A weight is scale * code + bias, two terms that may be much larger than their sum.
+                            let sums = 1e-6 * row.iter().map(|x| f64::from(x.abs())).sum::<f64>();
+                            let gap = (f64::from(y[i * 70 + o]) - terms().sum::<f64>()).abs();
+                            assert!(
+                                gap <= 1.01 * rounding + sums,
+                                "{level:?}, {width} bits, {m} rows, row {i}, output {o}: off by {gap:e}, rounding {rounding:e}"
+                            );
+                        }
                     }
                 }
-                let array = Array::from_slice(&x, &[m, inputs]);
-                let y = with_precision(Precision::Int16, || matmul(&array, WeightRef::Arranged(&arranged)));
-                let y = values(&y.unwrap());
-                for (i, row) in x.chunks(inputs as usize).enumerate() {
-                    let step = row.iter().fold(0.0_f32, |most, x| most.max(x.abs())) / (127.0 * 254.0);
-                    for (o, w) in dense.chunks(inputs as usize).enumerate() {
-                        let terms = || row.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w));
-                        // Half a step for each number of the block, then f32's own rounding of some sums.
-                        let touched = row.iter().zip(w).filter(|(x, _)| **x != 0.0);
-                        let rounding = touched.map(|(_, w)| f64::from(step / 2.0 * w.abs())).sum::<f64>();
-                        // A weight is scale * code + bias, two terms that may be much larger than their sum.
-                        let sums = 1e-6 * row.iter().map(|x| f64::from(x.abs())).sum::<f64>();
-                        let gap = (f64::from(y[i * 70 + o]) - terms().sum::<f64>()).abs();
-                        assert!(
-                            gap <= 1.01 * rounding + sums,
-                            "{width} bits, {m} rows, row {i}, output {o}: off by {gap:e}, rounding {rounding:e}"
-                        );
-                    }
-                }
-            }
+            });
         }
     });
 }
@@ -166,13 +175,15 @@ fn nothing_that_is_not_a_number_gets_lost() {
             let mut x = vec![0.5_f32; 128];
             x[40] = broken;
             let x = Array::from_slice(&x, &[2, 64]);
-            let y = values(
-                &with_precision(Precision::Int16, || matmul(&x, WeightRef::Arranged(&arranged))).unwrap(),
-            );
-            assert!(
-                y[..20].iter().all(|y| !y.is_finite()) && y[20..].iter().all(|y| y.is_finite()),
-                "{broken}"
-            );
+            every_level(|level| {
+                let y = values(
+                    &with_precision(Precision::Int16, || matmul(&x, WeightRef::Arranged(&arranged))).unwrap(),
+                );
+                assert!(
+                    y[..20].iter().all(|y| !y.is_finite()) && y[20..].iter().all(|y| y.is_finite()),
+                    "{level:?}, {broken}"
+                );
+            });
         }
     });
 }

@@ -4,11 +4,11 @@ use graft_ops::{
     Array, Dtype, Input, LinearRef, LowRank, Precision, RowsUpdates, WeightRef, ffi, linears,
     linears_of_rows, matmul, set_threads, with_precision,
 };
-use graft_testkit::{assert_close, tolerance};
+use graft_testkit::{assert_close, close, tolerance};
 
 use crate::arranged::both;
 use crate::packed::{Weights, first};
-use crate::support::{bits, check, check_differences, every_level, mlx, mlx_form, random};
+use crate::support::{bits, check, check_differences, every_level, mlx, mlx_form, random, with_gradients};
 
 /// What the arguments are, in the order of the tests: x, then A, B and perhaps c of each linear.
 struct Case<'a> {
@@ -79,6 +79,31 @@ fn linears_and_their_gradients_are_mlxs() {
             let case = Case { weights, bias, factor, own_input, residual };
             for (rows, rank) in [(1, 1), (5, 8), (50, 3), (35, 16), (20, 130)] {
                 check(tolerance::F32_DEEP, &case.args(rows, rank), |args| case.run(args));
+            }
+        }
+    });
+}
+
+#[test]
+fn products_of_bf16_take_the_factor_along() {
+    mlx(|| {
+        // An odd number of outputs: in the gradient the last of them has no neighbour to share a word with.
+        let (w, dense) = (Weights::new(77, 96, 4, 32, Dtype::Float32), random(9, &[77, 96]));
+        for weight in [w.view(), WeightRef::Dense(&dense)] {
+            let case =
+                Case { weights: vec![weight], bias: None, factor: true, own_input: false, residual: false };
+            for rows in [1, 50] {
+                let args = case.args(rows, 3);
+                let exact = mlx_form(|| with_gradients(&args, |args| case.run(args)));
+                every_level(|level| {
+                    let near =
+                        with_precision(Precision::Bf16, || with_gradients(&args, |args| case.run(args)));
+                    // The value and the gradient by x; the products of the others are f32's.
+                    for (i, (near, exact)) in near.iter().zip(&exact).enumerate().take(2) {
+                        close(near, exact, tolerance::BF16)
+                            .unwrap_or_else(|e| panic!("{level:?}, {rows} rows, result {i}: {e}"));
+                    }
+                });
             }
         }
     });
