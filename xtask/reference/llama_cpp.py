@@ -215,13 +215,15 @@ def check_adapters(a, report, run, fresh):
     settings = work / "lora.json"
     settings.write_text(json.dumps({"lora_parameters": {"rank": 8, "scale": 10.0, "dropout": 0.0}}))
     run(a.graft, "lora", "--model", a.model, "--train", "--data", data, "--num-layers", "-1", "--batch-size", 4, "--iters", 20, "--val-batches", 0,
-        "--learning-rate", "1e-3", "--max-seq-length", 128, "--adapter-path", adapter, "-c", settings)
+        "--learning-rate", "1e-4", "--max-seq-length", 128, "--adapter-path", adapter, "-c", settings)
     lora = work / "lora.gguf"
     print(run(a.graft, "export", "gguf", "--model", a.model, "--adapter-path", adapter, "--out", lora).stdout.strip(), flush=True)
     fused = work / "fused-dense"
     run(a.graft, "fuse", "--model", a.packed, "--adapter-path", adapter, "--save-path", fused, "--dequantize")
     chats = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in ("Turn on the light in the kitchen.", "It is cold.")]
     texts = follow(a, report, "LoRA on the base as f32", EXACT, exact, fused, lora, PROMPTS + chats)
+    # An adapter that came apart says one token for ever, and agrees with anything.
+    report("texts with the LoRA", f"{len(set(texts))} of {len(texts)} are different", "more than half", 2 * len(set(texts)) > len(texts))
     same_texts(a, report, run, "LoRA on the base as f32", texts, "--model", a.model, "--adapter-path", adapter)
     follow(a, report, "LoRA on the packed base", BYTE, auto, fused, lora, PROMPTS + chats)
     whole = work / "fused"
