@@ -4,7 +4,7 @@ which must run what graft exports.
 usage: conformance.py --graft BIN --logits BIN --proxies BIN --tiny BIN --model DIR --work DIR [--llama DIR] [--only NAME ...]
 
 `--graft` is the graft binary, `--logits`, `--proxies` and `--tiny` the examples of those names in crates/model, crates/train and crates/testkit, `--model`
-a packed base (the demo's), `--work` a scratch folder, `--llama` where llama-server is; `gguf` needs it. Needs mlx-lm at the pinned version. Each check prints one line with what was measured and its limit; the exit status is
+a packed base (the demo's), `--work` a scratch folder, `--llama` where llama-server is; what begins with `gguf` needs it, and `gguf` is all of that. Needs mlx-lm at the pinned version. Each check prints one line with what was measured and its limit; the exit status is
 1 when one of them fails. Everything runs on the CPU in float32, where both sides compute the same sums.
 """
 
@@ -306,13 +306,15 @@ def check_proxies(a):
     proxies.check(report, root)
 
 
-def check_gguf(a):
-    """llama.cpp runs every file that graft exports."""
-    llama_cpp.check(a, report, run, fresh)
+def check_gguf(check):
+    """llama.cpp runs the files that graft exports: a part of it."""
+    return lambda a: check(a, report, run, fresh)
 
 
+GGUF = {"gguf-types": llama_cpp.check_types, "gguf-adapters": llama_cpp.check_adapters, "gguf-families": llama_cpp.check_families}
 # The last one switches mx.compile off for good.
-CHECKS = {"flags": check_flags, "convert": check_convert, "logits": check_logits, "modes": check_modes, "training": check_training, "bits": check_bits, "gguf": check_gguf, "proxies": check_proxies}
+CHECKS = {"flags": check_flags, "convert": check_convert, "logits": check_logits, "modes": check_modes, "training": check_training, "bits": check_bits,
+          **{name: check_gguf(check) for name, check in GGUF.items()}, "proxies": check_proxies}
 
 
 def main():
@@ -320,7 +322,7 @@ def main():
     for name in ("graft", "logits", "proxies", "tiny", "model", "work"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--llama", type=Path)
-    parser.add_argument("--only", nargs="*", choices=CHECKS, default=list(CHECKS))
+    parser.add_argument("--only", nargs="*", choices=[*CHECKS, "gguf"], default=list(CHECKS))
     a = parser.parse_args()
     mx.set_default_device(mx.cpu)
     a.work.mkdir(parents=True, exist_ok=True)
@@ -328,7 +330,8 @@ def main():
     run(a.graft, "convert", "--hf-path", a.model, "--mlx-path", a.packed, "--dtype", "float32")
     run(a.graft, "convert", "--hf-path", a.model, "--mlx-path", a.dense, "--dequantize", "--dtype", "float32")
     for name in a.only:
-        CHECKS[name](a)
+        for part in GGUF if name == "gguf" else [name]:
+            CHECKS[part](a)
     print(f"{sum(results)} of {len(results)} hold")
     sys.exit(0 if results and all(results) else 1)
 

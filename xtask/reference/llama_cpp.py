@@ -1,9 +1,9 @@
 """What `graft export gguf` writes, judged by llama.cpp: it loads every file, splits texts into the same tokens, renders the same chat,
 and its greedy continuation is the one of graft's own logits on the very weights of the file.
 
-Imported by conformance.py. llama.cpp runs as its own server on the loopback, with keys and values in f32. Where its matrix products
-round activations (to 16 bits for F16, to 8 bits for Q8_0 and Q4_1), logits differ by more than f32's rounding, and a token whose
-runner-up is nearer than that may differ: such a token is counted, and the distance must be within the limit. With f32 and 16 bits whole
+Imported by conformance.py. llama.cpp runs as its own server on the loopback, with keys and values in f32. Its matrix products round
+activations to the type of the weights (to 8 bits for Q8_0 and Q4_1), so logits differ by more than f32's rounding, and a token whose
+runner-up is nearer than that may differ: such a token is counted, and the distance must be within the limit. With f32 and f16 whole
 texts must be the same.
 """
 
@@ -37,8 +37,14 @@ TEXTS = [
     "a",
 ]
 CHAT = [{"role": "user", "content": "Turn on the light."}, {"role": "assistant", "content": "Done."}, {"role": "user", "content": "Thanks"}]
-# How far log probabilities may differ, on average and at most, by what llama.cpp rounds activations to.
-EXACT, HALF, BYTE = (1e-4, 1e-3), (5e-3, 3e-2), (0.1, 1.0)
+# How far log probabilities may differ, on average and at most. llama.cpp rounds the input of each product to the type of its weights
+# (`vec_dot_type` in ggml-cpu), so the difference is a multiple of that type's unit roundoff, and the multiple is the model's: for the demo's base
+# 4 and 30 in f16 and in bf16 alike, and 4 and 44 where mlx-lm's own pass is made to round so. In f32 sums weigh more than inputs: n terms
+# are off by about the root of n roundings, and the longest row of the demo's base has 1536.
+ROUNDED = (10, 60)
+EXACT, HALF, BRAIN = ([unit * times for times in ROUNDED] for unit in (1536**0.5 * 2**-24, 2**-11, 2**-8))
+# Bytes are rounded by blocks of 32 to 1/254 of the largest value, which the others may be far below.
+BYTE = (0.1, 1.0)
 SPACE = "\u2581"
 
 
@@ -73,7 +79,7 @@ class Server:
     def ask(self, path, body=None):
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{path}", data, {"content-type": "application/json"})
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with urllib.request.urlopen(request, timeout=600) as answer:
             return json.load(answer)
 
     def tokenize(self, text):
@@ -104,6 +110,15 @@ def log_probabilities(a, directory, ids):
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
+def differences(ours, theirs):
+    """Of our log probabilities (V) from llama.cpp's of a few tokens, each among those few: the server adds up the vocabulary term by term
+    in f32, where 49152 small ones lose up to 3e-4 of the sum, and that is no part of the model."""
+    ids = list(theirs)
+    left, right = (p - np.log(np.exp(p).sum()) for p in (ours[ids], np.array([theirs[i] for i in ids]))) if ids else ([], [])
+    # What is rare for both says little.
+    return [abs(x - y) for x, y, i in zip(left, right, ids) if theirs[i] > -10]
+
+
 def follow(a, report, name, limit, file, directory, lora=None, prompts=PROMPTS):
     """llama.cpp's greedy continuation of the file, step by step beside our logits of the directory."""
     equal, total, near, gaps, texts = 0, 0, 0.0, [], []
@@ -116,13 +131,12 @@ def follow(a, report, name, limit, file, directory, lora=None, prompts=PROMPTS):
             for row, token, step in zip(ours, tokens, steps):
                 equal, total = equal + (row.argmax() == token), total + 1
                 near = max(near, row.max() - row[token])
-                # What is rare for both says little.
-                gaps += [abs(row[i] - p) for i, p in step.items() if p > -10]
+                gaps += differences(row, step)
     distance = f", the others nearer than {near:.1e}" if equal < total else ""
     mean, worst = float(np.mean(gaps or [np.inf])), max(gaps, default=np.inf)
     measured = f"{equal}/{total} greedy tokens equal{distance}; log probabilities differ by {mean:.1e} on average, {worst:.1e} at most"
     fine = mean <= limit[0] and worst <= limit[1] and near <= limit[1]
-    report(f"llama.cpp, {name}", measured, f"{limit[0]:g}, {limit[1]:g}", total > 0 and fine)
+    report(f"llama.cpp, {name}", measured, f"{limit[0]:.1e}, {limit[1]:.1e}", total > 0 and fine)
     return texts
 
 
@@ -151,55 +165,65 @@ def tensors(directory):
     return {k: v for file in sorted(directory.glob("model*.safetensors")) for k, v in mx.load(str(file)).items()}
 
 
-def check(a, report, run, fresh):
-    """All of it: the demo's base, fused models and adapters, and a tiny model of every family."""
-    work = fresh(a.work / "gguf")
-    work.mkdir()
-    demo(a, report, run, work)
-    tiny(a, report, run, work)
+class Files:
+    """What graft exports, and imports again, in a folder of its own."""
 
+    def __init__(self, a, run, work):
+        self.a, self.run, self.work = a, run, work
+        work.mkdir()
 
-def demo(a, report, run, work):
-    def export(name, model, *flags):
-        file = work / f"{name}.gguf"
-        said = run(a.graft, "export", "gguf", "--model", model, "--out", file, *flags).stdout
+    def export(self, name, model, *flags):
+        file = self.work / f"{name}.gguf"
+        said = self.run(self.a.graft, "export", "gguf", "--model", model, "--out", file, *flags).stdout
         print(said.strip(), flush=True)
         return file
 
-    def imported(file, *flags):
-        directory = work / f"back-{file.stem}"
-        run(a.graft, "convert", "--hf-path", file, "--mlx-path", directory, *flags)
+    def imported(self, file, *flags):
+        directory = self.work / f"back-{file.stem}"
+        self.run(self.a.graft, "convert", "--hf-path", file, "--mlx-path", directory, *flags)
         return directory
 
-    auto = export("auto", a.model)
-    back = imported(auto)
+
+def check_types(a, report, run, fresh):
+    """The demo's base in every type."""
+    files = Files(a, run, fresh(a.work / "gguf"))
+    auto = files.export("auto", a.model)
+    back = files.imported(auto)
     left, right = tensors(a.model), tensors(back)
     packed = [k for k in left if k.endswith((".scales", ".biases")) or left[k].dtype == mx.uint32]
     same = sorted(left) == sorted(right) and all(left[k].dtype == right[k].dtype and mx.array_equal(left[k], right[k]).item() for k in left)
     report("export and import of the base", f"{len(left)} tensors, {len(packed)} of packed weights, equal: {same}", "all", same)
     same_tokens(a, report, "the base", auto, a.model, chat=True)
     follow(a, report, "the base as it is packed", BYTE, auto, a.model)
-    for kind, limit in (("f32", EXACT), ("f16", HALF), ("bf16", HALF), ("q8_0", BYTE)):
-        file = export(kind, a.model, "--type", kind)
+    for kind, limit in (("f32", EXACT), ("f16", HALF), ("bf16", BRAIN), ("q8_0", BYTE)):
+        file = files.export(kind, a.model, "--type", kind)
         dtype = {"f32": "float32", "bf16": "bfloat16"}.get(kind, "float16")
-        directory = imported(file, "--dtype", dtype)
+        directory = files.imported(file, "--dtype", dtype)
         texts = follow(a, report, f"the base as {kind}", limit, file, directory)
         if kind in ("f32", "f16"):
             same_texts(a, report, run, f"the base as {kind}", texts, "--model", directory)
         shutil.rmtree(directory)
+        file.unlink()
 
+
+def check_adapters(a, report, run, fresh):
+    """A LoRA beside the demo's base, and fused into it."""
+    files = Files(a, run, fresh(a.work / "gguf-adapters"))
+    work, auto, exact = files.work, files.export("auto", a.model), files.export("f32", a.model, "--type", "f32")
     adapter = work / "adapter"
     data = Path(__file__).parents[2] / "data" / "smart-home"
     settings = work / "lora.json"
     settings.write_text(json.dumps({"lora_parameters": {"rank": 8, "scale": 10.0, "dropout": 0.0}}))
     run(a.graft, "lora", "--model", a.model, "--train", "--data", data, "--num-layers", "-1", "--batch-size", 4, "--iters", 20, "--val-batches", 0,
-        "--learning-rate", "1e-3", "--max-seq-length", 128, "--adapter-path", adapter, "-c", settings)
+        "--learning-rate", "1e-4", "--max-seq-length", 128, "--adapter-path", adapter, "-c", settings)
     lora = work / "lora.gguf"
     print(run(a.graft, "export", "gguf", "--model", a.model, "--adapter-path", adapter, "--out", lora).stdout.strip(), flush=True)
     fused = work / "fused-dense"
     run(a.graft, "fuse", "--model", a.packed, "--adapter-path", adapter, "--save-path", fused, "--dequantize")
     chats = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in ("Turn on the light in the kitchen.", "It is cold.")]
-    texts = follow(a, report, "LoRA on the base as f32", EXACT, work / "f32.gguf", fused, lora, PROMPTS + chats)
+    texts = follow(a, report, "LoRA on the base as f32", EXACT, exact, fused, lora, PROMPTS + chats)
+    # An adapter that came apart says one token for ever, and agrees with anything.
+    report("texts with the LoRA", f"{len(set(texts))} of {len(texts)} are different", "more than half", 2 * len(set(texts)) > len(texts))
     same_texts(a, report, run, "LoRA on the base as f32", texts, "--model", a.model, "--adapter-path", adapter)
     follow(a, report, "LoRA on the packed base", BYTE, auto, fused, lora, PROMPTS + chats)
     whole = work / "fused"
@@ -207,13 +231,15 @@ def demo(a, report, run, work):
     half = whole / "ggml-model-f16.gguf"
     shutil.move(half, work / "fused-f16.gguf")
     half = work / "fused-f16.gguf"
-    follow(a, report, "the fused model as f16", HALF, half, imported(half), prompts=PROMPTS + chats)
-    file = export("fused-auto", whole)
-    follow(a, report, "the fused model as it is packed", BYTE, file, imported(file), prompts=PROMPTS + chats)
+    follow(a, report, "the fused model as f16", HALF, half, files.imported(half), prompts=PROMPTS + chats)
+    file = files.export("fused-auto", whole)
+    follow(a, report, "the fused model as it is packed", BYTE, file, files.imported(file), prompts=PROMPTS + chats)
 
 
-def tiny(a, report, run, work):
-    """Random models of a few hundred kilobytes: every family, tied or not, packed or not, with LoRA, and DoRA fused."""
+def check_families(a, report, run, fresh):
+    """Random models of a few hundred kilobytes: every family, tied or not, packed or not, with LoRA, and DoRA fused; tokenizers of every kind."""
+    work = fresh(a.work / "gguf-families")
+    work.mkdir()
     cases = work / "tiny"
     run(a.tiny, cases)
     for case in sorted(cases.iterdir()):

@@ -50,7 +50,7 @@ pub(crate) fn conformance(args: &[String]) -> Result<()> {
     script.arg(sh::root().join("xtask/reference/conformance.py"));
     script.arg("--graft").arg(&graft).arg("--logits").arg(examples.join("logits"));
     script.arg("--proxies").arg(examples.join("proxies")).arg("--tiny").arg(examples.join("tiny"));
-    if args.is_empty() || args.iter().any(|arg| arg == "gguf") {
+    if args.is_empty() || args.iter().any(|arg| arg.starts_with("gguf")) {
         script.arg("--llama").arg(peers::llama()?);
     }
     script.arg("--model").arg(model::dir(&graft)?).arg("--work").arg(sh::target()?.join("conformance"));
