@@ -5,7 +5,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use graft_adapters::{AdapterSet, AdapterWriter, FineTuneType, Fingerprint, Kind, Origin, Provenance};
-use graft_quant::Checkpoint;
+use graft_ops::Dtype;
+use graft_quant::{Checkpoint, Weight};
 use rayon::prelude::*;
 use serde_json::json;
 
@@ -288,7 +289,11 @@ impl<'a> Job<'a> {
         });
         let base = match self.base.filter(|_| self.dora) {
             Some(base) => {
-                let weight = base.checkpoint.weight(path)?;
+                // Floats of 16 bits would be widened for each product anew.
+                let weight = match base.checkpoint.weight(path)? {
+                    Weight::Dense(w) => Weight::Dense(w.as_dtype(Dtype::Float32)?),
+                    packed => packed,
+                };
                 let norms = weight.row_norms_squared()?;
                 Some((weight, norms))
             }
