@@ -279,8 +279,9 @@ impl Graft {
     /// Where figures were measured.
     fn machine(&self) -> Result<String> {
         let facts = self.json(&["doctor", "--json"])?;
-        let features = facts["cpu_features"].as_array();
-        let widest = features.and_then(|all| all.last()?.as_str()).unwrap_or(std::env::consts::ARCH);
+        let mut features = facts["cpu_features"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        // f16c and the like come after the vectors that they belong to.
+        let widest = features.rfind(|name| name.starts_with("avx")).unwrap_or(std::env::consts::ARCH);
         Ok(format!("{} cores with {widest}", facts["cores"]))
     }
 }
