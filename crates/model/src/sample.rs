@@ -143,7 +143,7 @@ pub struct Sampler {
     sampling: Sampling,
     random: Random,
     logits: Vec<f32>,
-    /// Of the logits, or of those that stay.
+    /// Proportional to the probabilities: of all tokens by step 5, then of those that stay at the temperature.
     weights: Vec<f32>,
     alternatives: Vec<(u32, f32)>,
 }
@@ -295,9 +295,9 @@ impl Sampler {
             ids.retain(|id| at(id) >= threshold || kept.contains(id));
         }
         if s.xtc_probability > 0.0 && self.random.uniform() <= f64::from(s.xtc_probability) {
-            let total: f64 = ids.iter().map(|id| f64::from(at(id)).exp()).sum();
-            let p = |id: &u32| f64::from(at(id)).exp() / total;
-            let tops = ids.iter().filter(|id| p(id) > f64::from(s.xtc_threshold));
+            let weight = |id: &u32| f64::from(self.weights[*id as usize]);
+            let total: f64 = ids.iter().map(weight).sum();
+            let tops = ids.iter().filter(|id| weight(id) > f64::from(s.xtc_threshold) * total);
             if let Some(least) = tops.map(at).reduce(f32::min) {
                 ids.retain(|id| at(id) <= least || s.xtc_special_tokens.contains(id));
             }

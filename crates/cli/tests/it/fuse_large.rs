@@ -187,7 +187,7 @@ fn memory_is_that_of_the_largest_tensor() {
 }
 
 #[test]
-#[ignore = "5 GB of disk and half a minute: cargo test -p graft-cli --test it fuse_large -- --ignored"]
+#[ignore = "8 GB of disk and a minute: cargo test -p graft-cli --test it fuse_large -- --ignored"]
 fn a_whole_3b_model_takes_less_than_a_minute() {
     let report = fuse(28);
     let seconds = report["seconds"].as_f64().unwrap();

@@ -255,10 +255,11 @@ impl<const BF16: bool> Kernel for Left<'_, BF16> {
             if a.column == 1 {
                 // SAFETY: as above.
                 to[..depth].copy_from_slice(unsafe { std::slice::from_raw_parts(from, depth) });
-            }
-            for (at, to) in to.iter_mut().enumerate().take(if a.column == 1 { 0 } else { depth }) {
-                // SAFETY: as above.
-                *to = unsafe { *from.add(at * a.column) };
+            } else {
+                for (at, to) in to.iter_mut().enumerate().take(depth) {
+                    // SAFETY: as above.
+                    *to = unsafe { *from.add(at * a.column) };
+                }
             }
             for (to, factor) in to.iter_mut().zip(factor.unwrap_or_default()) {
                 *to *= factor;
