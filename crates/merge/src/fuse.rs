@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
 
 use graft_adapters::{
     ADAPTER_FILE, Adapter, AdapterSet, CONFIG_FILE, FineTuneType, Fingerprint, Kind, Origin, Provenance,
@@ -103,10 +104,10 @@ pub fn fuse(
     let allowed = Allowed { other_model: options.force, other_precision: options.other_precision };
     check(&checkpoint, adapter, allowed, watch.on_event)?;
     let plan = Plan::of_fused(&checkpoint, adapter, policy, options.dequantize)?;
+    let mut writer = DirWriter::create(out, options.overwrite)?.room(header_room(&checkpoint));
     let mut job = Job {
         checkpoint: &checkpoint,
         adapter,
-        writer: DirWriter::create(out, options.overwrite)?.room(header_room(&checkpoint)),
         quantization: checkpoint.quantization().clone(),
         policy,
         floats: checkpoint.float_dtype(),
@@ -117,16 +118,30 @@ pub fn fuse(
         done: BTreeSet::new(),
         watch,
     };
-    // The hashes take a core for as long as the disk gives; the sums take the others.
-    let (ran, base) = std::thread::scope(|scope| {
+    // Writing waits for the kernel and the hashes take a core for as long as the disk gives; the sums take what is left. A
+    // tensor is handed over when the one before it is written, so that two are in memory.
+    let (tensors, finished) = sync_channel::<(String, Tensor)>(0);
+    let (ran, written, base) = std::thread::scope(|scope| {
+        let written = scope.spawn(move || -> Result<DirWriter> {
+            for (name, tensor) in finished {
+                writer.add(&name, &tensor)?;
+            }
+            Ok(writer)
+        });
         let base = scope.spawn(|| Origin::of_model(&checkpoint, &options.base_name));
-        (job.run(), base.join())
+        (job.run(tensors), written.join(), base.join())
     });
-    ran.map_err(|error| error.with_size(plan.bytes))?;
+    // Where writing ended early, that is why the sums did.
+    let writer = written.map_err(|_| Error::Stopped)?.map_err(|error| error.with_size(plan.bytes))?;
+    ran?;
     let base = base.map_err(|_| Error::Stopped)??;
     let sources = (base, Origin::of_adapter(&options.adapter_dir, &options.adapter_name)?);
-    job.complete(out, options, plan, sources).map_err(|error| error.with_size(plan.bytes))
+    let bytes = plan.bytes;
+    job.complete(writer, (out, options), plan, sources).map_err(|error| error.with_size(bytes))
 }
+
+/// Where tensors go that are ready to be written.
+type Ready = SyncSender<(String, Tensor)>;
 
 /// Bytes that will do for the header of a file with all tensors of a checkpoint, and for what is said of their making.
 fn header_room(checkpoint: &Checkpoint) -> usize {
@@ -215,7 +230,6 @@ pub(crate) fn kind_of(path: &str) -> Kind {
 struct Job<'a, 'w> {
     checkpoint: &'a Checkpoint,
     adapter: &'a AdapterSet,
-    writer: DirWriter,
     quantization: Quantization,
     policy: Policy,
     /// The type of floats that are not packed.
@@ -231,7 +245,7 @@ struct Job<'a, 'w> {
 }
 
 impl<'a> Job<'a, '_> {
-    fn run(&mut self) -> Result<()> {
+    fn run(&mut self, ready: Ready) -> Result<()> {
         let checkpoint = self.checkpoint;
         // Weights first: whatever comes with one is then known to be dealt with. Block by block, as inputs are observed; the
         // head, which has no number, last.
@@ -248,7 +262,7 @@ impl<'a> Job<'a, '_> {
             self.totals.base_bytes +=
                 checkpoint.info(name).map_or(0, |info| info.range.end - info.range.start);
             if !self.done.remove(name) {
-                self.tensor(name)?;
+                self.tensor(name, &ready)?;
                 // Buffers of the sizes just used are of no use to the next tensor.
                 mlx_rs::memory::clear_cache()?;
             }
@@ -258,15 +272,15 @@ impl<'a> Job<'a, '_> {
     }
 
     /// One tensor of the base, with its scales and biases if it is a weight that changes.
-    fn tensor(&mut self, name: &str) -> Result<()> {
+    fn tensor(&mut self, name: &str, ready: &Ready) -> Result<()> {
         let path = name.strip_suffix(".weight").unwrap_or(name);
         let update = self.update(name, path)?;
         if update.is_none() && !self.dequantize {
-            return self.copy(name);
+            return self.copy(name, ready);
         }
         let grid = self.checkpoint.grid(path)?;
         let weight = match grid {
-            None if update.is_none() => return self.copy(name),
+            None if update.is_none() => return self.copy(name, ready),
             None => Weight::Dense(matrix(&self.checkpoint.array(name)?)?),
             Some(_) => self.checkpoint.weight(path)?,
         };
@@ -280,12 +294,12 @@ impl<'a> Job<'a, '_> {
             stored = fused.stored;
         }
         match (stored, weight) {
-            (Some(stored), _) => self.write(name, path, stored),
+            (Some(stored), _) => self.write((name, path), stored, ready),
             (None, Weight::Packed(packed)) if self.dequantize => {
-                self.write(name, path, dense(&packed, self.floats)?)
+                self.write((name, path), dense(&packed, self.floats)?, ready)
             }
             // Its scales and biases, if it has any, are copied when their turn comes.
-            (None, _) => self.copy(name),
+            (None, _) => self.copy(name, ready),
         }
     }
 
@@ -309,14 +323,14 @@ impl<'a> Job<'a, '_> {
         }
     }
 
-    fn copy(&mut self, name: &str) -> Result<()> {
+    fn copy(&mut self, name: &str, ready: &Ready) -> Result<()> {
         self.totals.copied_tensors += 1;
         let tensor = self.checkpoint.read(name)?;
-        self.add(name, &tensor)
+        self.add(name, tensor, ready)
     }
 
     /// A weight in its new form, and the form's entry in the config.
-    fn write(&mut self, name: &str, path: &str, mut stored: Stored) -> Result<()> {
+    fn write(&mut self, (name, path): (&str, &str), mut stored: Stored, ready: &Ready) -> Result<()> {
         let parts = [name.to_owned(), format!("{path}.scales"), format!("{path}.biases")];
         if self.checkpoint.grid(path)?.is_none() {
             if let (Some(tensor), Some(info)) = (stored.tensors.first_mut(), self.checkpoint.info(name)) {
@@ -328,20 +342,21 @@ impl<'a> Job<'a, '_> {
                 self.quantization.paths.insert(path.to_owned(), stored.grid);
             }
         }
-        parts.iter().zip(&stored.tensors).try_for_each(|(name, tensor)| self.add(name, tensor))
+        parts.iter().zip(stored.tensors).try_for_each(|(name, tensor)| self.add(name, tensor, ready))
     }
 
-    fn add(&mut self, name: &str, tensor: &Tensor) -> Result<()> {
+    fn add(&mut self, name: &str, tensor: Tensor, ready: &Ready) -> Result<()> {
         self.totals.tensors += 1;
         self.totals.bytes += tensor.data.len() as u64;
-        Ok(self.writer.add(name, tensor)?)
+        // The writer went because of an error of its own, which comes first.
+        ready.send((name.to_owned(), tensor)).map_err(|_| Error::Stopped)
     }
 
     /// Config and other files; then the directory is complete but for its report.
     fn complete(
         mut self,
-        out: &Path,
-        options: &FuseOptions,
+        mut writer: DirWriter,
+        (out, options): (&Path, &FuseOptions),
         plan: Plan,
         sources: (Origin, Origin),
     ) -> Result<Sibling> {
@@ -357,7 +372,7 @@ impl<'a> Job<'a, '_> {
         }
         for file in companion_files(model)? {
             let name = file.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            self.writer.copy_file(&file, name)?;
+            writer.copy_file(&file, name)?;
         }
         let (base, adapter) = sources;
         let provenance = Provenance {
@@ -390,9 +405,9 @@ impl<'a> Job<'a, '_> {
         };
         let made_of = Provenance { summary: report.summary(), ..report.provenance.clone() };
         let left = (std::mem::take(&mut self.rest), made_of.clone());
-        self.writer.describe(Provenance::METADATA, serde_json::to_string(&made_of).map_err(Error::Report)?);
-        self.writer.write_config(&config)?;
-        let mut sibling = Sibling { made: self.writer.complete()?, report, config };
+        writer.describe(Provenance::METADATA, serde_json::to_string(&made_of).map_err(Error::Report)?);
+        writer.write_config(&config)?;
+        let mut sibling = Sibling { made: writer.complete()?, report, config };
         sibling.write_rest(self.adapter, left, out)?;
         Ok(sibling)
     }

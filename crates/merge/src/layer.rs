@@ -5,6 +5,7 @@ use graft_ops::ffi::read;
 use graft_ops::{Array, Dtype};
 use graft_quant::{Grid, Hessian, Levels, Packed, Tensor, Weight, round_compensated, round_nearest};
 
+use crate::module::norm_of_product;
 use crate::sums::Sums;
 use crate::{ENOUGH, Error, LayerReport, Result};
 
@@ -48,6 +49,8 @@ impl Policy {
 pub(crate) const RAISED: i32 = 8;
 /// Below this share of ||W|| an update is the rounding of f32: a DoRA adapter at its start has m = n up to that.
 const NOTHING: f64 = 1.1e-6;
+/// How far beyond the error that a form may have one is for certain: sums of squares are of f32.
+const SURE: f64 = 1.01;
 /// What a row factor in 16-bit scales must keep of the update.
 const FOLDED: f64 = 0.99;
 
@@ -65,6 +68,17 @@ impl Update<'_> {
         Ok(match self {
             Self::LowRank(adapter, kind) => adapter.rows(*kind, ids)?.fused_by(rows, *kind)?,
             Self::Whole(whole) => (whole.take_axis(ids, 0)?.as_dtype(Dtype::Float32)?, None),
+        })
+    }
+
+    /// `||W' - W||^2` where it is known beforehand: of a low-rank sum without DoRA's factor.
+    fn squares(&self) -> Result<Option<f64>> {
+        Ok(match self {
+            Self::LowRank(adapter, _) if adapter.magnitude.is_none() => {
+                let norm = f64::from(adapter.scale) * norm_of_product(&adapter.a, &adapter.b)?;
+                Some(norm * norm)
+            }
+            _ => None,
         })
     }
 
@@ -180,6 +194,8 @@ struct Attempt {
     to: String,
     stored: Stored,
     sums: Sums,
+    /// Rows that were done before it was certain that it keeps too little.
+    left_after: Option<i32>,
     /// Rows whose errors were made good by later columns, where that was tried.
     compensated: Option<usize>,
     /// DoRA's factor of all rows, where it went into the scales.
@@ -199,15 +215,25 @@ pub(crate) fn fuse_weight(
         Update::LowRank(a, _) => ("lora", Some(a.rank()), Some(a.scale)),
         Update::Whole(_) => ("full", None, None),
     };
-    let mut best: Option<Attempt> = None;
-    let mut reasons = Vec::new();
-    for form in Form::of(policy, weight, update.folds(), floats)? {
-        let found = attempt(weight, update, (form, floats), hessian)?;
+    let forms = Form::of(policy, weight, update.folds(), floats)?;
+    let total = if forms.len() > 1 { update.squares()? } else { None };
+    let (mut best, mut done): (Option<Attempt>, bool) = (None, false);
+    let (mut reasons, mut left) = (Vec::new(), Vec::new());
+    for (index, form) in forms.iter().enumerate() {
+        // There is another form to go on with.
+        let bound =
+            total.filter(|_| index + 1 < forms.len()).map(|total| SURE * (1.0 - form.enough()) * total);
+        let found = attempt(weight, update, (*form, floats), (hessian, bound))?;
         if !found.sums.is_finite() {
             return Err(Error::NotFinite { path: path.to_owned(), scale: scale.unwrap_or(1.0) });
         }
-        let done = found.sums.is_nothing(NOTHING) || found.sums.kept() >= form.enough();
-        let kept = 100.0 * found.sums.kept();
+        let kept = format!("{} kept {:.1} % of the update", form.name(), 100.0 * found.sums.kept());
+        if let Some(rows) = found.left_after {
+            left.push(*form);
+            reasons.push(format!("{kept} in the first {rows} of {} rows", weight.out_features()));
+            continue;
+        }
+        done = found.sums.is_nothing(NOTHING) || found.sums.kept() >= form.enough();
         // Of forms that all keep too little, the one that keeps most.
         if done || best.as_ref().is_none_or(|best| found.sums.error < best.sums.error) {
             best = Some(found);
@@ -215,9 +241,15 @@ pub(crate) fn fuse_weight(
         if done {
             break;
         }
-        reasons.push(format!("{} kept {kept:.1} % of the update", form.name()));
+        reasons.push(kept);
     }
-    let Some(Attempt { form: chosen, to, stored, sums, compensated, factor }) = best else {
+    for form in left.into_iter().filter(|_| !done) {
+        let found = attempt(weight, update, (form, floats), (hessian, None))?;
+        if best.as_ref().is_none_or(|best| found.sums.error <= best.sums.error) {
+            best = Some(found);
+        }
+    }
+    let Some(Attempt { form: chosen, to, stored, sums, compensated, factor, .. }) = best else {
         return Err(not_stored());
     };
     let changed = !sums.is_nothing(NOTHING);
@@ -269,14 +301,15 @@ impl Block {
     }
 }
 
-/// Stores a weight in one form and adds up what that costs.
+/// Stores a weight in one form and adds up what that costs; it is left where the squared error exceeds `bound`.
 fn attempt(
     weight: &Weight,
     update: &Update,
     (form, floats): (Form, Dtype),
-    hessian: Option<&Hessian>,
+    (hessian, bound): (Option<&Hessian>, Option<f64>),
 ) -> Result<Attempt> {
     let (mut stored, mut sums) = (Stored::default(), Sums::default());
+    let (mut rows_done, mut left_after) = (0, None);
     let (mut to, mut compensated, mut factors) = (self::form(weight), None, Vec::new());
     let mut blocks = weight.row_blocks().map(|ids| Block::begin(weight, update, &ids));
     let mut next = blocks.next();
@@ -315,9 +348,14 @@ fn attempt(
         }
         stored.push(&new)?;
         to = self::form(&new);
+        rows_done += new.out_features();
+        if next.is_some() && bound.is_some_and(|bound| sums.error > bound) {
+            left_after = Some(rows_done);
+            break;
+        }
     }
     let factor = if factors.is_empty() { None } else { Some(mlx_rs::ops::concatenate(&factors, 0)?) };
-    Ok(Attempt { form, to, stored, sums, compensated, factor })
+    Ok(Attempt { form, to, stored, sums, left_after, compensated, factor })
 }
 
 /// Rows of the exact weight in a grid, with affine scales of `dtype`, and in how many of them errors were made good by later
@@ -380,4 +418,59 @@ pub(crate) fn dense(weight: &Packed, floats: Dtype) -> Result<Stored> {
         stored.push(&Weight::Dense(weight.slice(&ids)?.dequantize(dtype)?))?;
     }
     Ok(stored)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a panic is a test's report")]
+mod tests {
+    use graft_quant::round;
+
+    use super::*;
+
+    /// A weight of two blocks of rows and an update of about so much, on floats of f16.
+    fn fused(size: f32) -> (Weight, Adapter, Fused) {
+        let wave = |rows: i32, columns: i32, by: f32, size: f32| {
+            Array::from_iter((0..rows * columns).map(|i| size * (by * i as f32).sin()), &[rows, columns])
+        };
+        let grid = Grid::affine(4, 64);
+        let w = wave(2100, 512, 0.37, 0.5).as_dtype(Dtype::Float16).unwrap();
+        let weight = Weight::Packed(round(&w, grid, None).unwrap());
+        let (a, b) = (wave(512, 2, 0.71, 1.0), wave(2, 2100, 0.53, size));
+        let adapter = Adapter { a, b, scale: 1.5, magnitude: None };
+        let update = Update::LowRank(&adapter, Kind::Linear);
+        let fused = fuse_weight("layer", &weight, &update, (Policy::Raise, Dtype::Float16), None).unwrap();
+        (weight, adapter, fused)
+    }
+
+    #[test]
+    fn a_form_that_is_too_coarse_is_left_as_soon_as_that_is_certain() {
+        let (weight, _, fused) = fused(1e-3);
+        let reason = fused.report.reason.as_deref().unwrap();
+        assert!(
+            reason.starts_with("8 bits kept ") && reason.ends_with(" in the first 2048 of 2100 rows"),
+            "{reason}"
+        );
+        assert_eq!((fused.report.to.as_str(), weight.out_features()), ("float16", 2100));
+        assert!(fused.report.kept > 0.9, "{:?}", fused.report);
+        assert_eq!(fused.stored.unwrap().tensors[0].shape, [2100, 512]);
+    }
+
+    #[test]
+    fn where_no_form_keeps_enough_one_that_was_left_may_still_be_the_best() {
+        let (weight, adapter, fused) = fused(1e-5);
+        let update = Update::LowRank(&adapter, Kind::Linear);
+        let Weight::Packed(packed) = &weight else { unreachable!() };
+        let how = |form| attempt(&weight, &update, (form, Dtype::Float16), (None, None)).unwrap();
+        let (raised, dense) =
+            (how(Form::Packed(packed.grid.raised(RAISED))), how(Form::Dense(Dtype::Float16)));
+        assert!(raised.sums.kept() < 0.9 && dense.sums.kept() < 0.9 && raised.sums.error < dense.sums.error);
+        assert!(
+            fused.report.reason.as_deref().unwrap().contains("in the first 2048 of 2100 rows; float16 kept ")
+        );
+        assert_eq!(fused.report.to, raised.to);
+        let tensors = fused.stored.unwrap().tensors;
+        assert!(
+            tensors.len() == 3 && tensors.iter().zip(&raised.stored.tensors).all(|(a, b)| a.data == b.data)
+        );
+    }
 }

@@ -243,12 +243,7 @@ pub(crate) struct Cut {
 /// A B in the rank that is asked for; as it is where that loses nothing.
 pub(crate) fn cut(a: &Array, b: &Array, size: Size) -> Result<Cut> {
     if size == Size::Full || matches!(size, Size::Rank(rank) if rank >= a.dim(1)) {
-        // ||A B||^2 = sum of (A^T A) * (B B^T), element by element.
-        let gram = a.transpose()?.matmul(a)?.multiply(b.matmul(b.transpose()?)?)?;
-        let norm = gram.sum_axis(0, false)?;
-        let norm = ffi::read::<f32>(&norm)?.iter().map(|x| f64::from(*x)).sum::<f64>();
-        // Below zero it is rounding; `max` would also make 0 of what is no number.
-        let norm = if norm < 0.0 { 0.0 } else { norm.sqrt() };
+        let norm = norm_of_product(a, b)?;
         return Ok(Cut { a: a.clone(), b: b.clone(), norm, error: 0.0 });
     }
     let svd = svd_of_product(a, b)?;
@@ -258,6 +253,15 @@ pub(crate) fn cut(a: &Array, b: &Array, size: Size) -> Result<Cut> {
     let error = if total > 0.0 { (squared(&s[rank as usize..]) / total).sqrt() } else { 0.0 };
     let (a, b) = svd.leading(rank)?.factors()?;
     Ok(Cut { a, b, norm: total.sqrt(), error })
+}
+
+/// `||A B|| = sqrt(sum of (A^T A) * (B B^T), element by element)`, without the product.
+pub(crate) fn norm_of_product(a: &Array, b: &Array) -> Result<f64> {
+    let gram = a.transpose()?.matmul(a)?.multiply(b.matmul(b.transpose()?)?)?;
+    let squares = gram.sum_axis(0, false)?;
+    let squares = ffi::read::<f32>(&squares)?.iter().map(|x| f64::from(*x)).sum::<f64>();
+    // Below zero it is rounding; `max` would also make 0 of what is no number.
+    Ok(if squares < 0.0 { 0.0 } else { squares.sqrt() })
 }
 
 /// The sum of squares, in f64.

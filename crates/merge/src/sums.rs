@@ -129,21 +129,32 @@ impl Sums {
 /// another number than W's.
 fn squares(before: &[f32], exact: &[f32], after: &[f32]) -> [f32; 5] {
     const LANES: usize = 8;
-    let mut lanes = [[0f32; LANES]; 5];
+    let ((wholes, rest), (exact, exact_rest), (after, after_rest)) =
+        (before.as_chunks::<LANES>(), exact.as_chunks::<LANES>(), after.as_chunks::<LANES>());
+    let mut most = [0f32; LANES];
+    for whole in wholes {
+        for (most, w) in most.iter_mut().zip(whole) {
+            *most = if w.abs() > *most { w.abs() } else { *most };
+        }
+    }
     // The same number may come out of f32 some units off in the last place of its scale and bias, not its own.
-    let same = 1e-6 * before.iter().fold(0f32, |most, w| most.max(w.abs()));
+    let same = 1e-6 * most.iter().chain(rest).fold(0f32, |most, w| most.max(w.abs()));
+    let mut lanes = [[0f32; LANES]; 5];
     let mut add = |lane: usize, w: f32, new: f32, stored: f32| {
         let (delta, error) = (new - w, stored - new);
         lanes[0][lane] += w * w;
         lanes[1][lane] += delta * delta;
         lanes[2][lane] += error * error;
         lanes[3][lane] += delta * error;
-        lanes[4][lane] += if (stored - w).abs() > same { 1.0 } else { 0.0 };
+        lanes[4][lane] += f32::from(u8::from((stored - w).abs() > same));
     };
-    for ((before, exact), after) in before.chunks(LANES).zip(exact.chunks(LANES)).zip(after.chunks(LANES)) {
-        for (lane, ((w, new), stored)) in before.iter().zip(exact).zip(after).enumerate() {
-            add(lane, *w, *new, *stored);
+    for ((whole, exact), after) in wholes.iter().zip(exact).zip(after) {
+        for lane in 0..LANES {
+            add(lane, whole[lane], exact[lane], after[lane]);
         }
+    }
+    for (lane, ((w, new), stored)) in rest.iter().zip(exact_rest).zip(after_rest).enumerate() {
+        add(lane, *w, *new, *stored);
     }
     lanes.map(|lanes| lanes.iter().sum())
 }
