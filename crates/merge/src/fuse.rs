@@ -120,8 +120,8 @@ pub fn fuse(
     };
     // Writing waits for the kernel and the hashes take a core for as long as the disk gives; the sums take what is left. A
     // tensor is handed over when the one before it is written, so that two are in memory.
-    let (tensors, finished) = sync_channel::<(String, Tensor)>(0);
     let (ran, written, base) = std::thread::scope(|scope| {
+        let (ready, finished) = sync_channel::<(String, Tensor)>(0);
         let written = scope.spawn(move || -> Result<DirWriter> {
             for (name, tensor) in finished {
                 writer.add(&name, &tensor)?;
@@ -129,7 +129,9 @@ pub fn fuse(
             Ok(writer)
         });
         let base = scope.spawn(|| Origin::of_model(&checkpoint, &options.base_name));
-        (job.run(tensors), written.join(), base.join())
+        let ran = job.run(&ready);
+        drop(ready);
+        (ran, written.join(), base.join())
     });
     // Where writing ended early, that is why the sums did.
     let writer = written.map_err(|_| Error::Stopped)?.map_err(|error| error.with_size(plan.bytes))?;
@@ -245,7 +247,7 @@ struct Job<'a, 'w> {
 }
 
 impl<'a> Job<'a, '_> {
-    fn run(&mut self, ready: Ready) -> Result<()> {
+    fn run(&mut self, ready: &Ready) -> Result<()> {
         let checkpoint = self.checkpoint;
         // Weights first: whatever comes with one is then known to be dealt with. Block by block, as inputs are observed; the
         // head, which has no number, last.
@@ -262,7 +264,7 @@ impl<'a> Job<'a, '_> {
             self.totals.base_bytes +=
                 checkpoint.info(name).map_or(0, |info| info.range.end - info.range.start);
             if !self.done.remove(name) {
-                self.tensor(name, &ready)?;
+                self.tensor(name, ready)?;
                 // Buffers of the sizes just used are of no use to the next tensor.
                 mlx_rs::memory::clear_cache()?;
             }

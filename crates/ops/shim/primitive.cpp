@@ -3,14 +3,20 @@
 // It knows no formula. It holds an operation that Rust made, allocates the outputs, and hands raw memory to Rust on the
 // stream's own thread; the gradient is a graph that Rust builds. Everything Rust passes in is documented in src/cpu/primitive.rs.
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #if defined(__GLIBC__)
 #include <malloc.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
 #endif
 
 #include "mlx/allocator.h"
@@ -50,6 +56,7 @@ struct GraftHooks {
   const char* (*name)(const void* op);
   void (*drop)(void* op);
   int (*takes_over)(const void* op, size_t output); // an input, or -1
+  int (*lasts)(const void* op); // whether the outputs are read again and again from now on
   int (*run)(
       const void* op, const GraftTensor* in, size_t n, GraftTensor* out, size_t m, char* message, size_t capacity);
   void (*copy)(const char* from, char* to, const GraftStrided* layout);
@@ -84,6 +91,38 @@ mx::Dtype dtype_of(uint32_t code) {
   }
 }
 
+// Memory of outputs that last. Weights are read from end to end for each token, some hundred kilobytes an array, and in pages
+// of 4 kB the processor spends a good part of that on finding the pages. So they stand one after the other, on whole lines, in
+// pieces for which the system is asked for large pages. A piece is freed with the last array in it.
+void place(mx::array& output) {
+  constexpr size_t piece = 32 << 20, line = 64;
+  static std::mutex mutex;
+  static auto* current = new std::optional<mx::array>;
+  static size_t used = 0;
+  std::lock_guard<std::mutex> lock(mutex);
+  size_t size = output.nbytes();
+  auto start = [](const mx::array& array) { return reinterpret_cast<uintptr_t>(array.data<char>()); };
+  auto room = [&] { return *current && used + size <= (*current)->size(); };
+  if (!room()) {
+    mx::array fresh({static_cast<int>(std::max(piece, size + line))}, mx::uint8, nullptr, {});
+    fresh.set_data(mx::allocator::malloc(fresh.nbytes()));
+    auto from = start(fresh), to = from + fresh.nbytes();
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = 4096;
+    from = (from + page - 1) / page * page;
+    madvise(reinterpret_cast<void*>(from), (to - from) / page * page, MADV_HUGEPAGE);
+#endif
+    used = (line - start(fresh) % line) % line;
+    *current = std::move(fresh);
+  }
+  bool column = output.size() <= 1 || output.ndim() <= 1;
+  output.copy_shared_buffer(**current, output.strides(), {true, true, column}, output.size(), used / output.itemsize());
+  if (start(output) != start(**current) + used) {
+    throw std::logic_error("graft: an array does not begin where it was put");
+  }
+  used += (size + line - 1) / line * line;
+}
+
 class GraftPrimitive : public mx::Primitive {
  public:
   GraftPrimitive(mx::Stream stream, void* op, const GraftHooks* hooks)
@@ -102,6 +141,8 @@ class GraftPrimitive : public mx::Primitive {
       if (from >= 0 && inputs[from].is_donatable() && inputs[from].flags().row_contiguous &&
           inputs[from].nbytes() == output.nbytes()) {
         output.copy_shared_buffer(inputs[from]);
+      } else if (hooks_->lasts(op_.get()) && output.size() > 0) {
+        place(output);
       } else {
         output.set_data(mx::allocator::malloc(output.nbytes()));
       }

@@ -253,6 +253,16 @@ impl<'a, T> Shares<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(cells.as_ptr().cast_mut().cast::<T>(), len) }
     }
 
+    /// A part of the slice, to be read.
+    ///
+    /// # Safety
+    /// Nobody may write to it while the result lives.
+    pub(crate) unsafe fn read(&self, from: usize, len: usize) -> &[T] {
+        let cells = &self.0[from..from + len];
+        // SAFETY: within bounds by the indexing above; unchanged by the caller's promise.
+        unsafe { std::slice::from_raw_parts(cells.as_ptr().cast::<T>(), len) }
+    }
+
     /// Whether there is nothing to share.
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()

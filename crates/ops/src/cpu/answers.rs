@@ -2,17 +2,16 @@
 //! norm, a gate), the products, and what is added to them.
 //!
 //! A decoded token is some hundred operations of a few microseconds each, so each one less counts: first every row of x is
-//! made and rounded and z = s x A computed, then every panel of every W multiplies it and finishes its sixteen outputs,
-//! y = c (W x + z B) + b + h, while they are in registers. Rows come in groups, each with updates of its own, so that one
+//! made and rounded, then every panel of every W multiplies it and finishes its sixteen outputs, y = c (W x + z B) + b + h, while
+//! they are in registers; z = s x A is computed by the first threads that come. Rows come in groups, each with updates of its own, so that one
 //! reading of W serves all of them. There is no gradient: arranged weights have none.
 
 use std::ffi::CStr;
 use std::ops::Range;
 
-use super::level::dispatch;
-use super::panels::{Arrangement, Panels, by_parts};
+use super::panels::{Arrangement, Panels};
 use super::primitive::{Floats, Op, Tensor, apply};
-use super::rounded::{self, After, Job, LowRankRow, SideRows};
+use super::rounded::{self, After, Job, SideRows};
 use super::scratch::{SIDE, scratch};
 use super::source::Source;
 use super::weights::mode_arrays;
@@ -127,11 +126,11 @@ impl Op for Answers {
                 let Some(side) = side else { continue };
                 let (z, others) = rest.split_at_mut(count * side.rank);
                 rest = others;
-                low_rank(&x[rows.start * width..rows.end * width], halves(&inputs[next]), *side, z);
-                let b = halves(&inputs[next + 1]);
+                let (a, b) = (halves(&inputs[next]), halves(&inputs[next + 1]));
                 let factor = side.factor.then(|| inputs[next + 2].f32());
                 next += 2 + usize::from(side.factor);
-                sides.push(SideRows { rows, z, b, rank: side.rank, factor });
+                let Side { rank, scale, .. } = *side;
+                sides.push(SideRows { rows, a, scale, z: Shares::new(z), b, rank, factor });
             }
             jobs.push((w, first..sides.len(), bias, residual));
         }
@@ -146,19 +145,6 @@ impl Op for Answers {
             .collect();
         rounded::products(x, &jobs);
     }
-}
-
-/// z (rows, R) = s x A for x (rows, in).
-fn low_rank(x: &[f32], a: &[u16], side: Side, z: &mut [f32]) {
-    let (rows, width) = (z.len() / side.rank, a.len() / side.rank);
-    let z = Shares::new(z);
-    by_parts(rows, rows * width * side.rank >= 1 << 16, |range| {
-        for row in range {
-            // SAFETY: each row belongs to one task.
-            let z = unsafe { z.part(row * side.rank, side.rank) };
-            dispatch(LowRankRow { x: &x[row * width..][..width], a, scale: side.scale, z });
-        }
-    });
 }
 
 /// The bits of bf16 numbers, as which updates are arranged.

@@ -85,11 +85,10 @@ impl Arrangement {
     }
 }
 
-/// The parts of W arranged anew: codes (panels x bytes / 4 and room for [`aligned`],) u32, scales and, in the affine mode,
-/// biases (panels, groups, 16). MLX's buffers begin anywhere, and a line that crosses the border of two cache lines costs two reads.
+/// The parts of W arranged anew: codes (panels x bytes / 4,) u32, scales and, in the affine mode, biases (panels, groups, 16).
 pub(crate) fn arrange(w: PackedRef, layout: Layout) -> Result<Vec<Array>> {
     let to = Arrangement::of(layout);
-    let codes = [((to.panels() * to.panel_bytes() + LINE) / 4) as i32];
+    let codes = [(to.panels() * to.panel_bytes() / 4) as i32];
     let levels = [to.panels() as i32, to.groups() as i32, ROWS as i32];
     let dtype = w.scales.dtype();
     let inputs: Vec<&Array> = w.arrays().collect();
@@ -100,13 +99,6 @@ pub(crate) fn arrange(w: PackedRef, layout: Layout) -> Result<Vec<Array>> {
 
 /// Bytes of a line.
 const LINE: usize = 64;
-
-/// Where `len` bytes begin that lie on whole lines, in memory that has a line more. Arranged weights are never copied, so
-/// it is the same place whenever it is asked for.
-fn aligned(memory: &[u8], len: usize) -> Range<usize> {
-    let from = memory.as_ptr().align_offset(LINE);
-    from..from + len
-}
 
 /// Eight codes of 4 bits, c0 in the lowest, as the four bytes c0 + 16 c4 to c3 + 16 c7.
 fn fours(word: u32) -> u32 {
@@ -127,12 +119,14 @@ impl Op for Arrange {
         c"arrangement of packed weights"
     }
 
+    fn lasts(&self) -> bool {
+        true
+    }
+
     fn run(&self, inputs: &[Tensor], outputs: &mut [Tensor]) {
         let (from, to) = (Packed::new(self.from, inputs), self.to);
         let Some((codes, levels)) = outputs.split_first_mut() else { return };
-        let codes = codes.bytes_mut();
-        let place = aligned(codes, to.panels() * to.panel_bytes());
-        let codes = Shares::new(&mut codes[place]);
+        let codes = Shares::new(codes.bytes_mut());
         pool::run(to.panels(), |panel| {
             // SAFETY: each panel belongs to one task.
             let bytes = unsafe { codes.part(panel * to.panel_bytes(), to.panel_bytes()) };
@@ -182,8 +176,7 @@ impl<'a> Panels<'a> {
     pub(crate) fn new(arrangement: Arrangement, parts: &'a [Tensor]) -> Panels<'a> {
         let codes = parts[0].bytes();
         let len = arrangement.panels() * arrangement.panel_bytes();
-        assert_eq!(codes.len(), len + LINE, "arranged weights of another size");
-        let codes = &codes[aligned(codes, len)];
+        assert_eq!(codes.len(), len, "arranged weights of another size");
         let (scales, biases) = levels_of(arrangement.mode, &parts[1..]);
         Panels { arrangement, codes, scales, biases }
     }
@@ -233,8 +226,13 @@ pub(crate) fn times_transpose(x: &[f32], w: &Panels, y: &mut [f32], precision: P
 
 /// Calls `run` with ranges that cover `0..count`, on all threads if it is worth it.
 pub(crate) fn by_parts(count: usize, worth_it: bool, run: impl Fn(Range<usize>) + Sync) {
-    let each = if worth_it { count.div_ceil(4 * pool::threads()).max(1) } else { count.max(1) };
+    let each = each_part(count, worth_it);
     share(worth_it, count.div_ceil(each), |task| run(task * each..((task + 1) * each).min(count)));
+}
+
+/// How long each of these ranges is.
+pub(crate) fn each_part(count: usize, worth_it: bool) -> usize {
+    if worth_it { count.div_ceil(4 * pool::threads()).max(1) } else { count.max(1) }
 }
 
 impl Right for Panels<'_> {

@@ -32,6 +32,11 @@ pub(crate) trait Op: Send + Sync + 'static {
         let _ = output;
         None
     }
+
+    /// Whether the outputs are read again and again from now on, as weights are.
+    fn lasts(&self) -> bool {
+        false
+    }
 }
 
 /// What a gradient is made of.
@@ -254,6 +259,7 @@ struct Hooks {
     name: extern "C" fn(*const c_void) -> *const c_char,
     drop: extern "C" fn(*mut c_void),
     takes_over: extern "C" fn(*const c_void, usize) -> c_int,
+    lasts: extern "C" fn(*const c_void) -> c_int,
     run: unsafe extern "C" fn(
         *const c_void,
         *const Tensor,
@@ -282,6 +288,7 @@ static HOOKS: Hooks = Hooks {
     name: name_hook,
     drop: drop_hook,
     takes_over: takes_over_hook,
+    lasts: lasts_hook,
     run: run_hook,
     copy: copy_hook,
     gradients: gradients_hook,
@@ -320,6 +327,10 @@ extern "C" fn drop_hook(pointer: *mut c_void) {
 
 extern "C" fn takes_over_hook(pointer: *const c_void, output: usize) -> c_int {
     op(pointer).takes_over(output).map_or(-1, |input| input as c_int)
+}
+
+extern "C" fn lasts_hook(pointer: *const c_void) -> c_int {
+    op(pointer).lasts().into()
 }
 
 unsafe extern "C" fn run_hook(
@@ -450,6 +461,48 @@ mod tests {
         fn run(&self, inputs: &[Tensor], _: &mut [Tensor]) {
             let _ = inputs[0].i32();
         }
+    }
+
+    /// Fills its output with a number.
+    struct Filled(f32);
+
+    impl Op for Filled {
+        fn name(&self) -> &'static CStr {
+            c"filled"
+        }
+
+        fn run(&self, _: &[Tensor], outputs: &mut [Tensor]) {
+            outputs[0].f32_mut().fill(self.0);
+        }
+
+        fn lasts(&self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn what_lasts_stands_on_whole_lines_until_the_last_of_it_is_dropped() {
+        graft_testkit::mlx(|| {
+            let nothing = Array::from_f32(0.0);
+            let mut kept = Vec::new();
+            // The last one is larger than a piece.
+            for (i, size) in [3, 1000, 77, 9 << 20, 5].into_iter().enumerate() {
+                for turn in 0..2 {
+                    let x = (2 * i + turn) as f32;
+                    let y = apply_one(Filled(x), &[&nothing], &[size], Dtype::Float32).expect("a graph");
+                    let values = crate::ffi::read::<f32>(&y).expect("values");
+                    assert!(values.len() == size as usize && values.as_ptr().addr().is_multiple_of(64));
+                    // Every second one goes at once.
+                    if turn == 0 {
+                        kept.push((x, y));
+                    }
+                }
+            }
+            kept.remove(1);
+            for (x, y) in &kept {
+                assert!(crate::ffi::read::<f32>(y).expect("values").iter().all(|y| y == x));
+            }
+        });
     }
 
     #[test]

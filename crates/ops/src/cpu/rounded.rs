@@ -4,10 +4,12 @@
 //! once for all levels.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::gemm::share;
 use super::level::dispatch;
 use super::packed::widen;
-use super::panels::{BLOCK, Panels, ROWS, by_parts};
+use super::panels::{BLOCK, Panels, ROWS, by_parts, each_part};
 use super::scratch::{self, LEFT, PANEL};
 use super::simd::{Kernel, Simd};
 use super::{avx2, vnni};
@@ -124,11 +126,14 @@ pub(crate) struct After<'a> {
     pub(crate) residual: Option<&'a [f32]>,
 }
 
-/// The update of some rows.
+/// The update of some rows, z = s x A.
 pub(crate) struct SideRows<'a> {
     pub(crate) rows: Range<usize>,
-    /// z (rows, R)
-    pub(crate) z: &'a [f32],
+    /// A turned to (R, in), the bits of bf16.
+    pub(crate) a: &'a [u16],
+    pub(crate) scale: f32,
+    /// z (rows, R), written by the first tasks of the product.
+    pub(crate) z: Shares<'a, f32>,
     /// B (panels, R, 16), the bits of bf16.
     pub(crate) b: &'a [u16],
     pub(crate) rank: usize,
@@ -171,11 +176,27 @@ pub(crate) fn products(x: &[f32], jobs: &[Job]) {
             }
         });
     }
-    let x = Rounded { m, inputs, q, factors, sums, halves };
+    let rounded = Rounded { m, inputs, q, factors, sums, halves };
+    // z of all updates comes first, so that whoever needs it waits for what another thread is already at.
+    let mut low_rank = Vec::new();
+    for side in jobs.iter().flat_map(|job| job.after.sides) {
+        let count = (LOW_RANK / (inputs * side.rank).max(1)).max(1);
+        let rows = side.rows.clone().step_by(count);
+        low_rank.extend(rows.map(|row| (side, row..(row + count).min(side.rows.end))));
+    }
+    let left = AtomicUsize::new(low_rank.len());
     // The panels of all W, one after another.
     let panels: usize = jobs.iter().map(|job| job.w.arrangement.panels()).sum();
     let groups = jobs.iter().map(|job| job.w.arrangement.groups()).max().unwrap_or(0);
-    by_parts(panels, m * panels * ROWS * inputs >= 1 << 15, |range| {
+    let worth_it = m * panels * ROWS * inputs >= 1 << 15;
+    let each = each_part(panels, worth_it);
+    share(worth_it, low_rank.len() + panels.div_ceil(each), |task| {
+        if let Some((side, rows)) = low_rank.get(task) {
+            let _ended = Ended(&left);
+            return side.low_rank(x, inputs, rows.clone());
+        }
+        let first = (task - low_rank.len()) * each;
+        let range = first..(first + each).min(panels);
         let mut scratch = scratch::scratch(&PANEL, 2 * groups * ROWS);
         for row in (0..m).step_by(BAND) {
             let rows = row..(row + BAND).min(m);
@@ -190,16 +211,18 @@ pub(crate) fn products(x: &[f32], jobs: &[Job]) {
                     dispatch(Levels { w: &job.w, panel: index, to: levels });
                     let (scales, biases) = levels.split_at(levels.len() / 2);
                     let panel = Panel { w: &job.w, index, scales, biases };
+                    job.after.ask_for(index);
                     // SAFETY: each panel's columns of y belong to one task; the processor has the instructions.
                     unsafe {
                         if wide {
-                            vnni::multiply(&panel, &x, rows.clone(), &job.y);
+                            vnni::multiply(&panel, &rounded, rows.clone(), &job.y);
                         } else {
-                            avx2::multiply(&panel, &x, rows.clone(), &job.y);
+                            avx2::multiply(&panel, &rounded, rows.clone(), &job.y);
                         }
                     }
                 }
                 if !own.is_empty() && !job.after.is_empty() {
+                    wait_for(&left);
                     dispatch(Finish { job, panels: own, rows: rows.clone(), m });
                 }
             }
@@ -207,10 +230,62 @@ pub(crate) fn products(x: &[f32], jobs: &[Job]) {
     });
 }
 
+/// Multiply-adds of z = s x A that a task does.
+const LOW_RANK: usize = 1 << 15;
+
+/// Counts a task as ended, also where it panics: others would wait for ever.
+struct Ended<'a>(&'a AtomicUsize);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// Waits until none is left.
+fn wait_for(left: &AtomicUsize) {
+    let mut looks = 0;
+    while left.load(Ordering::Acquire) > 0 {
+        looks += 1;
+        if looks % 64 == 0 { std::thread::yield_now() } else { std::hint::spin_loop() }
+    }
+}
+
+impl SideRows<'_> {
+    /// z of some of the rows of x (m, in).
+    fn low_rank(&self, x: &[f32], inputs: usize, rows: Range<usize>) {
+        for row in rows {
+            // SAFETY: each row of z belongs to one task, and nobody reads it before all of these have ended.
+            let z = unsafe { self.z.part((row - self.rows.start) * self.rank, self.rank) };
+            dispatch(LowRankRow { x: &x[row * inputs..][..inputs], a: self.a, scale: self.scale, z });
+        }
+    }
+}
+
 impl After<'_> {
+    /// Asks for what [`Finish`] reads of a panel's updates, so that it is there when the product is.
+    fn ask_for(&self, panel: usize) {
+        for side in self.sides {
+            let b = &side.b[panel * side.rank * ROWS..][..side.rank * ROWS];
+            for line in b.chunks(32) {
+                prefetch(line);
+            }
+            if let Some(c) = side.factor {
+                prefetch(&c[panel * ROWS..]);
+            }
+        }
+    }
+
     fn is_empty(&self) -> bool {
         self.sides.is_empty() && self.bias.is_none() && self.residual.is_none()
     }
+}
+
+/// Asks for the line in which a slice begins.
+fn prefetch<T>(from: &[T]) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    // SAFETY: every processor of this kind has the instruction, which reads nothing.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().cast()) };
 }
 
 /// [`After`] for some panels and rows of y, which are still in the cache.
@@ -231,7 +306,7 @@ impl Kernel for Finish<'_> {
         assert!(after.bias.is_none_or(|bias| bias.len() == out));
         assert!(after.residual.is_none_or(|h| h.len() == m * out));
         for side in after.sides {
-            assert!(side.rows.end <= m && side.z.len() == side.rows.len() * side.rank);
+            assert!(side.rows.end <= m);
             assert!(side.b.len() == w.arrangement.panels() * side.rank * ROWS);
             assert!(side.factor.is_none_or(|c| c.len() == out));
         }
@@ -248,8 +323,9 @@ impl Kernel for Finish<'_> {
                     part(factor, 0, &mut c);
                 }
                 for row in rows.start.max(side.rows.start)..rows.end.min(side.rows.end) {
-                    let z = &side.z[(row - side.rows.start) * side.rank..][..side.rank];
-                    // SAFETY: these columns of y belong to this task.
+                    // SAFETY: all of z has been written; these columns of y belong to this task.
+                    let z = unsafe { side.z.read((row - side.rows.start) * side.rank, side.rank) };
+                    // SAFETY: as above.
                     let y = unsafe { y.part(row * out + column, columns) };
                     let mut sums = [0.0; ROWS];
                     sums[..columns].copy_from_slice(y);
