@@ -1,6 +1,7 @@
 //! A base and an adapter to a model directory, one weight at a time.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -119,7 +120,7 @@ pub fn fuse(
         watch,
     };
     // Writing waits for the kernel and the hashes take a core for as long as the disk gives; the sums take what is left. A
-    // tensor is handed over when the one before it is written, so that two are in memory.
+    // tensor is handed over when the one before it is written.
     let (ran, written, base) = std::thread::scope(|scope| {
         let (ready, finished) = sync_channel::<(String, Tensor)>(0);
         let written = scope.spawn(move || -> Result<DirWriter> {
@@ -134,9 +135,10 @@ pub fn fuse(
         (ran, written.join(), base.join())
     });
     // Where writing ended early, that is why the sums did.
-    let writer = written.map_err(|_| Error::Stopped)?.map_err(|error| error.with_size(plan.bytes))?;
+    let writer = written.unwrap_or_else(|panic| resume_unwind(panic));
+    let writer = writer.map_err(|error| error.with_size(plan.bytes))?;
     ran?;
-    let base = base.map_err(|_| Error::Stopped)??;
+    let base = base.unwrap_or_else(|panic| resume_unwind(panic))?;
     let sources = (base, Origin::of_adapter(&options.adapter_dir, &options.adapter_name)?);
     let bytes = plan.bytes;
     job.complete(writer, (out, options), plan, sources).map_err(|error| error.with_size(bytes))
@@ -295,13 +297,15 @@ impl<'a> Job<'a, '_> {
             self.rest.extend(fused.rest.map(|rest| (path.to_owned(), rest)));
             stored = fused.stored;
         }
-        match (stored, weight) {
-            (Some(stored), _) => self.write((name, path), stored, ready),
-            (None, Weight::Packed(packed)) if self.dequantize => {
-                self.write((name, path), dense(&packed, self.floats)?, ready)
-            }
+        if let (None, Weight::Packed(packed), true) = (&stored, &weight, self.dequantize) {
+            stored = Some(dense(packed, self.floats)?);
+        }
+        // Not kept while what it became waits to be written.
+        drop(weight);
+        match stored {
+            Some(stored) => self.write((name, path), stored, ready),
             // Its scales and biases, if it has any, are copied when their turn comes.
-            (None, _) => self.copy(name, ready),
+            None => self.copy(name, ready),
         }
     }
 
@@ -350,7 +354,7 @@ impl<'a> Job<'a, '_> {
     fn add(&mut self, name: &str, tensor: Tensor, ready: &Ready) -> Result<()> {
         self.totals.tensors += 1;
         self.totals.bytes += tensor.data.len() as u64;
-        // The writer went because of an error of its own, which comes first.
+        // Whoever writes went because of an error of its own, which is told instead.
         ready.send((name.to_owned(), tensor)).map_err(|_| Error::Stopped)
     }
 

@@ -1,11 +1,13 @@
 //! One weight: the exact sum in f32, the forms in which it may be stored, and what that costs.
 
+use std::collections::VecDeque;
+
 use graft_adapters::{Adapter, Kind};
 use graft_ops::ffi::read;
 use graft_ops::{Array, Dtype};
 use graft_quant::{Grid, Hessian, Levels, Packed, Tensor, Weight, round_compensated, round_nearest};
 
-use crate::module::norm_of_product;
+use crate::module::{norm_of_product, squared};
 use crate::sums::Sums;
 use crate::{ENOUGH, Error, LayerReport, Result};
 
@@ -49,8 +51,6 @@ impl Policy {
 pub(crate) const RAISED: i32 = 8;
 /// Below this share of ||W|| an update is the rounding of f32: a DoRA adapter at its start has m = n up to that.
 const NOTHING: f64 = 1.1e-6;
-/// How far beyond the error that a form may have one is for certain: sums of squares are of f32.
-const SURE: f64 = 1.01;
 /// What a row factor in 16-bit scales must keep of the update.
 const FOLDED: f64 = 0.99;
 
@@ -71,15 +71,13 @@ impl Update<'_> {
         })
     }
 
-    /// `||W' - W||^2` where it is known beforehand: of a low-rank sum without DoRA's factor.
+    /// `||W' - W||^2` where it is known beforehand: of a low-rank sum without DoRA's factor, unless its parts nearly cancel and
+    /// what is left is the rounding of f32.
     fn squares(&self) -> Result<Option<f64>> {
-        Ok(match self {
-            Self::LowRank(adapter, _) if adapter.magnitude.is_none() => {
-                let norm = f64::from(adapter.scale) * norm_of_product(&adapter.a, &adapter.b)?;
-                Some(norm * norm)
-            }
-            _ => None,
-        })
+        let Self::LowRank(Adapter { a, b, scale, magnitude: None }, _) = self else { return Ok(None) };
+        let square = |x: &Array| -> Result<f64> { Ok(squared(read(&x.contiguous()?)?)) };
+        let (squares, terms) = (norm_of_product(a, b)?.powi(2), square(a)? * square(b)?);
+        Ok(Some(f64::from(*scale).powi(2) * squares).filter(|_| squares > 1e-3 * terms))
     }
 
     fn folds(&self) -> bool {
@@ -217,23 +215,30 @@ pub(crate) fn fuse_weight(
     };
     let forms = Form::of(policy, weight, update.folds(), floats)?;
     let total = if forms.len() > 1 { update.squares()? } else { None };
-    let (mut best, mut done): (Option<Attempt>, bool) = (None, false);
-    let (mut reasons, mut left) = (Vec::new(), Vec::new());
-    for (index, form) in forms.iter().enumerate() {
-        // There is another form to go on with.
-        let bound =
-            total.filter(|_| index + 1 < forms.len()).map(|total| SURE * (1.0 - form.enough()) * total);
-        let found = attempt(weight, update, (*form, floats), (hessian, bound))?;
+    let mut best: Option<Attempt> = None;
+    let mut reasons = Vec::new();
+    // The last one has nothing to be left for.
+    let count = forms.len();
+    let bounded = forms.into_iter().enumerate().map(|(i, form)| (form, total.filter(|_| i + 1 < count)));
+    let mut forms: VecDeque<_> = bounded.collect();
+    while let Some((form, total)) = forms.pop_front() {
+        let found = attempt(weight, update, (form, floats), (hessian, total))?;
         if !found.sums.is_finite() {
             return Err(Error::NotFinite { path: path.to_owned(), scale: scale.unwrap_or(1.0) });
         }
-        let kept = format!("{} kept {:.1} % of the update", form.name(), 100.0 * found.sums.kept());
-        if let Some(rows) = found.left_after {
-            left.push(*form);
-            reasons.push(format!("{kept} in the first {rows} of {} rows", weight.out_features()));
+        if let (Some(rows), Some(total)) = (found.left_after, total) {
+            // It may still be the best if those to come keep too little as well.
+            forms.push_back((form, None));
+            let most = 100.0 * (1.0 - found.sums.error / total);
+            let of = weight.out_features();
+            reasons.push(format!(
+                "{} kept at most {most:.1} % of the update (left after {rows} of {of} rows)",
+                form.name()
+            ));
             continue;
         }
-        done = found.sums.is_nothing(NOTHING) || found.sums.kept() >= form.enough();
+        let done = found.sums.is_nothing(NOTHING) || found.sums.kept() >= form.enough();
+        let kept = 100.0 * found.sums.kept();
         // Of forms that all keep too little, the one that keeps most.
         if done || best.as_ref().is_none_or(|best| found.sums.error < best.sums.error) {
             best = Some(found);
@@ -241,13 +246,7 @@ pub(crate) fn fuse_weight(
         if done {
             break;
         }
-        reasons.push(kept);
-    }
-    for form in left.into_iter().filter(|_| !done) {
-        let found = attempt(weight, update, (form, floats), (hessian, None))?;
-        if best.as_ref().is_none_or(|best| found.sums.error <= best.sums.error) {
-            best = Some(found);
-        }
+        reasons.push(format!("{} kept {kept:.1} % of the update", form.name()));
     }
     let Some(Attempt { form: chosen, to, stored, sums, compensated, factor, .. }) = best else {
         return Err(not_stored());
@@ -301,12 +300,13 @@ impl Block {
     }
 }
 
-/// Stores a weight in one form and adds up what that costs; it is left where the squared error exceeds `bound`.
+/// Stores a weight in one form and adds up what that costs; of an update of `total` squares it is left as soon as it is certain
+/// to keep too little.
 fn attempt(
     weight: &Weight,
     update: &Update,
     (form, floats): (Form, Dtype),
-    (hessian, bound): (Option<&Hessian>, Option<f64>),
+    (hessian, total): (Option<&Hessian>, Option<f64>),
 ) -> Result<Attempt> {
     let (mut stored, mut sums) = (Stored::default(), Sums::default());
     let (mut rows_done, mut left_after) = (0, None);
@@ -349,7 +349,7 @@ fn attempt(
         stored.push(&new)?;
         to = self::form(&new);
         rows_done += new.out_features();
-        if next.is_some() && bound.is_some_and(|bound| sums.error > bound) {
+        if next.is_some() && total.is_some_and(|total| sums.falls_short(form.enough(), total)) {
             left_after = Some(rows_done);
             break;
         }
@@ -427,6 +427,9 @@ mod tests {
 
     use super::*;
 
+    /// The size of an update of which 8 bits keep just over 90 %.
+    const BARELY: f32 = 2.67e-3;
+
     /// A weight of two blocks of rows and an update of about so much, on floats of f16.
     fn fused(size: f32) -> (Weight, Adapter, Fused) {
         let wave = |rows: i32, columns: i32, by: f32, size: f32| {
@@ -442,35 +445,63 @@ mod tests {
         (weight, adapter, fused)
     }
 
+    /// What storing it whole in 8 bits and in floats takes.
+    fn whole(weight: &Weight, adapter: &Adapter) -> [Attempt; 2] {
+        let update = Update::LowRank(adapter, Kind::Linear);
+        let Weight::Packed(packed) = weight else { unreachable!() };
+        let forms = [Form::Packed(packed.grid.raised(RAISED)), Form::Dense(Dtype::Float16)];
+        forms.map(|form| attempt(weight, &update, (form, Dtype::Float16), (None, None)).unwrap())
+    }
+
+    /// Whether it is stored as that attempt did.
+    fn is(fused: Fused, attempt: &Attempt) -> bool {
+        let (own, other) = (fused.stored.unwrap().tensors, &attempt.stored.tensors);
+        fused.report.to == attempt.to
+            && own.len() == other.len()
+            && own.iter().zip(other).all(|(a, b)| a.data == b.data)
+    }
+
     #[test]
     fn a_form_that_is_too_coarse_is_left_as_soon_as_that_is_certain() {
-        let (weight, _, fused) = fused(1e-3);
-        let reason = fused.report.reason.as_deref().unwrap();
+        let (weight, adapter, fused) = fused(1e-3);
+        let [raised, dense] = whole(&weight, &adapter);
+        assert!(raised.sums.kept() < 0.9 && dense.sums.kept() > 0.9);
+        let reason = fused.report.reason.clone().unwrap();
+        let most: f64 = reason.split(' ').nth(5).unwrap().parse().unwrap();
         assert!(
-            reason.starts_with("8 bits kept ") && reason.ends_with(" in the first 2048 of 2100 rows"),
-            "{reason}"
+            reason.starts_with("8 bits kept at most ") && reason.ends_with("(left after 2048 of 2100 rows)")
         );
-        assert_eq!((fused.report.to.as_str(), weight.out_features()), ("float16", 2100));
-        assert!(fused.report.kept > 0.9, "{:?}", fused.report);
-        assert_eq!(fused.stored.unwrap().tensors[0].shape, [2100, 512]);
+        assert!(most >= 100.0 * raised.sums.kept() - 0.05 && most < 90.0, "{reason}");
+        assert!(is(fused, &dense));
+    }
+
+    #[test]
+    fn a_form_that_keeps_barely_enough_is_not_left() {
+        let (weight, adapter, fused) = fused(BARELY);
+        let [raised, _] = whole(&weight, &adapter);
+        assert!((0.9..0.91).contains(&raised.sums.kept()), "{}", raised.sums.kept());
+        assert!(fused.report.reason.is_none() && is(fused, &raised));
     }
 
     #[test]
     fn where_no_form_keeps_enough_one_that_was_left_may_still_be_the_best() {
         let (weight, adapter, fused) = fused(1e-5);
-        let update = Update::LowRank(&adapter, Kind::Linear);
-        let Weight::Packed(packed) = &weight else { unreachable!() };
-        let how = |form| attempt(&weight, &update, (form, Dtype::Float16), (None, None)).unwrap();
-        let (raised, dense) =
-            (how(Form::Packed(packed.grid.raised(RAISED))), how(Form::Dense(Dtype::Float16)));
+        let [raised, dense] = whole(&weight, &adapter);
         assert!(raised.sums.kept() < 0.9 && dense.sums.kept() < 0.9 && raised.sums.error < dense.sums.error);
+        let reason = fused.report.reason.as_deref().unwrap();
         assert!(
-            fused.report.reason.as_deref().unwrap().contains("in the first 2048 of 2100 rows; float16 kept ")
+            reason.contains("2100 rows); float16 kept ") && reason.contains("; 8 bits kept "),
+            "{reason}"
         );
-        assert_eq!(fused.report.to, raised.to);
-        let tensors = fused.stored.unwrap().tensors;
-        assert!(
-            tensors.len() == 3 && tensors.iter().zip(&raised.stored.tensors).all(|(a, b)| a.data == b.data)
-        );
+        assert!(is(fused, &raised));
+    }
+
+    #[test]
+    fn of_an_update_whose_parts_cancel_nothing_is_known_beforehand() {
+        let ones = |shape: &[i32]| mlx_rs::ops::ones::<f32>(shape).unwrap();
+        let minus = Array::from_slice(&[1.0f32, -1.000_01], &[2, 1]);
+        let b = ones(&[2, 64]).multiply(minus).unwrap();
+        let adapter = Adapter { a: ones(&[64, 2]), b, scale: 1.0, magnitude: None };
+        assert_eq!(Update::LowRank(&adapter, Kind::Linear).squares().unwrap(), None);
     }
 }

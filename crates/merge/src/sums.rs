@@ -108,6 +108,12 @@ impl Sums {
         1.0 - self.error / self.delta
     }
 
+    /// Whether less than `enough` of an update of `total` squares will be kept, whatever the rows to come: for certain, with a
+    /// margin for squares that are added in f32.
+    pub(crate) fn falls_short(&self, enough: f64, total: f64) -> bool {
+        self.error > 1.01 * (1.0 - enough) * total
+    }
+
     /// The same at the output.
     pub(crate) fn effect_kept(&self) -> Option<f64> {
         self.effect.filter(|effect| effect.delta > 0.0).map(|effect| 1.0 - effect.error / effect.delta)

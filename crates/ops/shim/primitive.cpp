@@ -7,7 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
-#include <optional>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -15,8 +15,9 @@
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
-#if defined(__linux__)
+#if __has_include(<sys/mman.h>)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "mlx/allocator.h"
@@ -91,36 +92,55 @@ mx::Dtype dtype_of(uint32_t code) {
   }
 }
 
-// Memory of outputs that last. Weights are read from end to end for each token, some hundred kilobytes an array, and in pages
-// of 4 kB the processor spends a good part of that on finding the pages. So they stand one after the other, on whole lines, in
-// pieces for which the system is asked for large pages. A piece is freed with the last array in it.
-void place(mx::array& output) {
-  constexpr size_t piece = 32 << 20, line = 64;
-  static std::mutex mutex;
-  static auto* current = new std::optional<mx::array>;
-  static size_t used = 0;
-  std::lock_guard<std::mutex> lock(mutex);
-  size_t size = output.nbytes();
-  auto start = [](const mx::array& array) { return reinterpret_cast<uintptr_t>(array.data<char>()); };
-  auto room = [&] { return *current && used + size <= (*current)->size(); };
-  if (!room()) {
-    mx::array fresh({static_cast<int>(std::max(piece, size + line))}, mx::uint8, nullptr, {});
-    fresh.set_data(mx::allocator::malloc(fresh.nbytes()));
-    auto from = start(fresh), to = from + fresh.nbytes();
+constexpr size_t LINE = 64;
+constexpr size_t PIECE = 32 << 20;
+
+// Memory in which arrays stand that last. Weights are read from end to end for each token, some hundred kilobytes an array, and
+// in pages of 4 kB the processor spends a good part of that on finding the pages. So they stand one after the other, on whole
+// lines, in pieces for which the system is asked for large pages. A piece is freed with the last array in it.
+struct Piece {
+  explicit Piece(size_t size) : buffer(mx::allocator::malloc(size)) {
+    if (buffer.ptr() == nullptr) {
+      throw std::bad_alloc();
+    }
+    auto start = reinterpret_cast<uintptr_t>(buffer.raw_ptr());
+    used = (LINE - start % LINE) % LINE;
+    end = size;
 #if defined(MADV_HUGEPAGE)
-    constexpr uintptr_t page = 4096;
-    from = (from + page - 1) / page * page;
-    madvise(reinterpret_cast<void*>(from), (to - from) / page * page, MADV_HUGEPAGE);
+    uintptr_t page = sysconf(_SC_PAGESIZE);
+    uintptr_t from = (start + page - 1) / page * page;
+    madvise(reinterpret_cast<void*>(from), (start + size - from) / page * page, MADV_HUGEPAGE);
 #endif
-    used = (line - start(fresh) % line) % line;
-    *current = std::move(fresh);
   }
-  bool column = output.size() <= 1 || output.ndim() <= 1;
-  output.copy_shared_buffer(**current, output.strides(), {true, true, column}, output.size(), used / output.itemsize());
-  if (start(output) != start(**current) + used) {
-    throw std::logic_error("graft: an array does not begin where it was put");
+  Piece(const Piece&) = delete;
+  ~Piece() {
+    mx::allocator::free(buffer);
   }
-  used += (size + line - 1) / line * line;
+
+  mx::allocator::Buffer buffer;
+  size_t used, end;
+};
+
+// Gives an output its place.
+void place(mx::array& output) {
+  static std::mutex mutex;
+  static std::weak_ptr<Piece> current;
+  std::lock_guard<std::mutex> lock(mutex);
+  size_t size = (output.nbytes() + LINE - 1) / LINE * LINE;
+  auto piece = current.lock();
+  if (!piece || piece->used + size > piece->end) {
+    // One that would fill the better part of a piece has one of its own, and what is left of the other stays in use.
+    bool own = size > PIECE / 2;
+    piece = std::make_shared<Piece>(own ? size + LINE : PIECE);
+    if (!own) {
+      current = piece;
+    }
+  }
+  const auto& shape = output.shape();
+  bool column = output.size() == static_cast<size_t>(*std::max_element(shape.begin(), shape.end()));
+  auto keep = [piece](mx::allocator::Buffer) {};
+  output.set_data(piece->buffer, output.size(), output.strides(), {true, true, column}, piece->used, keep);
+  piece->used += size;
 }
 
 class GraftPrimitive : public mx::Primitive {

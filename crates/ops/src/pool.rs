@@ -165,11 +165,7 @@ impl Pool {
             self.shared.announce();
             work.work();
             *lock(&self.shared.current) = None;
-            let mut looks = 0;
-            while self.shared.inside.load(Ordering::Acquire) != 0 {
-                looks += 1;
-                if looks % LOOKS == 0 { std::thread::yield_now() } else { std::hint::spin_loop() }
-            }
+            wait_until(|| self.shared.inside.load(Ordering::Acquire) == 0);
         }
         drop(turn);
         if let Some(panic) = work.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
@@ -202,7 +198,17 @@ fn pool() -> Arc<Pool> {
     Arc::clone(&slot().read().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Calls `run` once with each number below `tasks`, on all threads, and returns when all calls have.
+/// Looks until something is so, for what takes no longer than a task.
+pub(crate) fn wait_until(done: impl Fn() -> bool) {
+    let mut looks = 0;
+    while !done() {
+        looks += 1;
+        if looks % LOOKS == 0 { std::thread::yield_now() } else { std::hint::spin_loop() }
+    }
+}
+
+/// Calls `run` once with each number below `tasks`, on all threads, and returns when all calls have. Numbers are handed out in
+/// their order, one at a time, so a task may wait for what tasks of lower numbers do; after a panic no more are handed out.
 #[cfg_attr(not(graft_cpu), allow(dead_code, reason = "only our CPU operations have work to share"))]
 pub(crate) fn run(tasks: usize, run: impl Fn(usize) + Sync) {
     match tasks {
@@ -231,8 +237,9 @@ pub fn threads() -> usize {
 #[cfg_attr(not(graft_cpu), allow(dead_code, reason = "only our CPU operations have work to share"))]
 pub(crate) struct Shares<'a, T>(&'a [UnsafeCell<T>]);
 
-// SAFETY: `part` is unsafe and asks for disjoint parts, which makes sharing the same as splitting the slice.
-unsafe impl<T: Send> Sync for Shares<'_, T> {}
+// SAFETY: `part` is unsafe and asks for disjoint parts, which makes sharing the same as splitting the slice; `read` asks that
+// nobody writes, which makes it the same as lending it.
+unsafe impl<T: Send + Sync> Sync for Shares<'_, T> {}
 
 #[cfg_attr(not(graft_cpu), allow(dead_code, reason = "only our CPU operations have work to share"))]
 impl<'a, T> Shares<'a, T> {
@@ -257,6 +264,10 @@ impl<'a, T> Shares<'a, T> {
     ///
     /// # Safety
     /// Nobody may write to it while the result lives.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        allow(dead_code, reason = "only arranged weights share what is computed")
+    )]
     pub(crate) unsafe fn read(&self, from: usize, len: usize) -> &[T] {
         let cells = &self.0[from..from + len];
         // SAFETY: within bounds by the indexing above; unchanged by the caller's promise.
@@ -271,5 +282,38 @@ impl<'a, T> Shares<'a, T> {
     /// Where the slice begins, for writers with strides of their own; the same promise holds.
     pub(crate) fn pointer(&self) -> *mut T {
         self.0.as_ptr().cast_mut().cast::<T>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tasks_may_wait_for_lower_ones_also_where_one_of_those_panics() {
+        struct Ended<'a>(&'a AtomicUsize);
+        impl Drop for Ended<'_> {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::Release);
+            }
+        }
+        let pool = Pool::new(3);
+        for panics in [false, true] {
+            let (left, waited) = (AtomicUsize::new(3), AtomicUsize::new(0));
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(9, &|task| {
+                    if task < 3 {
+                        let _ended = Ended(&left);
+                        std::thread::sleep(Duration::from_millis(20));
+                        assert!(!panics || task != 1, "as it should");
+                    } else {
+                        wait_until(|| left.load(Ordering::Acquire) == 0);
+                        waited.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            }));
+            assert_eq!(outcome.is_err(), panics);
+            assert!(panics || waited.into_inner() == 6);
+        }
     }
 }

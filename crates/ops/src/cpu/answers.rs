@@ -2,9 +2,9 @@
 //! norm, a gate), the products, and what is added to them.
 //!
 //! A decoded token is some hundred operations of a few microseconds each, so each one less counts: first every row of x is
-//! made and rounded, then every panel of every W multiplies it and finishes its sixteen outputs, y = c (W x + z B) + b + h, while
-//! they are in registers; z = s x A is computed by the first threads that come. Rows come in groups, each with updates of its own, so that one
-//! reading of W serves all of them. There is no gradient: arranged weights have none.
+//! made and rounded; then the threads compute z = s x A, a few rows each, and go on with panels of every W, which multiply x
+//! and finish their sixteen outputs, y = c (W x + z B) + b + h, while they are in registers. Rows come in groups, each with
+//! updates of its own, so that one reading of W serves all of them. There is no gradient: arranged weights have none.
 
 use std::ffi::CStr;
 use std::ops::Range;

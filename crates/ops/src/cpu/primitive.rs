@@ -484,24 +484,34 @@ mod tests {
     fn what_lasts_stands_on_whole_lines_until_the_last_of_it_is_dropped() {
         graft_testkit::mlx(|| {
             let nothing = Array::from_f32(0.0);
+            let filled = |x: f32, size: i32| {
+                let y = apply_one(Filled(x), &[&nothing], &[size], Dtype::Float32).expect("a graph");
+                let values = crate::ffi::read::<f32>(&y).expect("values");
+                assert!(values.len() == size as usize && values.as_ptr().addr().is_multiple_of(64));
+                y
+            };
+            let active = || mlx_rs::memory::active_memory().expect("MLX counts it");
+            let before = active();
+            // The last but one is larger than a piece; of each pair the second goes at once.
             let mut kept = Vec::new();
-            // The last one is larger than a piece.
             for (i, size) in [3, 1000, 77, 9 << 20, 5].into_iter().enumerate() {
-                for turn in 0..2 {
-                    let x = (2 * i + turn) as f32;
-                    let y = apply_one(Filled(x), &[&nothing], &[size], Dtype::Float32).expect("a graph");
-                    let values = crate::ffi::read::<f32>(&y).expect("values");
-                    assert!(values.len() == size as usize && values.as_ptr().addr().is_multiple_of(64));
-                    // Every second one goes at once.
-                    if turn == 0 {
-                        kept.push((x, y));
-                    }
-                }
+                kept.push((i as f32, filled(i as f32, size)));
+                drop(filled(-1.0, size));
             }
             kept.remove(1);
             for (x, y) in &kept {
                 assert!(crate::ffi::read::<f32>(y).expect("values").iter().all(|y| y == x));
             }
+            let (_, last) = kept.pop().expect("the last");
+            assert!(active() >= before + (68 << 20));
+            drop(kept);
+            assert!((before + (32 << 20)..before + (33 << 20)).contains(&active()));
+            // The sum may take over the memory of what nobody else has.
+            let sum = last.add(Array::from_f32(0.5)).expect("a sum");
+            drop(last);
+            assert_eq!(crate::ffi::read::<f32>(&sum).expect("values"), [4.5; 5]);
+            drop(sum);
+            assert!(active() < before + (1 << 20));
         });
     }
 

@@ -13,7 +13,7 @@ use super::panels::{BLOCK, Panels, ROWS, by_parts, each_part};
 use super::scratch::{self, LEFT, PANEL};
 use super::simd::{Kernel, Simd};
 use super::{avx2, vnni};
-use crate::pool::Shares;
+use crate::pool::{self, Shares};
 use crate::{Level, cpu_level};
 
 /// Whether this processor has instructions for such products, and the level in use allows them.
@@ -211,7 +211,7 @@ pub(crate) fn products(x: &[f32], jobs: &[Job]) {
                     dispatch(Levels { w: &job.w, panel: index, to: levels });
                     let (scales, biases) = levels.split_at(levels.len() / 2);
                     let panel = Panel { w: &job.w, index, scales, biases };
-                    job.after.ask_for(index);
+                    job.after.ask_for(index, &rows);
                     // SAFETY: each panel's columns of y belong to one task; the processor has the instructions.
                     unsafe {
                         if wide {
@@ -222,7 +222,8 @@ pub(crate) fn products(x: &[f32], jobs: &[Job]) {
                     }
                 }
                 if !own.is_empty() && !job.after.is_empty() {
-                    wait_for(&left);
+                    // Tasks of lower numbers are at it, or have ended.
+                    pool::wait_until(|| left.load(Ordering::Acquire) == 0);
                     dispatch(Finish { job, panels: own, rows: rows.clone(), m });
                 }
             }
@@ -242,15 +243,6 @@ impl Drop for Ended<'_> {
     }
 }
 
-/// Waits until none is left.
-fn wait_for(left: &AtomicUsize) {
-    let mut looks = 0;
-    while left.load(Ordering::Acquire) > 0 {
-        looks += 1;
-        if looks % 64 == 0 { std::thread::yield_now() } else { std::hint::spin_loop() }
-    }
-}
-
 impl SideRows<'_> {
     /// z of some of the rows of x (m, in).
     fn low_rank(&self, x: &[f32], inputs: usize, rows: Range<usize>) {
@@ -263,14 +255,18 @@ impl SideRows<'_> {
 }
 
 impl After<'_> {
-    /// Asks for what [`Finish`] reads of a panel's updates, so that it is there when the product is.
-    fn ask_for(&self, panel: usize) {
-        for side in self.sides {
+    /// Asks for what [`Finish`] reads of a panel's updates for these rows, so that it is there when the product is; for no more
+    /// than leaves the product its place in the nearest cache.
+    fn ask_for(&self, panel: usize, rows: &Range<usize>) {
+        let mut lines = 64;
+        for side in self.sides.iter().filter(|side| side.rows.start < rows.end && rows.start < side.rows.end)
+        {
             let b = &side.b[panel * side.rank * ROWS..][..side.rank * ROWS];
-            for line in b.chunks(32) {
+            for line in b.chunks(32).take(lines) {
                 prefetch(line);
             }
-            if let Some(c) = side.factor {
+            lines = lines.saturating_sub(side.rank / 2);
+            if let Some(c) = side.factor.filter(|_| lines > 0) {
                 prefetch(&c[panel * ROWS..]);
             }
         }
@@ -323,9 +319,9 @@ impl Kernel for Finish<'_> {
                     part(factor, 0, &mut c);
                 }
                 for row in rows.start.max(side.rows.start)..rows.end.min(side.rows.end) {
-                    // SAFETY: all of z has been written; these columns of y belong to this task.
+                    // SAFETY: the tasks that write z have ended.
                     let z = unsafe { side.z.read((row - side.rows.start) * side.rank, side.rank) };
-                    // SAFETY: as above.
+                    // SAFETY: these columns of y belong to this task.
                     let y = unsafe { y.part(row * out + column, columns) };
                     let mut sums = [0.0; ROWS];
                     sums[..columns].copy_from_slice(y);
