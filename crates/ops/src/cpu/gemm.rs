@@ -6,7 +6,7 @@
 
 use super::level::Instructions;
 use super::scratch::{LEFT, PANEL, scratch};
-use super::simd::{Kernel, Simd, Tile};
+use super::simd::{Kernel, Simd, Tile, prefetch};
 use crate::Precision;
 use crate::pool::{self, Shares};
 
@@ -390,6 +390,12 @@ impl<B: Right, const BF16: bool> Kernel for Task<'_, B, BF16> {
                         c_row: if whole { c_row } else { width },
                         add: whole && (add || from > 0),
                     };
+                    // C comes from far away and is needed last.
+                    for i in (0..S::LARGE_ROWS).filter(|_| whole) {
+                        let row = tile.c.wrapping_add(i * c_row);
+                        prefetch(row);
+                        prefetch(row.wrapping_add(width - 1));
+                    }
                     // SAFETY: the panels hold `depth` rows of what the tile reads; a tile that is not whole goes to
                     // `edge`, which has the tile's size.
                     unsafe {

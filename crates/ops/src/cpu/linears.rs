@@ -11,7 +11,7 @@ use super::linears_gradient::{LinearsGradient, Wanted};
 use super::primitive::{Backward, Op, Tensor, apply};
 use super::scratch::{MADE, SIDE, scratch};
 use super::simd::{Kernel, Simd};
-use super::slim::{ROWS, Slim, WIDTH, by_blocks, pad_columns};
+use super::slim::{ROWS, Slim, by_blocks, pad_columns, whole_vectors};
 use super::source::Source;
 use super::weights::Kind;
 use crate::linears::{Input, LinearRef};
@@ -157,7 +157,7 @@ impl Op for Linears {
                 None if bias.is_none() && residual.is_none() => continue,
                 None => &mut [],
             };
-            let width = side.map_or(0, |side| side.rank.next_multiple_of(WIDTH));
+            let width = side.map_or(0, |side| whole_vectors(side.rank));
             let mut padded = scratch(&SIDE, inputs_wide * width);
             if let Some(side) = side {
                 pad_columns(inputs[at.a].f32(), side.rank, width, &mut padded);

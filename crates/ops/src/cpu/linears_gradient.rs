@@ -8,7 +8,7 @@ use super::linears::{Part, Places, Side, places};
 use super::primitive::{Op, Tensor};
 use super::scratch::{LEFT, MADE, scratch};
 use super::simd::{Kernel, Simd};
-use super::slim::{SMALL, Slim, WIDTH, by_blocks, pad_turned};
+use super::slim::{SMALL, Slim, by_blocks, pad_turned, whole_vectors};
 use super::source::Source;
 use crate::pool::{self, Shares};
 use crate::{Array, Precision};
@@ -209,7 +209,7 @@ fn side_gradient(
 ) {
     let SideGradient { rows, width, out, side, x, z, dy, factor } = of;
     let rank = side.rank;
-    let wide = rank.next_multiple_of(WIDTH);
+    let wide = whole_vectors(rank);
     let sizes = [out * wide, rank * width, rows * wide, rows * rank];
     let mut scratch = scratch(&LEFT, sizes.iter().sum());
     let (b_turned, rest) = scratch.split_at_mut(sizes[0]);
@@ -266,7 +266,7 @@ fn side_gradient(
         let to = unsafe { da.part(first * rank, count * rank) };
         dispatch(TurnedProduct { x, width, dz, wide, rank, rows, first, count, to });
     });
-    let columns = out.div_ceil(2 * pool::threads()).next_multiple_of(WIDTH);
+    let columns = out.div_ceil(2 * pool::threads()).next_multiple_of(16);
     let db = Shares::new(db);
     share(rows * out * rank >= SMALL, out.div_ceil(columns), |task| {
         let (first, count) = (task * columns, columns.min(out - task * columns));

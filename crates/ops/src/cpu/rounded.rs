@@ -11,7 +11,7 @@ use super::level::dispatch;
 use super::packed::widen;
 use super::panels::{BLOCK, Panels, ROWS, by_parts, each_part};
 use super::scratch::{self, LEFT, PANEL};
-use super::simd::{Kernel, Simd};
+use super::simd::{Kernel, Simd, prefetch};
 use super::{avx2, vnni};
 use crate::pool::{self, Shares};
 use crate::{Level, cpu_level};
@@ -263,11 +263,11 @@ impl After<'_> {
         {
             let b = &side.b[panel * side.rank * ROWS..][..side.rank * ROWS];
             for line in b.chunks(32).take(lines) {
-                prefetch(line);
+                prefetch(line.as_ptr());
             }
             lines = lines.saturating_sub(side.rank / 2);
             if let Some(c) = side.factor.filter(|_| lines > 0) {
-                prefetch(&c[panel * ROWS..]);
+                prefetch(c[panel * ROWS..].as_ptr());
             }
         }
     }
@@ -275,13 +275,6 @@ impl After<'_> {
     fn is_empty(&self) -> bool {
         self.sides.is_empty() && self.bias.is_none() && self.residual.is_none()
     }
-}
-
-/// Asks for the line in which a slice begins.
-fn prefetch<T>(from: &[T]) {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-    // SAFETY: every processor of this kind has the instruction, which reads nothing.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().cast()) };
 }
 
 /// [`After`] for some panels and rows of y, which are still in the cache.

@@ -213,6 +213,19 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     s.where_at_least(x, lowest, s.times_power_of_two(p, n))
 }
 
+/// Asks for the line at `p`, where the processor can be asked. Nothing is read.
+#[inline(always)]
+pub(crate) fn prefetch<T>(p: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: every processor of this kind has the instruction, and any address will do.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
 /// Where whole vectors of `len` elements begin.
 #[inline(always)]
 pub(crate) fn vectors<S: Simd>(len: usize) -> impl Iterator<Item = usize> {

@@ -3,11 +3,15 @@
 
 use super::gemm::share;
 use super::simd::{Simd, Tile, tile};
+use crate::{Level, cpu_level};
 
 /// Rows of x that a task takes at a time.
 pub(super) const ROWS: usize = 16;
-/// R is rounded up to a multiple of this, whole vectors at every level.
-pub(super) const WIDTH: usize = 16;
+/// R rounded up to whole vectors.
+pub(super) fn whole_vectors(rank: usize) -> usize {
+    rank.next_multiple_of(if cpu_level() == Level::Avx512 { 16 } else { 8 })
+}
+
 /// Below this many multiply-adds another thread is not worth waking.
 pub(super) const SMALL: usize = 1 << 16;
 
@@ -92,7 +96,8 @@ impl Slim<'_> {
                     add,
                 };
                 let step = match rows - row {
-                    8.. if S::LANES == 16 => 8,
+                    // Single vectors leave registers free, and so few sums at a time would wait for each other.
+                    8.. if S::LANES == 16 || pairs == 0 => 8,
                     4.. => 4,
                     _ => 1,
                 };

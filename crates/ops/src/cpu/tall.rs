@@ -3,7 +3,7 @@
 
 use super::level::dispatch;
 use super::simd::{Kernel, Simd};
-use super::slim::{Slim, WIDTH, pad_columns};
+use super::slim::{Slim, pad_columns, whole_vectors};
 use crate::pool::{self, Shares};
 
 /// Rows of A that a task takes: for so many, a block of X comes to the nearest cache once.
@@ -41,7 +41,7 @@ impl Kernel for Part<'_> {
 /// A X of A (m, k) and X (k, columns), row by row.
 pub(crate) fn product(a: &[f32], k: usize, x: &[f32], columns: usize) -> Vec<f32> {
     assert!(k > 0 && columns > 0 && a.len().is_multiple_of(k) && x.len() == k * columns);
-    let (m, width) = (a.len() / k, columns.next_multiple_of(WIDTH));
+    let (m, width) = (a.len() / k, whole_vectors(columns));
     let mut wide = vec![0.0; k * width];
     pad_columns(x, columns, width, &mut wide);
     let mut y = vec![0.0; m * columns];
