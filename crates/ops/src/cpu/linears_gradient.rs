@@ -266,6 +266,7 @@ fn side_gradient(
         let to = unsafe { da.part(first * rank, count * rank) };
         dispatch(TurnedProduct { x, width, dz, wide, rank, rows, first, count, to });
     });
+    // Whole vectors, and whole lines, which no two tasks should write.
     let columns = out.div_ceil(2 * pool::threads()).next_multiple_of(16);
     let db = Shares::new(db);
     share(rows * out * rank >= SMALL, out.div_ceil(columns), |task| {
