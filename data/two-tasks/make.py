@@ -3,7 +3,7 @@
 diary   what somebody wants to note, and the line in a diary:  "Dinner with Anna on Friday at 7 pm." -> fri 19:00 dinner anna
 basket  what somebody wants to buy, and the list:              "Three kilos of rice and a bag of salt." -> rice 3 kg; salt 1 bag
 
-Each gets 400 rows to train on, 40 to validate and 60 to test, the same ones every time. No request of one file is in another.
+Each gets 400 rows to train on, 60 to validate and 100 to test, the same ones every time. No request of one file is in another.
 Project's own work, under its licence.
 """
 
@@ -58,12 +58,12 @@ def basket(rng):
 def main(folder):
     for name, make in (("diary", diary), ("basket", basket)):
         rng, rows = random.Random(7), {}
-        while len(rows) < 500:
+        while len(rows) < 560:
             request, answer = make(rng)
             rows.setdefault(request, answer)
         rows = [json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}) for q, a in rows.items()]
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for split, part in (("train", rows[:400]), ("valid", rows[400:440]), ("test", rows[440:])):
+        for split, part in (("train", rows[:400]), ("valid", rows[400:460]), ("test", rows[460:])):
             (folder / name / f"{split}.jsonl").write_text("\n".join(part) + "\n")
 
 
