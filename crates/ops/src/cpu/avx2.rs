@@ -96,7 +96,8 @@ pub(crate) unsafe fn multiply(panel: &Panel, x: &Rounded, rows: Range<usize>, y:
     }
 }
 
-/// Tiles of as many rows as the registers hold: four of them with half a panel, or one with the whole.
+/// Tiles of four rows with the whole panel: half of it would keep the float sums in registers as well, and spread every pair of
+/// numbers twice, which costs more.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn by_rows<const BITS: usize, const READ: u8>(
     panel: &Panel,
@@ -107,31 +108,31 @@ unsafe fn by_rows<const BITS: usize, const READ: u8>(
     let mut at = rows.start;
     unsafe {
         while rows.end - at >= 4 {
-            tile::<BITS, READ, 1, 4>(panel, 0, x, at, y);
-            tile::<BITS, READ, 1, 4>(panel, 1, x, at, y);
+            tile::<BITS, READ, 4>(panel, x, at, y);
             at += 4;
         }
-        while at < rows.end {
-            tile::<BITS, READ, 2, 1>(panel, 0, x, at, y);
-            at += 1;
+        match rows.end - at {
+            3 => tile::<BITS, READ, 3>(panel, x, at, y),
+            2 => tile::<BITS, READ, 2>(panel, x, at, y),
+            1 => tile::<BITS, READ, 1>(panel, x, at, y),
+            _ => (),
         }
     }
 }
 
-/// H halves of a panel, from `half` on, times rows `at`..`at + C` of x. Each result is one chain of sums, whatever the tile.
+/// A panel, as two halves, times rows `at`..`at + C` of x. Each result is one chain of sums, whatever the tile.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn tile<const BITS: usize, const READ: u8, const H: usize, const C: usize>(
+unsafe fn tile<const BITS: usize, const READ: u8, const C: usize>(
     panel: &Panel,
-    half: usize,
     x: &Rounded,
     at: usize,
     y: &Shares<f32>,
 ) {
     let of = panel.w.arrangement;
     let (blocks, groups) = (of.inputs / BLOCK, of.inputs / of.group);
-    let mut sums = [[_mm256_setzero_ps(); C]; H];
+    let mut sums = [[_mm256_setzero_ps(); C]; 2];
     unsafe {
-        let mut codes = panel.w.panel(panel.index).as_ptr().add(half * 32);
+        let mut codes = panel.w.panel(panel.index).as_ptr();
         // Pairs of numbers.
         let mut q = x.q.as_ptr().cast::<i32>().add(at * of.inputs / 2);
         let (mut factors, mut totals) =
@@ -140,20 +141,23 @@ unsafe fn tile<const BITS: usize, const READ: u8, const H: usize, const C: usize
         let each = if READ == HALVES { 2 } else { 1 };
         let mut halves = x.halves.as_ptr().wrapping_add(2 * at * blocks);
         for g in 0..groups {
-            let level = g * ROWS + half * HALF;
-            let (scales, biases) = (panel.scales.as_ptr().add(level), panel.biases.as_ptr().add(level));
+            let (scales, biases) = (panel.scales.as_ptr().add(g * ROWS), panel.biases.as_ptr().add(g * ROWS));
             for _ in 0..(of.group / BLOCK).max(1) {
-                let mut products = [[_mm256_setzero_si256(); C]; H];
+                let mut products = [[_mm256_setzero_si256(); C]; 2];
                 for t in 0..BLOCK * BITS / 32 / each {
                     // With few rows reading W is all there is to do, and it lies in one piece up to the task's last panel.
                     _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(64 * t + AHEAD).cast());
-                    for (h, products) in products.iter_mut().enumerate() {
-                        let line = _mm256_loadu_si256(codes.add(64 * t + 32 * h).cast());
-                        let (words, first, step) = words::<BITS, READ>(line, t);
-                        for (i, &words) in words.iter().enumerate().take(16 / BITS) {
-                            for (c, product) in products.iter_mut().enumerate() {
-                                let pair = _mm256_set1_epi32(*q.add(c * of.inputs / 2 + first + i * step));
-                                *product = _mm256_add_epi32(*product, _mm256_madd_epi16(words, pair));
+                    let halves = [codes.add(64 * t), codes.add(64 * t + 32)];
+                    let lines = halves.map(|half| _mm256_loadu_si256(half.cast()));
+                    // A pair of numbers is spread over a vector once, for both halves: what the loop does is what it costs.
+                    let (first, step) = pairs::<BITS>(t);
+                    for i in 0..16 / BITS {
+                        let words = [word::<BITS, READ>(lines[0], i), word::<BITS, READ>(lines[1], i)];
+                        for c in 0..C {
+                            let pair = _mm256_set1_epi32(*q.add(c * of.inputs / 2 + first + i * step));
+                            for (&words, products) in words.iter().zip(&mut products) {
+                                let sum = _mm256_add_epi32(products[c], _mm256_madd_epi16(words, pair));
+                                products[c] = in_order(sum);
                             }
                         }
                     }
@@ -184,7 +188,7 @@ unsafe fn tile<const BITS: usize, const READ: u8, const H: usize, const C: usize
             }
         }
         for (h, sums) in sums.into_iter().enumerate() {
-            let column = panel.index * ROWS + (half + h) * HALF;
+            let column = panel.index * ROWS + h * HALF;
             let columns = HALF.min(of.out.saturating_sub(column));
             for (c, sum) in sums.into_iter().enumerate() {
                 if columns == HALF {
@@ -198,34 +202,40 @@ unsafe fn tile<const BITS: usize, const READ: u8, const H: usize, const C: usize
     }
 }
 
-/// Half of line `t` of a block as words of 16 bits, a code each: of 4-bit codes four vectors, of 8-bit codes two; and where
-/// the pair of numbers for the first of them is, and how far apart the next.
+/// Half of a line as words of 16 bits, a code each: vector `i` of four with 4-bit codes, of two with 8-bit codes.
 #[target_feature(enable = "avx2")]
 #[inline]
-unsafe fn words<const BITS: usize, const READ: u8>(line: __m256i, t: usize) -> ([__m256i; 4], usize, usize) {
-    if BITS == 4 && READ != WHOLE {
-        let table = _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(TABLE.as_ptr().cast()) });
-        let (low, byte) = (_mm256_set1_epi8(15), _mm256_set1_epi16(255));
-        let first = _mm256_shuffle_epi8(table, _mm256_and_si256(line, low));
-        let second = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16::<4>(line), low));
-        let words = [
-            _mm256_and_si256(first, byte),
-            _mm256_and_si256(second, byte),
-            _mm256_srli_epi16::<8>(first),
-            _mm256_srli_epi16::<8>(second),
-        ];
-        (words, 4 * t, 1)
-    } else if BITS == 4 {
-        let low = _mm256_set1_epi16(15);
-        let words = [
-            _mm256_and_si256(line, low),
-            _mm256_and_si256(_mm256_srli_epi16::<4>(line), low),
-            _mm256_and_si256(_mm256_srli_epi16::<8>(line), low),
-            _mm256_srli_epi16::<12>(line),
-        ];
-        (words, 4 * t, 1)
+unsafe fn word<const BITS: usize, const READ: u8>(line: __m256i, i: usize) -> __m256i {
+    // The bytes that hold the code: two to a vector of 8-bit codes, and of floats once their codes are looked up.
+    let (bytes, high) = if BITS == 8 {
+        (line, i == 1)
+    } else if READ == WHOLE {
+        let shifted = match i {
+            0 => line,
+            1 => _mm256_srli_epi16::<4>(line),
+            2 => _mm256_srli_epi16::<8>(line),
+            _ => return _mm256_srli_epi16::<12>(line),
+        };
+        return _mm256_and_si256(shifted, _mm256_set1_epi16(15));
     } else {
-        let words = [_mm256_and_si256(line, _mm256_set1_epi16(255)), _mm256_srli_epi16::<8>(line)];
-        ([words[0], words[1], words[0], words[1]], t / 2 * 4 + t % 2, 2)
-    }
+        let table = _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(TABLE.as_ptr().cast()) });
+        let codes = if i % 2 == 0 { line } else { _mm256_srli_epi16::<4>(line) };
+        (_mm256_shuffle_epi8(table, _mm256_and_si256(codes, _mm256_set1_epi8(15))), i >= 2)
+    };
+    if high { _mm256_srli_epi16::<8>(bytes) } else { _mm256_and_si256(bytes, _mm256_set1_epi16(255)) }
+}
+
+/// Keeps the compiler from adding products to each other before they meet the sum, for which it would run out of registers.
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn in_order(mut sum: __m256i) -> __m256i {
+    unsafe {
+        std::arch::asm!("/* {} */", inout(ymm_reg) sum, options(pure, nomem, nostack, preserves_flags))
+    };
+    sum
+}
+
+/// Where the pair of numbers for the first word of line `t` of a block is, and how far apart the next.
+const fn pairs<const BITS: usize>(t: usize) -> (usize, usize) {
+    if BITS == 4 { (4 * t, 1) } else { (t / 2 * 4 + t % 2, 2) }
 }
