@@ -125,10 +125,10 @@ def quantization(directory):
     return block
 
 
-def logits_of(a, directory, ids):
+def logits_of(a, directory, ids, *adapter):
     """Our logits (L, V) of a list of ids."""
     out = a.work / "logits.safetensors"
-    run(a.logits, directory, ",".join(map(str, ids)), out)
+    run(a.logits, directory, ",".join(map(str, ids)), out, *adapter)
     return mx.load(str(out))["logits"]
 
 
@@ -190,13 +190,19 @@ def initial_adapter(model, path, kind, layers, parameters):
     mx.save_safetensors(str(path), weights)
 
 
-def check_training(a):
-    """Ten steps on one batch, no padding: the losses and the adapters agree, and the files load both ways."""
+def rows(a):
+    """A directory of data to train on."""
     data = a.work / "rows"
     data.mkdir(exist_ok=True)
     text = "".join(json.dumps({"text": row}) + "\n" for row in ROWS)
     for split in ("train", "valid"):
         (data / f"{split}.jsonl").write_text(text)
+    return data
+
+
+def check_training(a):
+    """Ten steps on one batch, no padding: the losses and the adapters agree, and the files load both ways."""
+    data = rows(a)
     length, layers, parameters = 16, 4, {"rank": 8, "scale": 20.0, "dropout": 0.0}
     cases = [(b, k, o) for b in ("packed", "dense") for k in ("lora", "dora") for o in ("adam", "adamw")]
     for base, kind, optimizer in cases:
@@ -206,14 +212,13 @@ def check_training(a):
         start = a.work / f"start-{base}-{kind}.safetensors"
         initial_adapter(model, start, kind, layers, parameters)
         model.load_weights(str(start), strict=False)
-        rows = [(tokenizer.encode(r)[:length], 0) for r in ROWS]
+        encoded = [(tokenizer.encode(r)[:length], 0) for r in ROWS]
         losses, theirs_dir = Losses(), fresh(a.work / f"theirs-{base}-{kind}-{optimizer}")
         theirs_dir.mkdir()
         opt = {"adam": optim.Adam, "adamw": optim.AdamW}[optimizer](learning_rate=1e-4)
         args = TrainingArgs(batch_size=4, iters=10, val_batches=0, steps_per_report=1, steps_per_save=100,
                             max_seq_length=length, adapter_file=theirs_dir / "adapters.safetensors")
-        dataset = Fixed(rows)
-        train(model, opt, dataset, None, args, training_callback=losses)
+        train(model, opt, Fixed(encoded), None, args, training_callback=losses)
         ours_dir = fresh(a.work / f"ours-{base}-{kind}-{optimizer}")
         config = a.work / "config.yaml"
         config.write_text(f"lora_parameters: {json.dumps(parameters)}\n")
@@ -279,9 +284,47 @@ def check_files(a, base, ours_dir, theirs_dir, kind, layers, parameters):
         shutil.rmtree(fused)
 
 
+def check_fused(a):
+    """mlx-lm computes with every directory that we fuse what we do: each policy, bases of each mode, another precision."""
+    data = rows(a)
+
+    def trained(base, kind):
+        out = fresh(a.work / "fused-adapter")
+        run(a.graft, "lora", "--model", base, "--train", "--data", data, "--fine-tune-type", kind, "--num-layers", 4, "--batch-size", 4,
+            "--iters", 10, "--val-batches", 0, "--learning-rate", "1e-3", "--max-seq-length", 16, "--adapter-path", out)
+        return out
+
+    def compare(name, base, adapter, *flags):
+        fused = fresh(a.work / "fused")
+        run(a.graft, "fuse", "--model", base, "--adapter-path", adapter, "--save-path", fused, "--data", data, "--verify", "layers", "--force", *flags)
+        beside = fused if (fused / "adapters.safetensors").exists() else None
+        model, tokenizer = load(str(fused), adapter_path=beside and str(beside))
+        worst = 0.0
+        for prompt in PROMPTS[:2]:
+            ids = tokenizer.encode(prompt)
+            ours = logits_of(a, fused, ids, *([beside] if beside else []))
+            worst = max(worst, mx.abs(model(mx.array([ids]))[0].astype(mx.float32) - ours).max().item())
+        forms = sorted({layer["to"] for layer in json.loads((fused / "fuse_report.json").read_text())["layers"]})
+        report(f"fused {name}: {', '.join(forms)}", f"max difference {worst:.1e}", "2e-3", worst <= 2e-3)
+        shutil.rmtree(fused)
+
+    for kind in ("lora", "dora"):
+        adapter = trained(a.packed, kind)
+        for policy in ("raise", "same", "dense", *(["fold"] if kind == "dora" else [])):
+            compare(f"{kind}, {policy}", a.packed, adapter, "--policy", policy)
+        compare(f"{kind}, --base", a.packed, adapter, "--base", a.dense)
+    for mode in ("mxfp4", "nvfp4", "mxfp8"):
+        base = fresh(a.work / f"mode-{mode}")
+        run(a.graft, "convert", "--hf-path", a.dense, "--mlx-path", base, "-q", "--q-mode", mode, "--dtype", "float32")
+        adapter = trained(base, "dora")
+        for policy in ("raise", "same"):
+            compare(f"dora on {mode}, {policy}", base, adapter, "--policy", policy)
+        shutil.rmtree(base)
+
+
 def check_bits(a):
     """QLoRA and QDoRA on other widths agree with a run on the dequantized weights."""
-    data = a.work / "rows"
+    data = rows(a)
     for name in ("3", "5", "6", "8", "mixed_2_6", "mixed_3_4"):
         packed, dense = a.work / f"ours-{name}", fresh(a.work / f"dense-{name}")
         run(a.graft, "convert", "--hf-path", packed, "--mlx-path", dense, "--dequantize", "--dtype", "float32")
@@ -313,7 +356,7 @@ def check_gguf(check):
 
 GGUF = {"gguf-types": llama_cpp.check_types, "gguf-adapters": llama_cpp.check_adapters, "gguf-families": llama_cpp.check_families}
 # The last one switches mx.compile off for good.
-CHECKS = {"flags": check_flags, "convert": check_convert, "logits": check_logits, "modes": check_modes, "training": check_training, "bits": check_bits,
+CHECKS = {"flags": check_flags, "convert": check_convert, "logits": check_logits, "modes": check_modes, "fused": check_fused, "training": check_training, "bits": check_bits,
           **{name: check_gguf(check) for name, check in GGUF.items()}, "proxies": check_proxies}
 
 

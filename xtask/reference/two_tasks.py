@@ -1,6 +1,6 @@
 """What a merge of adapters for two tasks keeps of either: python3 two_tasks.py GRAFT MODEL FOLDER
 
-Writes the data of data/two-tasks, trains an adapter on each task (unless FOLDER has it), merges them by every method with several weights,
+Writes the data of data/two-tasks, trains an adapter on each task (unless FOLDER has it from an earlier run), merges them by every method with several weights,
 takes the merge that keeps most of the worse task on validation rows, and scores it beside its parents on the test rows, which had no say.
 The score is the share of exact answers. Ends with an error if less than 90 % of a parent's is kept.
 """
@@ -37,8 +37,10 @@ def main(graft, model, folder):
     subprocess.run([sys.executable, Path(__file__).parents[2] / "data/two-tasks/make.py", folder / "tasks"], check=True)
     parents = [folder / task for task in TASKS]
     for task, parent in zip(TASKS, parents, strict=True):
-        if not (parent / "adapters.safetensors").exists():
-            run("train", "--model", model, "--data", folder / "tasks" / task, "--adapter-path", parent, *TRAIN)
+        if not parent.exists():
+            part = parent.with_suffix(".part")
+            run("train", "--model", model, "--data", folder / "tasks" / task, "--adapter-path", part, *TRAIN)
+            part.rename(parent)
     merges = []
     for method, flags in METHODS.items():
         # An arc knows the ratio of weights alone.

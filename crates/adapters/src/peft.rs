@@ -325,15 +325,16 @@ pub(crate) struct Scaling {
 
 impl Scaling {
     pub(crate) fn read(file: &Path, raw: &Map<String, Value>) -> Result<Self> {
-        let number = |field: &str, default: f64| match raw.get(field) {
-            None | Some(Value::Null) => Ok(default),
-            Some(v) => v.as_f64().filter(|x| *x > 0.0).ok_or_else(|| Error::Config {
-                file: file.to_path_buf(),
-                field: field.to_owned(),
-                expected: "a number above 0".into(),
-                found: v.to_string(),
-            }),
-        };
+        let number =
+            |field: &str, default: f64, (allowed, expected): (fn(f64) -> bool, &str)| match raw.get(field) {
+                None | Some(Value::Null) => Ok(default),
+                Some(v) => v.as_f64().filter(|x| allowed(*x)).ok_or_else(|| Error::Config {
+                    file: file.to_path_buf(),
+                    field: field.to_owned(),
+                    expected: expected.into(),
+                    found: v.to_string(),
+                }),
+            };
         let mut alphas = Vec::new();
         if let Some(patterns) = raw.get("alpha_pattern").and_then(Value::as_object) {
             for (pattern, v) in patterns {
@@ -350,8 +351,8 @@ impl Scaling {
             }
         }
         Ok(Self {
-            rank: number("r", 8.0)? as usize,
-            alpha: number("lora_alpha", 8.0)?,
+            rank: number("r", 8.0, (|r| r > 0.0, "a number above 0"))? as usize,
+            alpha: number("lora_alpha", 8.0, (f64::is_finite, "a number"))?,
             rslora: raw.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
             alphas,
         })

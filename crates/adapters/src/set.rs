@@ -116,6 +116,16 @@ impl AdapterSet {
         self.config.set_extra(UNTIED_HEAD, true.into());
     }
 
+    /// The adapters of some modules, without whole weights and metadata. Whether the base's head may stay as it was is no
+    /// question of a part: whoever has the whole asks it.
+    pub fn only(&self, keep: impl Fn(&str) -> bool) -> AdapterSet {
+        let adapters = self.adapters.iter().filter(|(path, _)| keep(path));
+        let adapters = adapters.map(|(path, adapter)| (path.clone(), adapter.clone())).collect();
+        let mut config = self.config.clone();
+        config.set_extra(UNTIED_HEAD, false.into());
+        AdapterSet { adapters, weights: BTreeMap::new(), config, metadata: BTreeMap::new() }
+    }
+
     /// The metadata that goes into a file.
     pub fn file_metadata(&self) -> BTreeMap<String, String> {
         let mut metadata = self.metadata.clone();

@@ -198,17 +198,20 @@ fn a_scale_that_changed_since_makes_another_config() {
     mlx(|| {
         let dir = peft_dir(json!({"use_rslora": true}), 4, Dtype::Float32, &[]);
         let mut set = AdapterSet::load(dir.path()).unwrap();
-        for adapter in set.adapters.values_mut() {
-            adapter.scale = 0.75;
+        for (scale, alpha) in [(0.75, "3"), (-2.0, "-8"), (0.0, "0")] {
+            for adapter in set.adapters.values_mut() {
+                adapter.scale = scale;
+            }
+            set.config.parameters.as_mut().unwrap().scale = scale;
+            let out = tempfile::tempdir().unwrap();
+            let theirs = out.path().join("theirs");
+            export(&set, dir.path(), &made_of(), &theirs).unwrap();
+            let back = AdapterSet::load(&theirs).unwrap();
+            assert_eq!(back.adapters[Q].scale, scale);
+            let text = std::fs::read_to_string(theirs.join("adapter_config.json")).unwrap();
+            assert!(text.contains("\"use_rslora\": false"), "{text}");
+            assert!(text.contains(&format!("\"lora_alpha\": {alpha},")), "{text}");
         }
-        set.config.parameters.as_mut().unwrap().scale = 0.75;
-        let out = tempfile::tempdir().unwrap();
-        let theirs = out.path().join("theirs");
-        export(&set, dir.path(), &made_of(), &theirs).unwrap();
-        let back = AdapterSet::load(&theirs).unwrap();
-        assert_eq!(back.adapters[Q].scale, 0.75);
-        let text = std::fs::read_to_string(theirs.join("adapter_config.json")).unwrap();
-        assert!(text.contains("\"use_rslora\": false") && text.contains("\"lora_alpha\": 3,"), "{text}");
     });
 }
 

@@ -238,7 +238,9 @@ impl<'a> Job<'a> {
  purpose: "merged",
                 name: (*path).to_owned(),
                 what: "an embedding beside DoRA".into(),
-                why: "an adapter directory is LoRA or DoRA as a whole, and embeddings have no DoRA; leave it out".into(),
+                why: "an adapter directory is LoRA or DoRA as a whole, and embeddings have no DoRA: merge adapters without an update of \
+                      it, or LoRA adapters alone"
+                    .into(),
             });
         }
         let said = base.and_then(|b| layers_of(b.checkpoint));
@@ -348,7 +350,7 @@ impl<'a> Job<'a> {
         if !(0.0..=1.0).contains(&t) {
             return Err(Error::Recipe {
                 what: "weights of slerp".into(),
-                expected: "two that are not negative, or t".into(),
+                expected: "two that are not negative, one of them above 0, or t".into(),
                 found: format!("{first} and {second}"),
             });
         }

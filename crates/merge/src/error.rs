@@ -141,8 +141,8 @@ pub enum Error {
     },
     /// There is no room for the result.
     #[error(
-        "{path}: {source}: the fused model takes {bytes} bytes, and as much again while its files are put together; nothing \
-         was left behind: make room, or choose another place with --save-path"
+        "{path}: {source}: the fused model takes about {bytes} bytes, more where weights fall back to floats; nothing was left \
+         behind: make room, or choose another place with --save-path"
     )]
     Full {
         /// What was being written.

@@ -135,7 +135,9 @@ pub fn resize(
             purpose: "resized",
             name: origin.name.clone(),
             what: "an adapter with whole weights".into(),
-            why: "they have no rank".into(),
+            why:
+                "they have no rank: fuse it (graft fuse), then extract the difference (graft adapter extract)"
+                    .into(),
         });
     }
     let mut writer = AdapterWriter::create(out)?;

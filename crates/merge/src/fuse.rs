@@ -39,6 +39,8 @@ pub struct FuseOptions {
     pub adapter_name: String,
     /// Where the adapter's files are.
     pub adapter_dir: PathBuf,
+    /// By which rows `same` rounds, for the provenance; null where it does not.
+    pub observed: Value,
 }
 
 /// What happens meanwhile.
@@ -202,7 +204,8 @@ pub fn check(
         }
     }
     let mut shapes = checkpoint.module_shapes();
-    if checkpoint.config().get("tie_word_embeddings").and_then(Value::as_bool) == Some(true) {
+    let tied = checkpoint.config().get("tie_word_embeddings").and_then(Value::as_bool) == Some(true);
+    if tied {
         // A tied model may carry a copy of its embedding as head, but nobody reads it.
         shapes.remove("lm_head");
     }
@@ -211,6 +214,12 @@ pub fn check(
     })?;
     let mut problems = Vec::new();
     for (name, tensor) in &adapter.weights {
+        if tied && name.starts_with("lm_head.") {
+            problems.push(format!(
+                "{name}: the head of this base is its embedding, and nobody reads a weight of its own"
+            ));
+            continue;
+        }
         let matrix = name.strip_suffix(".weight").and_then(|path| shapes.get(path)).map(|&(a, b)| vec![a, b]);
         let packed =
             name.rsplit_once('.').is_some_and(|(path, part)| part != "bias" && shapes.contains_key(path));
@@ -386,7 +395,7 @@ impl<'a> Job<'a, '_> {
             operation: "fuse".into(),
             base: Some(base),
             inputs: vec![adapter],
-            recipe: json!({"policy": self.policy.name(), "dequantize": self.dequantize, "other_precision": options.other_precision}),
+            recipe: json!({"policy": self.policy.name(), "dequantize": self.dequantize, "other_precision": options.other_precision, "observed": options.observed}),
             summary: Value::Null,
         };
         let report = FuseReport {

@@ -106,12 +106,16 @@ impl Form {
             Weight::Arranged(_) => return Err(not_stored()),
         };
         let dense = Form::Dense(level_type(packed, floats));
-        let raised = Form::Packed(packed.grid.raised(RAISED));
+        // Groups of 16 may be an odd number in a row, which has no groups of 32.
+        let raised = Some(packed.grid.raised(RAISED)).filter(|grid| grid.fits(weight.in_features() as usize));
+        let raised = raised.map(Form::Packed);
         Ok(match policy {
             Policy::Dense => vec![dense],
             Policy::Same => vec![Form::Packed(packed.grid)],
-            Policy::Fold if folds => vec![Form::Folded, raised, dense],
-            Policy::Raise | Policy::Fold => vec![raised, dense],
+            Policy::Fold if folds => {
+                [Some(Form::Folded), raised, Some(dense)].into_iter().flatten().collect()
+            }
+            Policy::Raise | Policy::Fold => raised.into_iter().chain([dense]).collect(),
         })
     }
 
@@ -459,6 +463,14 @@ mod tests {
         fused.report.to == attempt.to
             && own.len() == other.len()
             && own.iter().zip(other).all(|(a, b)| a.data == b.data)
+    }
+
+    #[test]
+    fn rows_that_have_no_groups_of_32_become_floats() {
+        let w = Array::from_iter((0..48 * 8).map(|i| (0.37 * i as f32).sin()), &[8, 48]);
+        let weight = Weight::Packed(round(&w, Grid::of(graft_ops::ffi::Mode::Nvfp4), None).unwrap());
+        let forms = Form::of(Policy::Raise, &weight, false, Dtype::Float16).unwrap();
+        assert_eq!(forms, [Form::Dense(Dtype::Float16)]);
     }
 
     #[test]

@@ -113,7 +113,10 @@ impl Size {
 
 /// A number that may differ by module, as in mergekit's recipes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected a number, a list of numbers from the first block to the last, or a list of {filter, value}"
+)]
 pub enum Setting {
     /// The same everywhere.
     Number(f64),
@@ -130,8 +133,8 @@ pub struct Filtered {
     /// Part of the path of the modules meant; none, or `*`, is all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub filter: Option<String>,
-    /// Their value.
-    pub value: f64,
+    /// Their value, or values by block.
+    pub value: Setting,
 }
 
 impl Setting {
@@ -150,19 +153,22 @@ impl Setting {
                     None | Some("*") => true,
                     Some(part) => path.contains(part),
                 };
-                filters.iter().find(matches).map(|f| f.value)
+                filters.iter().find(matches).and_then(|f| f.value.at(path, depth))
             }
         }
     }
 
     /// The first value that `allowed` refuses.
     pub(crate) fn refused(&self, allowed: impl Fn(f64) -> bool) -> Option<f64> {
-        let values = match self {
+        self.values().into_iter().find(|x| !allowed(*x))
+    }
+
+    fn values(&self) -> Vec<f64> {
+        match self {
             Self::Number(x) => vec![*x],
             Self::Gradient(values) => values.clone(),
-            Self::Filters(filters) => filters.iter().map(|f| f.value).collect(),
-        };
-        values.into_iter().find(|x| !allowed(*x))
+            Self::Filters(filters) => filters.iter().flat_map(|f| f.value.values()).collect(),
+        }
     }
 }
 
@@ -193,7 +199,13 @@ mod tests {
         assert_eq!(["a.mlp.up", "a.attn.q"].map(|p| filters.at(p, 0.0)), [Some(2.0), Some(3.0)]);
         assert_eq!(json(r#"[{"filter": "mlp", "value": 2}]"#).at("a.attn.q", 0.0), None);
         assert_eq!(gradient.refused(|x| x > 0.0), Some(0.0));
-        assert!(serde_json::from_str::<Setting>(r#"[{"filtre": "mlp", "value": 2}]"#).is_err());
+        let wrong =
+            serde_json::from_str::<Setting>(r#"[{"filtre": "mlp", "value": 2}]"#).unwrap_err().to_string();
+        assert!(wrong.contains("a list of {filter, value}"), "{wrong}");
+        // mergekit's usual recipe of an arc.
+        let both = json(r#"[{"filter": "attn", "value": [0, 1]}, {"value": 0.5}]"#);
+        assert_eq!(["a.attn.q", "a.mlp.up"].map(|path| both.at(path, 0.25)), [Some(0.25), Some(0.5)]);
+        assert_eq!(both.refused(|x| x < 1.0), Some(1.0));
     }
 
     #[test]

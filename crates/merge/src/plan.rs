@@ -59,6 +59,9 @@ impl Plan {
                 Policy::Fold if folds => bytes,
                 Policy::Raise | Policy::Fold => {
                     let raised = grid.raised(RAISED);
+                    if !raised.fits(inputs) {
+                        return Ok((rows * inputs) as u64 * float);
+                    }
                     (rows * raised.words(inputs) * 4) as u64
                         + (2 * rows * raised.groups(inputs)) as u64 * float
                 }

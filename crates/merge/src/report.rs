@@ -260,8 +260,13 @@ impl FuseReport {
         let lost =
             format!("at most {:.1} % of {what} was kept, {:.0} % are wanted", 100.0 * most, 100.0 * ENOUGH);
         let unfused = "serve the adapter unfused (graft server --adapter), or train it further";
+        // A reason says that floats were tried, too.
+        let untried =
+            |layer: &LayerReport| layer.changed() && layer.reason.is_none() && layer.to.contains("bits");
+        let packed = self.layers.iter().any(untried);
         let advice = match self.policy.as_str() {
             "same" => "--policy raise keeps more, with 8 bits".to_owned(),
+            _ if packed => "--policy dense keeps more, in floats".to_owned(),
             _ => format!(
                 "even the floats of this base are too coarse for so small an update: {unfused}, or fuse it into a base of finer numbers (--base)"
             ),

@@ -17,8 +17,8 @@ use crate::decoder::{Pass, Seen};
 use crate::load::Source;
 use crate::{DecoderConfig, Error, Result, rope};
 
-/// Tokens of a forward pass, at most, unless one text has more.
-const BATCH: usize = 1024;
+/// Tokens of a forward pass, at most.
+const BATCH: usize = Observer::LENGTH;
 
 /// A network that is run block by block over texts.
 #[derive(Debug)]
@@ -37,7 +37,10 @@ pub struct Observer {
 }
 
 impl Observer {
-    /// Begins with the embedding of `texts` (token ids), each cut to 1024 tokens.
+    /// Tokens of a text that are observed, at most.
+    pub const LENGTH: usize = 1024;
+
+    /// Begins with the embedding of `texts` (token ids), each cut to [`Observer::LENGTH`].
     ///
     /// # Errors
     /// When the checkpoint is no model that runs here, the adapter does not fit it, or there are no tokens.
@@ -49,7 +52,7 @@ impl Observer {
     ) -> Result<Observer> {
         let (source, config) = Source::open(&checkpoint, dtype)?;
         let embedding = source.embedding()?;
-        let own = only(set, |path| path == embedding.path);
+        let own = set.only(|path| path == embedding.path);
         let table = own.table(checkpoint.dir(), |path| {
             (path == embedding.path).then_some(Target { weight: &embedding.weight, kind: Kind::Embedding })
         })?;
@@ -124,7 +127,7 @@ impl Observer {
         let block = source.block(&self.config, self.next as i32)?;
         let linears = block.linears();
         let of = |path: &str| linears.iter().find(|linear| linear.path == path);
-        let own = only(&self.set, |path| of(path).is_some());
+        let own = self.set.only(|path| of(path).is_some());
         let origin = PathBuf::from(self.checkpoint.dir());
         let table =
             own.table(&origin, |path| Some(Target { weight: &of(path)?.weight, kind: Kind::Linear }))?;
@@ -145,7 +148,7 @@ impl Observer {
     fn head(&mut self, path: &str) -> Result<()> {
         let (source, _) = Source::open(&self.checkpoint, self.dtype)?;
         let (norm, head) = (source.norm(&self.config, "model.norm".into())?, source.linear(path.into())?);
-        let own = only(&self.set, |name| name == path);
+        let own = self.set.only(|name| name == path);
         let table =
             own.table(self.checkpoint.dir(), |_| Some(Target { weight: &head.weight, kind: Kind::Linear }))?;
         let grams = Grams { table: &table, sums: RefCell::new(BTreeMap::new()) };
@@ -156,13 +159,6 @@ impl Observer {
         self.held = grams.finish(self.tokens)?;
         Ok(())
     }
-}
-
-/// The adapters of some modules.
-fn only(set: &AdapterSet, keep: impl Fn(&str) -> bool) -> AdapterSet {
-    let adapters = set.adapters.iter().filter(|(path, _)| keep(path));
-    let adapters = adapters.map(|(path, adapter)| (path.clone(), adapter.clone())).collect();
-    AdapterSet { adapters, weights: BTreeMap::new(), config: set.config.clone(), metadata: BTreeMap::new() }
 }
 
 /// Sums of x^T x by input, each with the paths of the linears that read it.

@@ -84,8 +84,11 @@ pub(super) fn measure(args: &EvalArgs) -> Result<(Value, Result<()>)> {
     if let Some(metric) = &metric {
         Question::check(&file, &rows, &DataConfig::new(false, usize::MAX), metric)?;
     }
+    let mut fused_models = Vec::new();
     for fused in &args.fused {
         load::config(fused)?;
+        let left = load::beside(&hub::resolve(fused, What::Model)?).map(|_| fused);
+        fused_models.push((fused, left));
     }
     let stop = host::stop_flag(|| ui::note("stopping; once more stops at once"));
     let task = Task { args, file, rows, metric, stop: &stop };
@@ -99,7 +102,7 @@ pub(super) fn measure(args: &EvalArgs) -> Result<(Value, Result<()>)> {
     let mut of_base = vec![subject("base", &args.model, None)];
     of_base.extend(args.adapter_path.iter().map(|a| subject(a, &args.model, Some(a))));
     let mut subjects = vec![of_base];
-    subjects.extend(args.fused.iter().map(|fused| vec![subject(fused, fused, None)]));
+    subjects.extend(fused_models.into_iter().map(|(fused, left)| vec![subject(fused, fused, left)]));
     let mut questions = Vec::new();
     let measured =
         subjects.iter_mut().try_for_each(|own| task.run(&own[0].model.clone(), own, &mut questions));

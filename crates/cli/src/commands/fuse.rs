@@ -15,6 +15,7 @@ use graft_merge::{
 };
 use graft_model::Observer;
 use graft_quant::Checkpoint;
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -67,7 +68,7 @@ pub(crate) fn fuse(args: &FuseArgs) -> Result<()> {
         }
         check_bases(&trained, &model, args, base).with_context(named_both)?;
     }
-    let options = FuseOptions {
+    let mut options = FuseOptions {
         policy: named.unwrap_or(Policy::Raise),
         dequantize: args.dequantize,
         // As mlx_lm does; a directory that is no model's is refused all the same.
@@ -77,19 +78,28 @@ pub(crate) fn fuse(args: &FuseArgs) -> Result<()> {
         base_name: base.clone(),
         adapter_name: args.adapter_path.clone(),
         adapter_dir,
+        observed: Value::Null,
     };
     let checkpoint = Checkpoint::open(&model)?;
-    let found = rows(args, &adapter, &model)?;
+    let found = rows(args, &adapter, &checkpoint)?;
     if let Some(fused) = &args.measure {
         let stop = host::stop_flag(|| ui::note("stopping; once more stops at once"));
         let Some(found) = found else { bail!(Usage("--measure is what --verify model does".into())) };
-        let model = measure(args, &found, metric, (fused.as_str(), None), &stop)?;
-        let Some(model) = model else { bail!("there are no rows to measure on: give --data DIR") };
+        let left = load::beside(&hub::resolve(fused, What::Model)?).map(|_| fused.as_str());
+        let model = measure(args, &found, metric, (fused.as_str(), left), &stop)?;
+        let Some(model) = model else { bail!("nothing was measured; --data DIR gives rows to measure on") };
         say_model(&model);
         return Ok(());
     }
     foresee(&checkpoint, &adapter, &options)?;
     let mut observer = observer(args, &adapter, checkpoint, found.as_ref())?;
+    if let Some((observer, file)) =
+        observer.as_ref().zip(found.as_ref().and_then(|found| found.source.as_ref()))
+    {
+        let hash = graft_adapters::file_hash(file)?;
+        options.observed =
+            json!({"file": file.display().to_string(), "sha256": hash, "tokens": observer.tokens()});
+    }
     let mut ask = |path: &str| -> Result<_, Box<dyn std::error::Error + Send + Sync>> {
         Ok(observer.as_mut().map(|observer| observer.moments(path)).transpose()?.flatten())
     };
@@ -168,17 +178,41 @@ fn check_bases(trained: &Path, base: &Path, args: &FuseArgs, name: &str) -> Resu
 }
 
 /// The rows of `--verify model` and `--policy same`; none if neither is asked for, or the answer is known without them.
-fn rows(args: &FuseArgs, adapter: &AdapterSet, model: &Path) -> Result<Option<Found>> {
+fn rows(args: &FuseArgs, adapter: &AdapterSet, checkpoint: &Checkpoint) -> Result<Option<Found>> {
     if args.verify != "model" && args.policy.as_deref() != Some("same") {
         return Ok(None);
     }
-    let found = fuse_rows::find(args, &adapter.config, model)?;
+    let mut found = fuse_rows::find(args, &adapter.config, checkpoint.dir())?;
+    let remedy = match unmeasurable(adapter, checkpoint)? {
+        None => "; --data DIR gives rows to measure it on",
+        Some(why) => {
+            found.valid = Err(why);
+            ""
+        }
+    };
     if let (Err(why), "model") = (&found.valid, args.verify.as_str()) {
-        ui::note(&format!(
-            "note: {why}: the result is judged by its weights; --data DIR gives rows to measure it on"
-        ));
+        ui::note(&format!("note: {why}: the result is judged by its weights{remedy}"));
     }
     Ok(Some(found))
+}
+
+/// Why a model with the adapter unfused, to which the fused one would be compared, cannot be run.
+fn unmeasurable(adapter: &AdapterSet, checkpoint: &Checkpoint) -> Result<Option<String>> {
+    let full = adapter.config.fine_tune_type == FineTuneType::Full;
+    for name in adapter.weights.keys() {
+        if !full {
+            return Ok(Some(format!(
+                "{name} is a whole weight beside low-rank updates, which run only fused"
+            )));
+        }
+        let path = name.strip_suffix(".weight").unwrap_or(name);
+        if let Some(grid) = checkpoint.grid(path)? {
+            return Ok(Some(format!(
+                "{path} is packed ({grid}), and a full fine-tune runs unfused on floats alone"
+            )));
+        }
+    }
+    Ok(None)
 }
 
 /// What `same` rounds by; none, with a note, where there are no rows.

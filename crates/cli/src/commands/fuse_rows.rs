@@ -4,7 +4,7 @@ use crate::args::FuseArgs;
 use crate::commands::load;
 use anyhow::{Result, bail};
 use graft_adapters::{AdapterConfig, file_hash};
-use graft_model::Text;
+use graft_model::{Observer, Text};
 use graft_train::{DataConfig, ModelEncoder, Row, Split, read_rows};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -30,6 +30,8 @@ pub(crate) struct Found {
     pub(crate) valid: std::result::Result<Rows, String>,
     /// Token ids of rows that are not measured on.
     pub(crate) observed: Vec<Vec<u32>>,
+    /// The file that they are from.
+    pub(crate) source: Option<PathBuf>,
 }
 
 /// Finds the rows. `model` is a directory with the tokenizer.
@@ -43,13 +45,13 @@ pub(crate) fn find(args: &FuseArgs, config: &AdapterConfig, model: &Path) -> Res
     };
     // Weights alone need no tokenizer, and a directory without one can be fused.
     let (valid, train) = match (valid, train) {
-        (Err(why), None) => return Ok(Found { valid: Err(why), observed: Vec::new() }),
+        (Err(why), None) => return Ok(Found { valid: Err(why), observed: Vec::new(), source: None }),
         found => found,
     };
     let form = form(config);
     let (tokenizer, template) = load::text(model)?;
     let encoder = load::encoder(&tokenizer, template.as_ref());
-    let mut observed = Vec::new();
+    let (mut observed, mut source) = (Vec::new(), None);
     let mut others = Vec::new();
     let valid = match valid {
         Err(why) => Err(why),
@@ -68,18 +70,20 @@ pub(crate) fn find(args: &FuseArgs, config: &AdapterConfig, model: &Path) -> Res
     if args.policy.as_deref() == Some("same") {
         let (file, rows) = match train {
             Some(file) => (file.clone(), spread(read_rows(&file)?, OBSERVED / 16).0),
-            None => (PathBuf::from("--data"), others),
+            None => (valid.as_ref().map_or_else(|_| PathBuf::new(), |rows| rows.file.clone()), others),
         };
         let mut tokens = 0;
-        for example in Split::from_rows(&file, &rows, &encoder, &form)?.examples {
+        for mut example in Split::from_rows(&file, &rows, &encoder, &form)?.examples {
+            example.tokens.truncate(Observer::LENGTH);
             tokens += example.tokens.len();
             if tokens > OBSERVED {
                 break;
             }
             observed.push(example.tokens);
         }
+        source = Some(file);
     }
-    Ok(Found { valid, observed })
+    Ok(Found { valid, observed, source })
 }
 
 /// The rows of a file or of a directory's valid.jsonl, `count` of them spread over it, as training reads them by default.

@@ -82,12 +82,16 @@ fn stored_dtype(checkpoint: &Checkpoint) -> Dtype {
     }
 }
 
-/// Refuses a model beside which an adapter stands, where only the model would be taken: what `fuse --policy fold` makes is the
-/// model and that adapter together.
-pub(crate) fn refuse_beside(dir: &Path, argument: &str) -> Result<()> {
+/// The adapter that stands beside a model: what `fuse --policy fold` makes is the two together.
+pub(crate) fn beside(dir: &Path) -> Option<PathBuf> {
     let file = dir.join(ADAPTER_FILE);
     // What has no config.json is no model, which whoever opens it says.
-    if file.is_file() && dir.join("config.json").is_file() {
+    (file.is_file() && dir.join("config.json").is_file()).then_some(file)
+}
+
+/// Refuses a model beside which an adapter stands, where only the model would be taken.
+pub(crate) fn refuse_beside(dir: &Path, argument: &str) -> Result<()> {
+    if let Some(file) = beside(dir) {
         bail!(
             "{}: an adapter beside the model, which would be left out though the model may be half of what was fused: fuse \
              it first (graft fuse --model {argument} --adapter-path {argument} --save-path NEW), or move it elsewhere if the \

@@ -7,7 +7,7 @@ use crate::hub::{self, What};
 use crate::report::As;
 use crate::{host, ui};
 use anyhow::{Context, Result, bail};
-use graft_adapters::{AdapterSet, Origin};
+use graft_adapters::{AdapterConfig, AdapterSet, Origin};
 use graft_merge::{
     Error, Event, InputParameters, MERGE_REPORT_FILE, MergeBase, MergeOptions, MergeRecipe, MergeReport,
     MergeSource, Method, RecipeInput, Setting, Size,
@@ -185,7 +185,7 @@ fn sources(args: &MergeArgs, recipe: &MergeRecipe) -> Result<(Vec<MergeSource>, 
         let dir = hub::resolve(&model.model, What::Adapter)?;
         let set = AdapterSet::load(&dir)?;
         if args.eval {
-            let named = || set.config.raw.get("data").and_then(Value::as_str).map(str::to_owned);
+            let named = || named_data(&set.config);
             let Some(own) = args.eval_data.get(index).cloned().or_else(named) else {
                 bail!(Usage(format!(
                     "--eval: {} does not say which data it was trained on: give --eval-data for each adapter",
@@ -207,6 +207,16 @@ fn sources(args: &MergeArgs, recipe: &MergeRecipe) -> Result<(Vec<MergeSource>, 
         });
     }
     Ok((sources, data))
+}
+
+/// The data that an adapter names, as it was given or, from another folder, where the recorded rows are.
+fn named_data(config: &AdapterConfig) -> Option<String> {
+    let given = config.raw.get("data").and_then(Value::as_str);
+    let valid = || {
+        config.extra("rows")?["valid"]["file"].as_str().and_then(|file| Path::new(file).parent()?.to_str())
+    };
+    let found = given.filter(|data| Path::new(data).exists()).or_else(valid).or(given)?;
+    Some(found.to_owned())
 }
 
 fn names(sources: &[MergeSource]) -> Vec<String> {

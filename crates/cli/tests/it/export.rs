@@ -96,6 +96,18 @@ fn what_was_folded_is_not_taken_without_its_adapter() {
     );
     assert!(!folder.path("folded").exists());
     folder.ok(fuse);
+    // It is measured as what it is: the model with its adapter, which keeps nearly all.
+    let run = folder.ok("fuse --model model --adapter-path dora --measure folded --data data");
+    let kept =
+        run.out.split("Answers: ").nth(1).and_then(|rest| rest.split(" %").next()?.parse::<f64>().ok());
+    assert!(kept > Some(99.0), "{run:?}");
+    folder.ok(
+        "eval --model model --adapter-path dora --fused folded --data data --metric loss --output e.json",
+    );
+    let models = folder.json("e.json")["models"].clone();
+    let loss = |i: usize| models[i]["score"].as_f64().unwrap();
+    assert!((loss(2) - loss(1)).abs() < 0.05 * (loss(1) - loss(0)).abs(), "{models}");
+    std::fs::remove_file(folder.path("e.json")).unwrap();
     let beside = ["folded/adapters.safetensors: an adapter beside the model", "graft fuse --model folded"];
     folder.fails(1, "export gguf --model folded --out f.gguf", &beside);
     folder.fails(1, "convert --hf-path folded --mlx-path plain --dequantize", &beside);

@@ -1,5 +1,9 @@
 //! `graft fuse`: what it says, replaces and refuses.
 
+use std::collections::BTreeMap;
+
+use graft_ops::Array;
+use graft_quant::{Tensor, read_safetensors, safetensors_bytes};
 use graft_testkit::{Family, Tiny, tiny_adapter};
 use serde_json::{Value, json};
 
@@ -77,9 +81,52 @@ fn the_model_says_from_what_it_was_made() {
         serde_json::from_str(header["__metadata__"]["graft_provenance"].as_str().unwrap()).unwrap();
     assert_eq!(described["base"], made["base"]);
     assert_eq!(described["summary"]["kept"], made["summary"]["kept"]);
+    // `same` says by which rows it rounded.
+    folder.ok(&format!("{FUSE} --policy same --data data --force"));
+    let observed = folder.json("fused/config.json")["graft"]["provenance"]["recipe"]["observed"].clone();
+    assert!(
+        observed["file"].as_str().unwrap().starts_with("data/") && observed["tokens"].as_u64() > Some(8),
+        "{observed}"
+    );
+    assert_eq!(observed["sha256"].as_str().unwrap().len(), 64);
+    folder.ok(&format!("{FUSE} --data data"));
     // What is made of it says so, too.
     folder.ok("fuse --model fused --adapter-path adapter --save-path again --verify layers");
     assert_eq!(&folder.json("again/config.json")["graft"]["provenance"]["base"]["made_from"], made);
+}
+
+#[test]
+fn what_runs_only_fused_is_judged_by_its_weights() {
+    let folder = Folder::with_model();
+    let mut tensors = read_safetensors(&folder.path("adapter/adapters.safetensors")).unwrap().0;
+    let norm = Tensor::from_array(&Array::from_slice(&[0.5f32; 64], &[64])).unwrap();
+    let name = "model.layers.1.input_layernorm.weight";
+    tensors.insert(name.into(), norm.clone());
+    let mut config = folder.json("adapter/adapter_config.json");
+    config["graft"]["weights"] = json!([name]);
+    let put = |folder: &Folder, config: &Value, tensors: &BTreeMap<String, Tensor>| {
+        let bytes = safetensors_bytes(tensors, &BTreeMap::new()).unwrap();
+        std::fs::write(folder.path("adapter/adapters.safetensors"), bytes).unwrap();
+        folder.write("adapter/adapter_config.json", &config.to_string());
+    };
+    put(&folder, &config, &tensors);
+    let run = folder.ok(&format!("{FUSE} --data data"));
+    assert!(
+        run.err
+            .contains("a whole weight beside low-rank updates, which run only fused: the result is judged"),
+        "{run:?}"
+    );
+    assert_eq!(folder.json("fused/fuse_report.json")["judged_by"], "weights");
+    // A full fine-tune, and packed weights under it.
+    config["fine_tune_type"] = json!("full");
+    let packed = "model.layers.1.self_attn.q_proj";
+    let whole = Tensor::from_array(&Array::from_slice(&[0.25f32; 64 * 64], &[64, 64])).unwrap();
+    put(&folder, &config, &BTreeMap::from([(name.to_owned(), norm), (format!("{packed}.weight"), whole)]));
+    let run = folder.ok(&format!("{FUSE} --data data"));
+    assert!(
+        run.err.contains(&format!("{packed} is packed (4 bits, groups of 32), and a full fine-tune")),
+        "{run:?}"
+    );
 }
 
 #[test]
@@ -111,7 +158,10 @@ fn the_rows_that_training_recorded_are_measured_unless_they_changed() {
     folder.ok("lora --model model --train --data data --num-layers 2 --iters 20 --learning-rate 1e-2 --val-batches 1 --adapter-path trained");
     let fuse = "fuse --model model --adapter-path trained --save-path fused";
     let run = folder.ok(fuse);
-    assert!(run.out.contains("tokens of 8 rows of data/valid.jsonl)"), "{run:?}");
+    assert!(run.out.contains("tokens of 8 rows of ") && run.out.contains("/data/valid.jsonl)"), "{run:?}");
+    // Also from elsewhere.
+    let recorded = folder.json("trained/adapter_config.json")["graft"]["rows"]["valid"]["file"].clone();
+    assert!(std::path::Path::new(recorded.as_str().unwrap()).is_absolute(), "{recorded}");
     let report = folder.json("fused/fuse_report.json");
     assert_eq!((&report["judged_by"], &report["verify"]), (&json!("model"), &json!("model")));
     let model = &report["model"];

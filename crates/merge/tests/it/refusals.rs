@@ -88,6 +88,9 @@ fn the_copy_of_a_tied_head_is_no_target() {
         write_tensors(&file, &all);
         let text = message(base.path(), &load(&adapter_dir("lora", &pair("lm_head", 64, 288))));
         assert!(text.contains("lm_head: the base has no such linear"), "{text}");
+        let whole = Tensors::from([("lm_head.weight".to_owned(), wave(&[288, 64], 0.1))]);
+        let text = message(base.path(), &load(&adapter_dir("full", &whole)));
+        assert!(text.contains("lm_head.weight: the head of this base is its embedding"), "{text}");
     });
 }
 

@@ -47,6 +47,7 @@ pub(crate) fn options(policy: Policy) -> FuseOptions {
         base_name: "the base".into(),
         adapter_name: "the adapter".into(),
         adapter_dir: PathBuf::new(),
+        observed: serde_json::Value::Null,
     }
 }
 

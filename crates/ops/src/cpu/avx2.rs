@@ -219,7 +219,7 @@ unsafe fn word<const BITS: usize, const READ: u8>(line: __m256i, i: usize) -> __
         return _mm256_and_si256(shifted, _mm256_set1_epi16(15));
     } else {
         let table = _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(TABLE.as_ptr().cast()) });
-        let codes = if i % 2 == 0 { line } else { _mm256_srli_epi16::<4>(line) };
+        let codes = if i.is_multiple_of(2) { line } else { _mm256_srli_epi16::<4>(line) };
         (_mm256_shuffle_epi8(table, _mm256_and_si256(codes, _mm256_set1_epi8(15))), i >= 2)
     };
     if high { _mm256_srli_epi16::<8>(bytes) } else { _mm256_and_si256(bytes, _mm256_set1_epi16(255)) }

@@ -5,6 +5,7 @@ use std::ffi::CStr;
 use std::sync::Arc;
 
 use super::attention::{Forward, Heads, KEYS, Rotated, Source, parts};
+use super::gemm::share;
 use super::level::dispatch;
 use super::primitive::{Op, Tensor};
 use super::rope::Angles;
@@ -14,8 +15,8 @@ use crate::pool::{self, Shares};
 /// the keys (width, 64), then the values (64, width), where width is D rounded up.
 ///
 /// This memory is not MLX's, since it has to stay where it is while one step is computed and the next one is planned.
-/// It is written on MLX's stream thread only, which runs operations in the order in which they were evaluated, and a token
-/// is written before anything reads it.
+/// It is written by operations on MLX's stream thread only, which runs them in the order in which they were evaluated, and a
+/// token is written before anything reads it.
 pub(crate) struct KvBlock(Box<[UnsafeCell<f32>]>);
 
 // SAFETY: see above; other threads only hold and drop references.
@@ -116,23 +117,26 @@ impl Op for Cached {
         let mut spans = Vec::with_capacity(self.sequences.len());
         for sequence in &self.sequences {
             spans.push((start, sequence.length, sequence.before));
+            start += sequence.length;
             if let (Some(from), Some(to)) = (&sequence.copied, sequence.blocks.get(sequence.before / KEYS)) {
                 // SAFETY: this is the stream's thread, and `to` is new.
                 unsafe { to.copy_from(from) };
             }
-            for i in 0..sequence.length {
-                let at = sequence.before + i;
-                for head in 0..kv_heads {
-                    let from = ((start + i) * kv_heads + head) * dim;
-                    let (key, value) = (&k[from..from + dim], &v[from..from + dim]);
-                    // SAFETY: this is the stream's thread; the pool's are idle.
-                    unsafe { sequence.blocks[at / KEYS].write(self.heads, head, at % KEYS, key, value) };
-                }
-            }
-            start += sequence.length;
         }
+        // Keys are turned as they are written: a line of memory for each number.
+        share(k.len() + v.len() >= 1 << 12, spans.len() * kv_heads, |task| {
+            let (row, head) = (task / kv_heads, task % kv_heads);
+            let (start, length, before) = spans[row];
+            for (i, at) in (before..before + length).enumerate() {
+                let from = ((start + i) * kv_heads + head) * dim;
+                let (key, value) = (&k[from..from + dim], &v[from..from + dim]);
+                let block = &self.sequences[row].blocks[at / KEYS];
+                // SAFETY: each head of a sequence belongs to one task, and nobody reads before all tasks have ended.
+                unsafe { block.write(self.heads, head, at % KEYS, key, value) };
+            }
+        });
         let o = Shares::new(outputs[0].f32_mut());
-        let parts = parts(spans.into_iter(), self.heads);
+        let parts = parts(spans.iter().copied(), self.heads);
         pool::run(parts.len(), |i| {
             let part = parts[i];
             let source =
@@ -156,7 +160,7 @@ impl Source for InBlocks<'_> {
     }
 
     fn block<'a>(&'a self, index: usize, _: &'a mut [f32]) -> (&'a [f32], &'a [f32]) {
-        // SAFETY: while an operation attends, the stream's thread writes no block.
+        // SAFETY: an operation attends when it has written, and no other one runs meanwhile.
         unsafe { self.blocks[index].head(self.heads, self.head) }
     }
 }
