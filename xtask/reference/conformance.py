@@ -288,10 +288,10 @@ def check_fused(a):
     """mlx-lm computes with every directory that we fuse what we do: each policy, bases of each mode, another precision."""
     data = rows(a)
 
-    def trained(base, kind):
+    def trained(base, kind, rate="1e-3"):
         out = fresh(a.work / "fused-adapter")
         run(a.graft, "lora", "--model", base, "--train", "--data", data, "--fine-tune-type", kind, "--num-layers", 4, "--batch-size", 4,
-            "--iters", 10, "--val-batches", 0, "--learning-rate", "1e-3", "--max-seq-length", 16, "--adapter-path", out)
+            "--iters", 10, "--val-batches", 0, "--learning-rate", rate, "--max-seq-length", 16, "--adapter-path", out)
         return out
 
     def compare(name, base, adapter, *flags):
@@ -313,6 +313,8 @@ def check_fused(a):
         for policy in ("raise", "same", "dense", *(["fold"] if kind == "dora" else [])):
             compare(f"{kind}, {policy}", a.packed, adapter, "--policy", policy)
         compare(f"{kind}, --base", a.packed, adapter, "--base", a.dense)
+        # So little that eight bits hold some of its weights and some only floats.
+        compare(f"{kind}, a little", a.packed, trained(a.packed, kind, "2e-5"), "--policy", "raise")
     for mode in ("mxfp4", "nvfp4", "mxfp8"):
         base = fresh(a.work / f"mode-{mode}")
         run(a.graft, "convert", "--hf-path", a.dense, "--mlx-path", base, "-q", "--q-mode", mode, "--dtype", "float32")

@@ -117,13 +117,9 @@ impl Product {
                 && rows * columns <= c.len()
         );
         let c = c.as_mut_ptr();
-        // A few queries: whole rows of B at a time, in the order in which they lie in memory, since reading B is all there is
-        // to do.
-        let wide = if S::LANES == 16 && rows < S::SMALL_ROWS && columns.is_multiple_of(4 * S::LANES) {
-            4
-        } else {
-            2
-        };
+        // A few queries: as much of B's rows at a time as the registers hold, read once and in the order in which it lies in
+        // memory, since reading B is all there is to do.
+        let wide = if rows < S::SMALL_ROWS && columns.is_multiple_of(4 * S::LANES) { 4 } else { 2 };
         for column in (0..columns).step_by(wide * S::LANES) {
             let at = |row: usize| Tile {
                 k,
