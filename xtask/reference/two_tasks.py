@@ -39,7 +39,7 @@ def main(graft, model, folder):
     for task, parent in zip(TASKS, parents, strict=True):
         if not parent.exists():
             part = parent.with_suffix(".part")
-            run("train", "--model", model, "--data", folder / "tasks" / task, "--adapter-path", part, *TRAIN)
+            run("lora", "--train", "--model", model, "--data", folder / "tasks" / task, "--adapter-path", part, *TRAIN)
             part.rename(parent)
     merges = []
     for method, flags in METHODS.items():
@@ -54,6 +54,8 @@ def main(graft, model, folder):
         return [right[merge][i] / right[parents[i]][i] for i in range(2)]
 
     valid = score("valid", [*parents, *merges])
+    if not all(valid[parent][i] for i, parent in enumerate(parents)):
+        sys.exit(f"an adapter answers nothing of its own task: {[valid[parent] for parent in parents]} of both")
     for name, right in valid.items():
         print(f"{Path(name).name:28} {right[0]:4} {right[1]:4}")
     best = max(merges, key=lambda merge: (min(kept(valid, merge)), sum(kept(valid, merge))))

@@ -85,9 +85,12 @@ pub(crate) fn fuse(args: &FuseArgs) -> Result<()> {
     if let Some(fused) = &args.measure {
         let stop = host::stop_flag(|| ui::note("stopping; once more stops at once"));
         let Some(found) = found else { bail!(Usage("--measure is what --verify model does".into())) };
+        if let Err(why) = &found.valid {
+            bail!("nothing was measured: {why}");
+        }
         let left = load::beside(&hub::resolve(fused, What::Model)?).map(|_| fused.as_str());
         let model = measure(args, &found, metric, (fused.as_str(), left), &stop)?;
-        let Some(model) = model else { bail!("nothing was measured; --data DIR gives rows to measure on") };
+        let Some(model) = model else { bail!(Usage("--measure is what --verify model does".into())) };
         say_model(&model);
         return Ok(());
     }

@@ -110,8 +110,8 @@ fn record_rows(config: &mut Map<String, Value>, settings: &Settings, data: &Data
     for (name, split) in [("train", &data.train), ("valid", &data.valid)] {
         if split.found {
             let hash = graft_adapters::file_hash(&split.file)?;
-            // Whoever measures the adapter may stand elsewhere.
-            let file = split.file.canonicalize().unwrap_or_else(|_| split.file.clone());
+            // Whoever measures the adapter may stand elsewhere. A link keeps its name and its neighbours.
+            let file = std::path::absolute(&split.file)?;
             rows.insert(name.into(), json!({"file": file.display().to_string(), "sha256": hash}));
         }
     }

@@ -209,14 +209,13 @@ fn sources(args: &MergeArgs, recipe: &MergeRecipe) -> Result<(Vec<MergeSource>, 
     Ok((sources, data))
 }
 
-/// The data that an adapter names, as it was given or, from another folder, where the recorded rows are.
+/// The data that an adapter names: the folder of the rows that training recorded, which another folder's `data` is not, or
+/// what was given.
 fn named_data(config: &AdapterConfig) -> Option<String> {
-    let given = config.raw.get("data").and_then(Value::as_str);
-    let valid = || {
-        config.extra("rows")?["valid"]["file"].as_str().and_then(|file| Path::new(file).parent()?.to_str())
-    };
-    let found = given.filter(|data| Path::new(data).exists()).or_else(valid).or(given)?;
-    Some(found.to_owned())
+    let given = || config.raw.get("data").and_then(Value::as_str);
+    let valid = config.extra("rows").and_then(|rows| rows["valid"]["file"].as_str());
+    let folder = valid.and_then(|file| Path::new(file).parent()).filter(|folder| folder.is_dir());
+    folder.and_then(Path::to_str).or_else(given).map(str::to_owned)
 }
 
 fn names(sources: &[MergeSource]) -> Vec<String> {
